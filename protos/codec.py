@@ -1,0 +1,35 @@
+"""Bytes ↔ messages, one encoder and one decoder a direction. Nothing else on the wire: no pickle, ever."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protos.wire import FromWorker, ToEngine, ToFrontend, ToWorker, Wire
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_frontend: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
+
+DecodeError = msgspec.DecodeError  # also raised (as ValidationError) for well-formed bytes of the wrong shape
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    return _to_worker.decode(data)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    return _from_worker.decode(data)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_engine.decode(data)
+
+
+def decode_to_frontend(data: bytes) -> ToFrontend:
+    return _to_frontend.decode(data)

@@ -1,0 +1,398 @@
+"""What crosses a process border inside Pagewire, and nothing else: pure messages, no I/O.
+
+Every message is a msgspec array: fields are only ever appended, with defaults, so that a newer peer can read an older one.
+Indices follow `docs/life_of_a_request.md`: slot 0 and block 0 are null, positions count from 0, `−1` means "not set".
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+PROTOCOL = 1  # raised when a peer of the previous version could misread a message
+
+
+class Wire(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """A message or a part of one. Append fields only, with defaults."""
+
+
+class Epoch(NamedTuple):
+    """The life of one worker group (R5). A larger counter replaces a smaller one; a new boot id is a new scheduler."""
+
+    boot: int
+    counter: int
+
+
+# ---------------------------------------------------------------- what a request asks for
+
+
+class Sampling(Wire, frozen=True):
+    """Everything that shapes a stream's tokens, resolved: no field is left to a default of the reader.
+
+    Applied in the order of the fields from `bad_words` to `top_p`; logprobs are of the raw distribution.
+    """
+
+    max_tokens: int  # output tokens at most, counted from the prompt's end (a resumed prefix counts)
+    seed: int = 0  # unsigned 64 bits: the Philox key; the frontend always sets one
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0  # no end token before this many output tokens
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    temperature: float = 1.0  # 0 is greedy
+    min_p: float = 0.0
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()  # the caller's
+    eos_token_ids: tuple[int, ...] = ()  # the model's; empty where ignore_eos was asked
+    logprobs: int = -1  # how many alternatives beside the sampled token; −1 is no logprobs at all
+    prompt_logprobs: int = -1
+
+
+class TokenLogprobs(Wire, frozen=True):
+    """One token's log probability under the raw distribution, its rank (1 is the likeliest), and the likeliest others."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+# ---------------------------------------------------------------- scheduler → worker
+
+
+class Setup(Wire, frozen=True):
+    """Begins an epoch. The same Setup under a new epoch resets KV and slots and keeps the weights."""
+
+    epoch: Epoch
+    model: str  # path as the worker sees it
+    revision: str = ""
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    quantization: str = ""
+    kv_dtype: str = "auto"
+    block_size: int = 32  # tokens
+    max_slots: int = 0  # slots 1..max_slots, null slot aside
+    max_model_len: int = 0  # 0: the model's own
+    max_step_tokens: int = 0
+    kv_bytes: int = 0  # memory for KV pages; 0: the worker chooses
+    speculation: str = ""
+    tp_rank: int = 0
+    tp_size: int = 1
+    tp_address: str = ""
+    host_blocks: int = 0
+    threads: int = 0  # 0: the worker chooses
+
+
+class Admit(Wire, frozen=True):
+    """All that a worker needs to hold a sequence: nothing in a worker exists that an Admit cannot rebuild."""
+
+    slot: int
+    token_ids: list[int]  # prompt, then what was already generated
+    prompt_len: int
+    block_ids: list[list[int]]  # per KV group, in position order
+    sampling: Sampling
+    adapter: str = ""
+    domain: bytes = b""  # opaque digest of tenant and salt
+
+
+class Row(Wire, frozen=True):
+    """One sequence's share of a step: compute `num_tokens` positions from `start`, then sample if asked.
+
+    `start` ≥ 0 only for tokens that the scheduler knows; −1 goes on at the slot's own length (R1). `num_tokens` and
+    `num_drafts` are maxima.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    num_drafts: int = 0
+    new_block_ids: list[list[int]] = []  # per KV group, appended to the slot's table before the forward pass
+    sample: bool = False
+    masked: bool = False
+    append_token_ids: list[int] = []  # forced by a grammar: known tokens added before the forward pass
+
+
+class StepPlan(Wire, frozen=True):
+    """One forward pass. Applied in the order of the fields: release, admit, copies, rows."""
+
+    epoch: Epoch
+    step: int  # 1, 2, 3 … without a gap within an epoch
+    release: list[int]
+    admit: list[Admit]
+    copies: list[tuple[int, int, int]]  # (direction, block, host_block)
+    rows: list[Row]
+    num_propose: int = 0
+
+
+class Mask(Wire, frozen=True):
+    """Allowed tokens of a plan's masked rows (R3): `bitmask` holds ceil(vocab/32) little-endian words a row."""
+
+    epoch: Epoch
+    step: int
+    rows: list[int]
+    bitmask: bytes
+
+
+class LoadAdapter(Wire, frozen=True):
+    epoch: Epoch
+    step: int
+    adapter: str
+    digest: str
+    path: str
+
+
+class UnloadAdapter(Wire, frozen=True):
+    epoch: Epoch
+    step: int
+    adapter: str
+
+
+class Shutdown(Wire, frozen=True):
+    reason: str
+
+
+ToWorker = Setup | StepPlan | Mask | LoadAdapter | UnloadAdapter | Shutdown
+
+# ---------------------------------------------------------------- worker → scheduler
+
+
+class Hello(Wire, frozen=True):
+    rank: int
+    version: str
+    protocol: int
+    features: tuple[str, ...] = ()
+    device: str = ""
+    pid: int = 0
+
+
+class Ready(Wire, frozen=True):
+    """The epoch can take plans: weights are loaded, shapes are warm."""
+
+    epoch: Epoch
+    rank: int
+    num_blocks: int  # null block included: ids 1..num_blocks−1 are usable
+    num_host_blocks: int = 0
+    groups: int = 1  # KV groups
+    align: int = 1  # chunk starts and cache hits fall on multiples of this many tokens, or results may differ in bits
+    exact: bool = False  # R2: the same bits whatever the batch, the chunking, the cache
+    graph_shapes: tuple[int, ...] = ()
+    device: str = ""
+    dtype: str = ""
+    backend: str = ""
+    max_model_len: int = 0
+    vocab_size: int = 0
+    fingerprint: str = ""  # digest of all that decides the arithmetic: a stream may be resumed only under the same one
+
+
+class AdapterReady(Wire, frozen=True):
+    epoch: Epoch
+    adapter: str
+
+
+class RowResult(Wire, frozen=True):
+    """`start` is the slot's known length before it appended `token_ids` (accepted drafts and the bonus token)."""
+
+    slot: int
+    start: int
+    token_ids: list[int]  # empty in the middle of a prompt
+    logprobs: list[TokenLogprobs] = []  # one for each of token_ids, where asked
+    num_drafted: int = 0
+    prompt_logprobs: list[TokenLogprobs] = []  # of the prompt tokens at row.start+1 …, where asked
+    pooled: bytes = b""
+
+
+class Timings(Wire, frozen=True):
+    """Seconds on the worker's clock."""
+
+    forward: float = 0.0
+    sample: float = 0.0
+    idle: float = 0.0  # between the previous result and this plan's arrival
+
+
+class StepResult(Wire, frozen=True):
+    epoch: Epoch
+    step: int
+    rows: list[RowResult]
+    copied: list[int] = []
+    timings: Timings = Timings()
+
+
+class Phase(IntEnum):
+    LOADING = 1
+    COMPILING = 2  # extends the step deadline
+    RUNNING = 3
+
+
+class Status(Wire, frozen=True):
+    """Pushed by the worker's link thread, so that it arrives while the main thread loads or computes."""
+
+    epoch: Epoch
+    phase: Phase
+    step: int = 0
+    rank: int = 0
+    progress: float = 0.0  # of the phase, 0..1
+    detail: str = ""
+
+
+class Fault(Wire, frozen=True):
+    """The worker cannot go on with this epoch. `fatal`: nor with another (a model that cannot be read, say)."""
+
+    epoch: Epoch
+    step: int
+    reason: str
+    fatal: bool = False
+
+
+FromWorker = Hello | Ready | AdapterReady | StepResult | Status | Fault
+
+# ---------------------------------------------------------------- frontend ↔ engine
+
+
+class FinishReason(IntEnum):
+    """Why a stream ended; all but the first two end the call with an error status."""
+
+    STOP = 1  # an end token, a stop id or a stop string
+    LENGTH = 2
+    ABORTED = 3
+    DEADLINE = 4
+    REJECTED = 5  # the queue is full, see `retry_after`
+    DRAINING = 6
+    ERROR = 7  # the request itself kills workers (R5)
+    INVALID = 8  # cannot be served under these limits, see `detail`
+    DUPLICATE = 9  # its request id is running already
+
+
+class FrontendHello(Wire, frozen=True):
+    frontend: str
+
+
+class FrontendLost(Wire, frozen=True):
+    frontend: str
+
+
+class Submit(Wire, frozen=True):
+    """One sequence. `n` > 1 arrives as n Submits with one request_id and indices 0..n−1."""
+
+    request_id: str
+    token_ids: list[int]  # prompt, then what a resumed stream already had
+    prompt_len: int
+    sampling: Sampling
+    index: int = 0
+    num_siblings: int = 1  # the `n` of its request
+    priority: int = 0  # smaller goes first
+    tenant: str = ""
+    deadline: float = 0.0  # on the clock that Tick brings; 0 is none
+    cache_salt: str = ""
+    adapter: str = ""
+    frontend: str = ""
+    skip_cache: bool = False  # reads nothing from the prefix cache (prompt logprobs imply it)
+
+
+class Abort(Wire, frozen=True):
+    """Ends all indices of a request, or one. `reason` STOP is the frontend's stop string."""
+
+    request_id: str
+    reason: FinishReason = FinishReason.ABORTED
+    index: int = -1  # −1: all
+
+
+class TokenDelta(Wire, frozen=True):
+    """What one sequence gained in one step; with `finish_reason` it is the sequence's last."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int = -1  # the id that ended it: the last of token_ids
+    prompt_logprobs: list[TokenLogprobs] = []
+    cached_tokens: int = 0  # prompt tokens read from the prefix cache at the first admission
+    retry_after: float = 0.0  # seconds, with REJECTED
+    detail: str = ""
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+class Outputs(Wire, frozen=True):
+    """One message per step and frontend."""
+
+    items: list[TokenDelta]
+    frontend: str = ""
+
+
+class Question(IntEnum):
+    STATS = 1
+    FLUSH_CACHE = 2
+    DRAIN = 3  # answered when the last accepted sequence has ended
+    CANCEL = 4
+
+
+class Ask(Wire, frozen=True):
+    """A question of a frontend; `token` comes back in the Answer."""
+
+    token: int
+    question: Question
+    request_id: str = ""  # with CANCEL
+    frontend: str = ""
+
+
+class EngineStats(Wire, frozen=True):
+    """Counts at one moment. num_blocks (null block aside) = free + cached + owned + fenced."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    owned_blocks: int = 0
+    fenced_blocks: int = 0
+    num_slots: int = 0
+    free_slots: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    recoveries: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    rejected: int = 0
+    draining: bool = False
+
+
+class WorkerStatus(Wire, frozen=True):
+    """One worker process as the loop sees it. `state`: starting, loading, serving or lost."""
+
+    state: str
+    pid: int = 0
+    device: str = ""
+    detail: str = ""
+    progress: float = 0.0
+
+
+class ServiceStatus(Wire, frozen=True):
+    """Pushed to every frontend when it changes, and part of every Answer."""
+
+    serving: bool
+    reason: str  # why not, in one line for a person
+    ready: Ready | None  # of the newest epoch, also while its worker is dead
+    workers: list[WorkerStatus]
+    stats: EngineStats
+    failed: bool = False  # the worker said that it can never serve this: the service stops
+
+
+class Answer(Wire, frozen=True):
+    token: int
+    status: ServiceStatus
+    found: bool = True  # with CANCEL
+    freed_blocks: int = 0  # with FLUSH_CACHE
+    frontend: str = ""
+
+
+ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask
+ToFrontend = Outputs | ServiceStatus | Answer

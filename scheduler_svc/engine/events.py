@@ -1,0 +1,57 @@
+"""What the engine is told and what it answers: the whole of its border. Everything here can be recorded and replayed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protos.wire import Abort, Epoch, FrontendLost, Outputs, StepPlan, StepResult, Submit
+
+
+class Happening(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """Something the loop saw."""
+
+
+class WorkerReady(Happening, frozen=True):
+    """A worker group with empty KV can take plans."""
+
+    epoch: Epoch
+    num_blocks: int  # null block included
+    max_slots: int
+    align: int = 1
+    groups: int = 1
+    max_model_len: int = 0
+
+
+class WorkerLost(Happening, frozen=True):
+    """The epoch is over: whatever was in flight is lost, and its requests are suspects (R5) unless `blameless`."""
+
+    epoch: Epoch
+    reason: str
+    blameless: bool = False  # a stop that was asked for
+
+
+class Tick(Happening, frozen=True):
+    """The clock, brought to the engine: seconds, monotonic."""
+
+    now: float
+
+
+class FlushCache(Happening, frozen=True):
+    """Forget every cached block that no sequence uses."""
+
+
+class Drain(Happening, frozen=True):
+    """Take no new requests; finish what was accepted."""
+
+
+Event = Submit | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain
+
+
+class EndEpoch(Happening, frozen=True):
+    """The engine no longer trusts this epoch (a gap in steps, a length that disagrees): the loop ends the workers."""
+
+    epoch: Epoch
+    reason: str
+
+
+Instruction = StepPlan | Outputs | EndEpoch
