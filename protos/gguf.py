@@ -1,7 +1,7 @@
 """The header of a GGUF file, versions 2 and 3: metadata and tensor table. Standard library only.
 
-The frontend reads the tokenizer from it and the worker the weights; neither trusts the file: every length is checked against
-the bytes that are there before anything is read or allocated. Format: github.com/ggml-org/ggml, docs/gguf.md.
+The frontend reads the tokenizer from it and the worker the weights. Neither trusts the file: every length is checked
+against the bytes that are there before anything is read or allocated. Format: github.com/ggml-org/ggml, docs/gguf.md.
 
     magic "GGUF" | version u32 | tensors u64 | pairs u64 | pairs … | tensor infos … | padding | tensor data …
 """
@@ -20,6 +20,9 @@ from typing import Any, Final, NamedTuple, NoReturn
 MAGIC: Final = b"GGUF"
 MAX_DIMS: Final = 4
 MAX_NESTING: Final = 4  # arrays of arrays; nobody writes deeper ones
+# One flipped bit in a count of a large file still fits that file: these keep it from eating the memory.
+MAX_ELEMENTS: Final = 1 << 24
+MAX_STRING: Final = 1 << 26  # bytes
 
 U32: Final = struct.Struct("<I")
 U64: Final = struct.Struct("<Q")
@@ -35,7 +38,7 @@ MIN_TENSOR: Final = 8 + 4 + 4 + 8
 
 
 class GGUFError(ValueError):
-    """A file that is not GGUF, is cut short, or contradicts itself. The message names the file, the place and the trouble."""
+    """A file that is not GGUF, is cut short, or contradicts itself: the message names file, place and trouble."""
 
 
 class GGMLType(NamedTuple):
@@ -97,7 +100,7 @@ class GGUFFile:
 
 
 def read(path: str | os.PathLike[str]) -> GGUFFile:
-    """Parses the header at `path`. Raises GGUFError for a file that is not sound, OSError for one that cannot be opened."""
+    """Parses the header at `path`. Raises GGUFError for an unsound file, OSError for one that cannot be opened."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 24:
@@ -218,7 +221,8 @@ class _Parser:
         count = self._u64()
         if code not in MIN_BYTES:
             self._fail(f"is an array of the unknown value type {code}")
-        self._count(count, MIN_BYTES[code], "elements")
+        if self._count(count, MIN_BYTES[code], "elements") > MAX_ELEMENTS:
+            self._fail(f"claims {count} elements, more than {MAX_ELEMENTS}")
         if code == BOOL:
             return self._booleans(count)
         if code == STRING:
@@ -237,14 +241,17 @@ class _Parser:
                 self._fail(f"is cut short in its element {len(strings)}")
             begin = at + 8
             at = begin + unpack(data, at)[0]
-            if at > size:
-                self._fail(f"has an element {len(strings)} of {at - begin} bytes, more than the file has left")
+            if at > size or at - begin > MAX_STRING:
+                self._fail(f"has an element {len(strings)} of {at - begin} bytes, where {size - begin} are left")
             strings.append(self._text(data[begin:at]))
         self.at = at
         return strings
 
     def _string(self) -> str:
-        return self._text(self._take(self._u64()))
+        length = self._u64()
+        if length > MAX_STRING:
+            self._fail(f"claims a text of {length} bytes, more than {MAX_STRING}")
+        return self._text(self._take(length))
 
     def _text(self, data: bytes) -> str:
         try:
