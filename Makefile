@@ -1,0 +1,58 @@
+# Every target is one call of a tool. What a target needs is set up first, and only when a lock has changed.
+MODEL ?= smollm2-135m
+ARGS ?=
+PYTHON ?= python3.11
+BIN := .venv/bin
+UV := $(BIN)/uv
+LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version 3.11
+export VIRTUAL_ENV := $(CURDIR)/.venv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev serve test test-full nightly bench lint stubs lock
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/runtime ## everything that serving needs, into .venv and nowhere else
+
+setup-dev: .venv/dev
+
+serve: .venv/runtime ## serve MODEL (default smollm2-135m), flags in ARGS
+	$(BIN)/pagewire serve $(MODEL) $(ARGS)
+
+test: .venv/dev lint ## lint, types, imports, and the default tests
+	$(BIN)/pytest $(ARGS)
+
+test-full: .venv/dev lint ## the default tests and the slow ones
+	$(BIN)/pytest -m "not nightly and not gpu" $(ARGS)
+
+nightly: .venv/dev ## the long profiles: events, fuzz, soak
+	$(BIN)/pytest -m nightly $(ARGS)
+
+bench: .venv/dev ## workloads a to e over gRPC, into benchmarks/results
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+lint: .venv/dev ## ruff, mypy, import-linter, buf
+	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/buf lint
+
+stubs: .venv/dev ## regenerate the gRPC stubs from protos/
+	$(BIN)/python -m protos.generate
+
+lock: $(UV) ## resolve the locks again: hashes, and no host
+	$(LOCK) --extra build pyproject.toml -o requirements.lock
+	$(LOCK) --extra build --extra dev --extra bench -c requirements.lock pyproject.toml -o requirements-dev.lock
+	$(LOCK) requirements-uv.in -o requirements-uv.lock
+
+.venv/runtime: requirements.lock pyproject.toml | $(UV)
+	$(UV) pip install --quiet --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev: requirements-dev.lock .venv/runtime
+	$(UV) pip install --quiet --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(UV): requirements-uv.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.lock
+	@touch $@
