@@ -1,6 +1,7 @@
 # Every target is one call of a tool. What a target needs is set up first, and only when a lock has changed.
 MODEL ?= smollm2-135m
 ARGS ?=
+OUT ?= protos
 PYTHON ?= python3.11
 BIN := .venv/bin
 UV := $(BIN)/uv
@@ -36,7 +37,7 @@ lint: .venv/dev ## ruff, mypy, import-linter, buf
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/buf lint
 
 stubs: .venv/dev ## regenerate the gRPC stubs from protos/
-	$(BIN)/python -m protos.generate
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/pagewire/v1/*.proto
 
 lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(LOCK) --extra build pyproject.toml -o requirements.lock
