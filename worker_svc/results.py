@@ -24,8 +24,8 @@ def build_results(
     """
     sampled = {row: i for i, row in enumerate(inputs.sample_rows.tolist())}
     scored: dict[int, list[TokenLogprobs]] = {}
-    for row, entry in zip(inputs.prompt_logprob_rows.tolist(), prompt_logprobs, strict=True):
-        scored.setdefault(row, []).append(entry)
+    for i, score in zip(inputs.prompt_logprob_rows.tolist(), prompt_logprobs, strict=True):
+        scored.setdefault(i, []).append(score)
     results = []
     for i, row in enumerate(plan.rows):
         ids: list[int] = []
