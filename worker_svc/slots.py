@@ -6,7 +6,7 @@
     block_tables |b0|b1|b2|…              |  null …            [max_slots + 1, ceil(max_model_len / block_size)]
 
 Row 0 is the null slot and block 0 the null block. All of it follows from the Admits and the rows since: nothing here
-has to survive a worker. A plan that contradicts the table is refused by SlotError, which ends the epoch as a Fault (R5):
+has to survive a worker. A plan that contradicts the table is refused by SlotError, a Fault that ends the epoch (R5):
 going on would compute some other sequence's tokens.
 """
 

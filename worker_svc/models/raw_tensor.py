@@ -1,0 +1,79 @@
+"""A weight as its file has it, and the two forms that backends ask for. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_svc.models.ggml_quants import QUANTS, dequantize
+
+# BF16 travels as its bits: numpy has no such type.
+NUMPY_TYPES: Final = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: the message names the file, the tensor and the trouble."""
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """`data` is a read-only view of the mapped file, which lives as long as the view does.
+
+    Of `shape` for the types in NUMPY_TYPES; for a block-quantized type uint8 [number of blocks, bytes of a block],
+    where blocks are consecutive elements in row-major order.
+    """
+
+    name: str
+    dtype: str  # a key of NUMPY_TYPES or of QUANTS
+    shape: tuple[int, ...]
+    data: NDArray[Any]
+
+    def float32(self) -> NDArray[np.float32]:
+        """[shape]; a view where the file has F32. Raises CheckpointError for a type that is not a number's."""
+        match self.dtype:
+            case "F32" | "F16" | "F64":
+                return self.data.astype(np.float32, copy=False)
+            case "BF16":
+                return (self.data.astype(np.uint32) << 16).view(np.float32)
+            case kind if kind in QUANTS:
+                return dequantize(kind, self.data).reshape(self.shape)
+        raise CheckpointError(f"tensor {self.name!r} has type {self.dtype}, which cannot be read as weights")
+
+    def bfloat16(self) -> NDArray[np.uint16]:
+        """[shape], as bits; a view where the file has BF16, else rounded to the nearest, ties to even."""
+        if self.dtype == "BF16":
+            return self.data
+        bits = np.ascontiguousarray(self.float32()).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding could carry a NaN over into an infinity
+        rounded[nan] = 0x7FC0
+        return rounded
+
+
+class Checkpoint(Protocol):
+    """Weights by name. Opening one reads headers only; the bytes come in as they are touched."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> RawTensor:
+        """Raises CheckpointError where there is no such tensor."""
+
+    def __contains__(self, name: object) -> bool: ...
