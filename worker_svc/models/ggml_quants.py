@@ -1,7 +1,7 @@
 """The block-quantized types of ggml, as float32. numpy only.
 
-A block is a run of 32 or 256 weights that share scales; its layouts are those of ggml-common.h. Where nibbles are packed,
-a run's first half is in the low nibbles and its second half in the high ones.
+A block is a run of 32 or 256 weights that share scales; the layouts are those of ggml-common.h. Where nibbles are
+packed, a run's first half is in the low nibbles and its second half in the high ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file as views of the mapped file. numpy only; the header is protos.gguf's."""
+"""The weights of a GGUF file as views of the mapped file. numpy only; the header is read by protos.gguf_header."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from protos import gguf
+from protos import gguf_header
 from worker_svc.models.ggml_quants import QUANTS
 from worker_svc.models.raw_tensor import NUMPY_TYPES, CheckpointError, RawTensor
 
@@ -18,8 +18,8 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for an unsound header, OSError for a file that cannot be opened."""
         try:
-            header = gguf.read(path)
-        except gguf.GGUFError as error:
+            header = gguf_header.read(path)
+        except gguf_header.GGUFError as error:
             raise CheckpointError(str(error)) from error
         self.path, self.metadata, self.tensors = path, header.metadata, header.tensors
         with path.open("rb") as file:
@@ -35,7 +35,7 @@ class GGUFCheckpoint:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path}: there is no tensor {name!r}")
-        kind = gguf.GGML_TYPES[info.ggml_type]
+        kind = gguf_header.GGML_TYPES[info.ggml_type]
         if kind.name in NUMPY_TYPES:
             dtype = np.dtype(NUMPY_TYPES[kind.name])
             data = np.frombuffer(self._data, dtype, info.nbytes // dtype.itemsize, info.offset).reshape(info.shape)
