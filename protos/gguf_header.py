@@ -1,8 +1,10 @@
 """The header of a GGUF file, versions 2 and 3: metadata and tensor table. Standard library only.
 
-Not named `gguf.py`: this folder is on the import path for the generated stubs, and the PyPI package of that name, which
-transformers asks for, must stay visible. The frontend reads the tokenizer from it and the worker the weights. Neither trusts the file: every length is checked
+The frontend reads the tokenizer from it and the worker the weights. Neither trusts the file: every length is checked
 against the bytes that are there before anything is read or allocated. Format: github.com/ggml-org/ggml, docs/gguf.md.
+
+Not named `gguf.py`: this folder is on the import path for the generated stubs, and the PyPI package of that name, which
+transformers asks for, must stay visible.
 
     magic "GGUF" | version u32 | tensors u64 | pairs u64 | pairs … | tensor infos … | padding | tensor data …
 """

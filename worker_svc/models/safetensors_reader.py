@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """One file. Raises CheckpointError where the header does not describe the bytes, OSError where it cannot be read."""
+    """One file. Raises CheckpointError where the header does not fit the bytes, OSError where it cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
