@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from protos.wire import (
@@ -31,6 +32,12 @@ class Transport(Protocol):
 Sink = Callable[[TokenDelta], None]
 
 
+@dataclass(slots=True)
+class _Route:
+    sink: Sink | None  # None: nobody listens any more
+    unfinished: int  # indices that the engine has not finished
+
+
 class EngineLink:
     """Routes a frontend's messages: one sink a running request, one future a question.
 
@@ -41,7 +48,7 @@ class EngineLink:
         self.frontend = frontend
         self.status: ServiceStatus | None = None  # the newest seen
         self._transport: Transport | None = None
-        self._sinks: dict[str, Sink] = {}
+        self._routes: dict[str, _Route] = {}
         self._futures: dict[int, asyncio.Future[Answer]] = {}
         self._tokens = itertools.count(1)
         self._watchers: list[Callable[[ServiceStatus], None]] = []
@@ -54,26 +61,32 @@ class EngineLink:
         self._watchers.append(watcher)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._sinks
+        """Whether the id is taken: a request that was aborted keeps it until the engine has ended every index.
+
+        Otherwise what the engine had already sent for the old request would reach a new one of the same id.
+        """
+        return request_id in self._routes
 
     def __len__(self) -> int:
-        return len(self._sinks)
+        return len(self._routes)
 
-    def submit(self, submits: Iterable[Submit], sink: Sink) -> None:
-        """`sink` gets every TokenDelta of the request until `forget`. The caller has checked that the id is new here."""
+    def submit(self, submits: Sequence[Submit], sink: Sink) -> None:
+        """`sink` gets every TokenDelta of the request until `forget`. The caller checks that the id is new here."""
+        self._routes[submits[0].request_id] = _Route(sink, len(submits))
         for message in submits:
-            self._sinks[message.request_id] = sink
             self._send(message)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1) -> None:
         self._send(Abort(request_id, reason, index))
 
     def forget(self, request_id: str) -> None:
-        self._sinks.pop(request_id, None)
+        if route := self._routes.get(request_id):
+            route.sink = None
 
     async def ask(self, question: Question, request_id: str = "") -> Answer:
         token = next(self._tokens)
-        future = self._futures[token] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._futures[token] = future
         self._send(Ask(token, question, request_id, self.frontend))
         try:
             return await future
@@ -84,15 +97,29 @@ class EngineLink:
         match message:
             case Outputs(items=items):
                 for delta in items:
-                    if sink := self._sinks.get(delta.request_id):
-                        sink(delta)
-            case Answer(token=token):
+                    self._route(delta)
+            case Answer(token=token, status=status):
+                self._see(status)
                 if (future := self._futures.get(token)) and not future.done():
                     future.set_result(message)
             case ServiceStatus():
-                self.status = message
-                for watcher in self._watchers:
-                    watcher(message)
+                self._see(message)
+
+    def _route(self, delta: TokenDelta) -> None:
+        route = self._routes.get(delta.request_id)
+        if route is None:
+            return
+        if route.sink:
+            route.sink(delta)
+        if delta.finish_reason is not None:
+            route.unfinished -= 1
+            if route.unfinished == 0:
+                del self._routes[delta.request_id]
+
+    def _see(self, status: ServiceStatus) -> None:
+        self.status = status
+        for watcher in self._watchers:
+            watcher(status)
 
     def _send(self, message: ToEngine) -> None:
         assert self._transport is not None, "connect comes first"

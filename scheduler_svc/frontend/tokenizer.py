@@ -1,0 +1,174 @@
+"""Text ↔ token ids for one model: from a Hugging Face directory, or from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import tokenizers
+
+from scheduler_svc.frontend import detokenizer, gguf_tokenizer
+from scheduler_svc.frontend.chat_template import ChatTemplate
+from scheduler_svc.frontend.detokenizer import Detokenizer, Vocabulary
+
+# Encoding costs about 1 µs a character, and `tokenizers` gives up the GIL meanwhile: longer texts go to a thread, so
+# that no stream waits for somebody's long prompt.
+INLINE_CHARACTERS: Final = 2_000
+BUNDLE_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read or is not supported, in one line."""
+
+
+class Tokenizer:
+    """`files` is what a router needs to build the same tokenizer: file name to contents."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None, files: dict[str, bytes]
+    ) -> None:
+        self._backend = backend
+        self.chat_template = chat_template
+        self.files = files
+        self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        tokens = [backend.id_to_token(i) for i in range(self.size)]
+        self.longest_token = max(len(token or "") for token in tokens)
+        added = backend.get_added_tokens_decoder()
+        special = frozenset(i for i, token in added.items() if token.special)
+        self._vocabulary = _vocabulary(backend, tokens, special)
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    async def encode_off_loop(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`encode`, in a thread where the text is long."""
+        if len(text) <= INLINE_CHARACTERS:
+            return self.encode(text, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.encode, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    async def decode_off_loop(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if len(token_ids) <= INLINE_CHARACTERS:
+            return self.decode(token_ids, skip_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.decode, token_ids, skip_special_tokens)
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        return self._vocabulary.detokenizer(skip_special_tokens)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def from_directory(path: Path) -> Tokenizer:
+    """From tokenizer.json, tokenizer_config.json and, where it is, chat_template.jinja. Raises TokenizerError."""
+    files = {name: (path / name).read_bytes() for name in BUNDLE_FILES if (path / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise TokenizerError(f"{path} has no tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read: {error}") from error
+    backend.no_padding()
+    backend.no_truncation()
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    return Tokenizer(backend, _template(_directory_template(files, config), _special_names(config)), files)
+
+
+def from_gguf(metadata: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
+    """`config` is the model's, in Hugging Face's words, for the routers that ask for it. Raises TokenizerError."""
+    try:
+        backend = gguf_tokenizer.build(metadata)
+    except gguf_tokenizer.UnsupportedTokenizerError as error:
+        raise TokenizerError(str(error)) from error
+    except KeyError as error:
+        raise TokenizerError(f"the GGUF file's metadata has no {error.args[0]!r}") from error
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {
+        f"{short}_token": tokens[i]
+        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if (i := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
+    }
+    source = metadata.get("tokenizer.chat_template")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **special,
+        **({"chat_template": source} if source else {}),
+    }
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(tokenizer_config, ensure_ascii=False).encode(),
+        "config.json": json.dumps(config).encode(),
+    }
+    return Tokenizer(backend, _template(source, special), files)
+
+
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """A token a byte, ids above 255 nameless: what a fake backend of any vocabulary can be served with."""
+    characters = {byte: character for character, byte in detokenizer.byte_characters().items()}
+    vocab = {characters[i] if i < 256 else f"<|{i}|>": i for i in range(max(vocab_size, 256))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    source = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    return Tokenizer(backend, ChatTemplate(source, {}), {"tokenizer.json": backend.to_str().encode()})
+
+
+def _vocabulary(backend: tokenizers.Tokenizer, tokens: Sequence[str | None], special: frozenset[int]) -> Vocabulary:
+    # `to_str` of a large vocabulary takes long: the decoder's own state is the same JSON.
+    state = backend.decoder.__getstate__() if backend.decoder else None
+    try:
+        return detokenizer.vocabulary(json.loads(state) if state else None, tokens, special)
+    except detokenizer.UnknownDecoderError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _template(source: str | None, special_tokens: dict[str, str]) -> ChatTemplate | None:
+    if not source:
+        return None
+    try:
+        return ChatTemplate(source, special_tokens)
+    except jinja2.TemplateSyntaxError as error:
+        raise TokenizerError(f"the chat template cannot be parsed: {error}") from error
+
+
+def _directory_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    template = json.loads(files["chat_template.json"]) if "chat_template.json" in files else config
+    match template.get("chat_template"):
+        case str(source):
+            return source
+        case list(named):  # several templates by name
+            return next((entry["template"] for entry in named if entry["name"] == "default"), None)
+        case _:
+            return None
+
+
+def _special_names(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like, each written as a string or as an added token."""
+    names: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        match config.get(name):
+            case str(text) | {"content": str(text)}:
+                names[name] = text
+    return names
