@@ -30,6 +30,10 @@ class StoreError(Exception):
     """A model that cannot be had, in one line for the person who asked."""
 
 
+class UnknownModelError(StoreError):
+    """Neither a path nor a name that somebody registered."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model file inside a wheel of the package index, and what both must hash to."""
@@ -69,11 +73,11 @@ def home() -> Path:
 
 
 def known(name: str) -> Model:
-    """Raises StoreError for a name that nobody registered."""
+    """Raises UnknownModelError."""
     try:
         return MODELS[name]
     except KeyError:
-        raise StoreError(f"unknown model {name!r}; known: {', '.join(MODELS)}") from None
+        raise UnknownModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}") from None
 
 
 def location(model: Model) -> Path:
@@ -86,9 +90,9 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     if model not in MODELS:
         path = Path(model)
         if not path.exists():
-            raise StoreError(f"{model!r} is neither a path nor a known name; known: {', '.join(MODELS)}")
+            raise UnknownModelError(f"{model!r} is neither a path nor a known name; known: {', '.join(MODELS)}")
         if not path.is_dir() and path.suffix != ".gguf":
-            raise StoreError(f"{model!r} is neither a model directory nor a .gguf file")
+            raise UnknownModelError(f"{model!r} is neither a model directory nor a .gguf file")
         return path.resolve()
     return pull(model, progress)
 

@@ -1,0 +1,71 @@
+"""`pagewire generate PROMPT`: one text, continued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from client.api import FinishReason, GenerateDelta, GenerateFinished
+from client.client import Client, Generation
+from client.commands import flags
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Continues a text; streams to standard output. Ctrl-C cancels."
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    flags.add_address(parser)
+    flags.add_sampling(parser, max_tokens=256)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a stream")
+    return parser
+
+
+def main(prog: str, argv: Sequence[str]) -> int:
+    arguments = _parser(prog).parse_args(argv)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with Client(arguments.address) as client, client.generate(prompt, flags.sampling(arguments)) as generation:
+        if arguments.json:
+            print(json.dumps(_collect(generation)))
+        else:
+            _stream(generation)
+    return 0
+
+
+def _stream(generation: Generation) -> None:
+    ends_line = False
+    for chunk in generation:
+        if isinstance(chunk, GenerateDelta) and chunk.text:
+            print(chunk.text, end="", flush=True)
+            ends_line = chunk.text.endswith("\n")
+    if not ends_line:
+        print()
+
+
+def _collect(generation: Generation) -> dict[str, object]:
+    metadata = generation.metadata()
+    text: list[str] = []
+    token_ids: list[int] = []
+    finished = GenerateFinished()
+    for chunk in generation:
+        if isinstance(chunk, GenerateDelta):
+            text.append(chunk.text)
+            token_ids += chunk.token_ids
+        else:
+            finished = chunk
+    usage, timings = finished.usage, finished.timings
+    return {
+        "request_id": metadata.get("request-id", ""),
+        "seed": int(metadata["seed"]) if "seed" in metadata else None,
+        "text": "".join(text),
+        "token_ids": token_ids,
+        "finish_reason": FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower(),
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+        },
+        "seconds": {"first_token": timings.first_token, "total": timings.total},
+    }
