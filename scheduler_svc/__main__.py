@@ -1,0 +1,155 @@
+"""`python -m scheduler_svc MODEL` serves, all on this host; `python -m scheduler_svc replay LOG` runs a log again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scheduler_svc import config
+from scheduler_svc.loop import EngineLoop
+from scheduler_svc.record import LogError, replay
+
+if TYPE_CHECKING:
+    from protos.wire import ServiceStatus, ToFrontend
+    from scheduler_svc.config import ServiceConfig
+    from scheduler_svc.frontend.model import ServedModel
+    from scheduler_svc.frontend.server import Frontend, FrontendConfig
+
+
+def main() -> int:
+    """Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    if sys.argv[1:2] == ["replay"]:
+        return _replay(sys.argv[2:])
+    settings = config.parse()
+    began = time.monotonic()
+    try:
+        loop = EngineLoop(settings.loop, time.monotonic)
+    except OSError as error:
+        return _fail(str(error))
+    loop.start()  # the worker first: it loads while gRPC and the tokenizer do, and nothing of gRPC lives through a fork
+    try:
+        return _serve(settings, loop, began)
+    except KeyboardInterrupt:
+        return _fail("interrupted before it served")
+    finally:
+        loop.stop()
+
+
+def _serve(settings: ServiceConfig, loop: EngineLoop, began: float) -> int:
+    import uvloop
+
+    from scheduler_svc.frontend.model import ModelError, load_model
+
+    try:
+        model = load_model(settings.model)
+    except ModelError as error:
+        return _fail(str(error))
+    return uvloop.run(_run_frontend(settings, loop, model, began))
+
+
+async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: ServedModel, began: float) -> int:
+    from scheduler_svc.frontend.engine_link import EngineLink
+    from scheduler_svc.frontend.server import Frontend, PortInUseError
+
+    asyncio_loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio_loop.add_signal_handler(number, signals.put_nowait, number)
+    link = EngineLink()
+    link.connect(loop)
+    frontend = Frontend(link, _frontend_config(settings), model)
+    try:
+        port = await frontend.start()
+    except PortInUseError as error:
+        return _fail(str(error))
+    failed: asyncio.Future[str] = asyncio_loop.create_future()
+    announced = False
+
+    def watch(status: ServiceStatus) -> None:
+        nonlocal announced
+        if status.failed and not failed.done():
+            failed.set_result(status.reason)
+        if status.serving and not announced:
+            announced = True
+            took = time.monotonic() - began
+            _say(f"ready: {settings.served_name} at {settings.host}:{port}, {took:.1f} s after the start")
+
+    def deliver(batch: list[ToFrontend]) -> None:
+        for message in batch:
+            link.deliver(message)
+
+    def deliver_soon(batch: list[ToFrontend]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has ended: nobody waits for this any more
+            asyncio_loop.call_soon_threadsafe(deliver, batch)
+
+    link.on_status(watch)
+    loop.attach(deliver_soon)
+    return await _until_ended(frontend, signals, failed, settings.drain_timeout)
+
+
+async def _until_ended(
+    frontend: Frontend, signals: asyncio.Queue[int], failed: asyncio.Future[str], drain_timeout: float
+) -> int:
+    """One signal drains, a second one stops at once; a failure stops at once, too."""
+    first = asyncio.ensure_future(signals.get())
+    first_or_failed: set[asyncio.Future[Any]] = {first, failed}
+    await asyncio.wait(first_or_failed, return_when=asyncio.FIRST_COMPLETED)
+    if first.done():
+        _say(f"{signal.Signals(first.result()).name}: draining; a second signal stops at once")
+        drained, second = asyncio.ensure_future(frontend.drain(drain_timeout)), asyncio.ensure_future(signals.get())
+        any_end: set[asyncio.Future[Any]] = {drained, second, failed}
+        await asyncio.wait(any_end, return_when=asyncio.FIRST_COMPLETED)
+        second.cancel()
+        if drained.done():
+            drained.result()
+            _say("drained")
+            return 0
+        drained.cancel()
+    first.cancel()
+    await frontend.stop()
+    return _fail(failed.result() if failed.done() else "stopped at once: running calls were dropped")
+
+
+def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
+    from scheduler_svc.frontend.server import FrontendConfig
+
+    return FrontendConfig(
+        host=settings.host,
+        port=settings.port,
+        served_name=settings.served_name,
+        max_model_len=settings.loop.engine.max_model_len,
+        max_num_seqs=settings.loop.engine.max_num_seqs,
+        block_size=settings.loop.engine.block_size,
+    )
+
+
+def _replay(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m scheduler_svc replay LOG", file=sys.stderr)
+        return 2
+    try:
+        result = replay(Path(arguments[0]))
+    except (OSError, LogError) as error:
+        return _fail(str(error))
+    if result.difference:
+        return _fail(f"{arguments[0]}: {result.difference}")
+    print(f"{result.events} events, {result.instructions} instructions: all as recorded")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"pagewire {line}", file=sys.stderr, flush=True)
+
+
+def _fail(line: str) -> int:
+    print(f"pagewire: {line}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The thread around the engine: it hears workers and frontends, tells the engine, and does what the engine decides."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import zmq
+
+from protos.wire import (
+    Abort,
+    Answer,
+    Ask,
+    FrontendHello,
+    FrontendLost,
+    Outputs,
+    Question,
+    ServiceStatus,
+    StepPlan,
+    Submit,
+    ToEngine,
+    ToFrontend,
+)
+from scheduler_svc.config import LoopConfig
+from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
+from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.record import Header, Recorder
+from scheduler_svc.spawn import WorkerProcess
+from scheduler_svc.worker_link import WorkerLink
+from scheduler_svc.worker_socket import WorkerSocket
+
+TICK = 0.05  # seconds at most between two Ticks while somebody runs or waits
+_FINEST_TICK = 0.005
+_LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
+
+Deliver = Callable[[list[ToFrontend]], None]
+
+
+class EngineLoop:
+    """Owns engine, worker socket and worker process, in one thread of its own, which calls `deliver` (see `attach`).
+
+    `send` and `stop` may be called from any thread.
+    Raises OSError where the endpoint or the record file cannot be opened.
+    """
+
+    def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._engine = Scheduler(config.engine)
+        self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
+        self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers")
+        header = Header(config.engine, config.setup.epoch.boot, config.setup.model)
+        self._recorder = Recorder(config.record, header) if config.record else None
+        self._process: WorkerProcess | None = None
+        if config.spawn:
+            arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
+            self._process = WorkerProcess(arguments, clock)
+        self._link = WorkerLink(
+            config.setup,
+            self._socket.send,
+            self._process,
+            step_deadline=config.step_deadline,
+            load_deadline=config.load_deadline,
+        )
+        self._mailbox: deque[ToEngine] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rings when the mailbox is not empty
+        self._deliver: Deliver | None = None
+        self._outgoing: list[ToFrontend] = []
+        self._status: ServiceStatus | None = None  # the last one delivered
+        self._drains: list[Ask] = []
+        self._draining = False
+        self._now = self._ticked = clock()
+        self._stopping = False
+        self._failure = ""
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-loop")
+
+    @property
+    def endpoint(self) -> str:
+        """Where workers connect."""
+        return self._socket.endpoint
+
+    def start(self) -> None:
+        """Returns when the worker process is spawned (or has failed to be)."""
+        self._thread.start()
+        self._begun.wait()
+
+    def attach(self, deliver: Deliver) -> None:
+        """Everything for the frontend goes to `deliver`, the present status first."""
+        self._deliver = deliver
+        self.send(FrontendHello(""))
+
+    def send(self, message: ToEngine) -> None:
+        self._mailbox.append(message)
+        os.eventfd_write(self._bell, 1)
+
+    def stop(self) -> None:
+        """Ends workers and thread; what runs is dropped."""
+        self._stopping = True
+        os.eventfd_write(self._bell, 1)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            self._failure = "the engine loop failed, see the traceback above"
+            self._post()
+        finally:
+            self._begun.set()
+            self._close()
+
+    def _serve(self) -> None:
+        """The main loop: wait, let the engine know the time and what was heard, send what it decided."""
+        poller = zmq.Poller()
+        for source in (self._socket.router, self._socket.monitor, self._bell):
+            poller.register(source, zmq.POLLIN)
+        self._keep_worker(poller)
+        self._begun.set()
+        while not self._stopping:
+            poller.poll(self._patience())
+            self._now = self._clock()
+            if self._now - self._ticked >= _FINEST_TICK:
+                self._ticked = self._now
+                self._feed(Tick(self._now))
+            for event in self._hear():
+                self._feed(event)
+            self._keep_worker(poller)
+            self._post()
+
+    def _patience(self) -> int | None:
+        """Milliseconds until something is due by the clock alone."""
+        now, due = self._clock(), []
+        if self._mailbox:
+            return 0
+        if not self._engine.idle:
+            due.append(self._ticked + TICK)
+        if (deadline := self._link.deadline) is not None:
+            due.append(deadline)
+        return int(max(0.0, min(due) - now) * 1000) + 1 if due else None
+
+    def _hear(self) -> Iterator[Event]:
+        """Each event is fed before the next is looked for."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while self._mailbox:
+            yield from self._from_frontend(self._mailbox.popleft())
+        for peer, heard in self._socket.hear():
+            yield from self._link.hear(peer, heard, self._now)
+        yield from self._link.expire(self._now)
+
+    def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
+        match message:
+            case Submit() | Abort() | FrontendLost():
+                yield message
+            case FrontendHello():
+                self._status = None  # so that the newcomer gets one
+            case Ask(question=Question.STATS):
+                self._answer(message)
+            case Ask(question=Question.FLUSH_CACHE):
+                cached = self._engine.stats().cached_blocks
+                yield FlushCache()
+                self._answer(message, freed_blocks=cached - self._engine.stats().cached_blocks)
+            case Ask(question=Question.CANCEL, request_id=request_id):
+                found = request_id in self._engine.roster.requests
+                if found:
+                    yield Abort(request_id)
+                self._answer(message, found=found)
+            case Ask(question=Question.DRAIN):
+                self._draining = True
+                self._drains.append(message)
+                yield Drain()
+
+    def _answer(self, ask: Ask, *, found: bool = True, freed_blocks: int = 0) -> None:
+        self._outgoing.append(Answer(ask.token, self._service_status(), found, freed_blocks, ask.frontend))
+
+    def _feed(self, event: Event) -> None:
+        """One event into the engine, its instructions out, and whatever follows from carrying them out."""
+        events = deque([event])
+        while events:
+            event = events.popleft()
+            instructions = self._engine.handle(event)
+            if self._recorder:
+                self._recorder.write(event, instructions)
+            for instruction in instructions:
+                match instruction:
+                    case StepPlan():
+                        events.extend(self._link.send_plan(instruction, self._now))
+                    case Outputs():
+                        self._outgoing.append(instruction)
+                    case EndEpoch(epoch, reason) if epoch == self._link.epoch:
+                        if isinstance(event, WorkerReady):  # it will not like the next one better
+                            self._link.fatal = reason
+                        events.extend(self._link.lose(reason, self._now))
+                    case EndEpoch():
+                        pass  # it has ended already
+
+    def _post(self) -> None:
+        """All that this iteration has for the frontend, in one call."""
+        if self._deliver is None:
+            return
+        if self._drains and self._engine.idle:
+            for ask in self._drains:
+                self._answer(ask)
+            self._drains.clear()
+        if (status := self._changed_status()) is not None:
+            self._outgoing.append(status)
+        if self._outgoing:
+            self._deliver(self._outgoing)
+            self._outgoing = []
+
+    def _changed_status(self) -> ServiceStatus | None:
+        """None while it says what the last one said, counts aside."""
+        old, link = self._status, self._link
+        serving, failed = self._is_serving(), bool(link.fatal or self._failure)
+        if old and (old.serving, old.failed, old.ready, old.workers) == (serving, failed, link.ready, [link.status]):
+            return None
+        self._status = self._service_status()
+        return self._status
+
+    def _is_serving(self) -> bool:
+        return self._link.serving and not self._draining and not self._failure
+
+    def _service_status(self) -> ServiceStatus:
+        link = self._link
+        reason = self._failure or link.fatal or ("draining" if self._draining else link.reason)
+        failed = bool(link.fatal or self._failure)
+        return ServiceStatus(self._is_serving(), reason, link.ready, [link.status], self._engine.stats(), failed)
+
+    def _keep_worker(self, poller: zmq.Poller) -> None:
+        """Notices a dead process, and starts one where none runs and none has to be waited for."""
+        process = self._process
+        if process is None or self._link.fatal:
+            return
+        if process.has_ended():
+            poller.unregister(process.exit_fd)
+            for event in self._link.exited(process.reap(), self._now):
+                self._feed(event)
+        if not process.pid and self._clock() >= process.start_at:
+            process.start()
+            poller.register(process.exit_fd, zmq.POLLIN)
+
+    def _close(self) -> None:
+        self._link.shut_down("the scheduler stops")
+        if self._process:
+            self._process.stop(_LAST_WORDS)
+        self._socket.close()
+        if self._recorder:
+            self._recorder.close()
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""A worker process that is kept alive: respawned at once when it dies, and with patience when it dies of its start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between starts that came to nothing
+
+
+class WorkerProcess:
+    """Belongs to one thread, which must live as long as the process: the kernel kills a worker when its thread ends."""
+
+    def __init__(self, arguments: Sequence[str], clock: Callable[[], float]) -> None:
+        self._arguments, self._clock = arguments, clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._condemned = False  # killed from here
+        self._futile = 0  # deaths in a row before the worker was ready
+        self.started_at = 0.0
+        self.start_at = 0.0  # when the next start is due, while there is no process
+        self.exit_fd = -1  # readable once the process has ended
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def start(self) -> None:
+        """What the worker writes goes to this process's stderr. Raises OSError where no process can be made."""
+        command = [sys.executable, "-m", "worker_svc", *self._arguments, "--parent-pid", str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        self.exit_fd = os.pidfd_open(self._process.pid)
+        self._condemned = False
+        self.started_at = self._clock()
+
+    def was_ready(self) -> None:
+        self._futile = -1  # its death is one to answer at once
+
+    def has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def reap(self) -> str:
+        """After its end: how it ended, in words; empty if by `kill`. Sets `start_at` for the next one."""
+        assert self._process is not None
+        code = self._process.wait()
+        os.close(self.exit_fd)
+        self._process, self.exit_fd = None, -1
+        self._futile += 1
+        delay = min(_FIRST_DELAY * 2.0 ** (self._futile - 2), _LONGEST_DELAY) if self._futile > 1 else 0.0
+        self.start_at = self._clock() + delay
+        return "" if self._condemned else _in_words(code)
+
+    def obituary(self, patience: float) -> str:
+        """How it ended, in words; empty where it has not within `patience` seconds."""
+        try:
+            return _in_words(self._process.wait(patience)) if self._process else ""
+        except subprocess.TimeoutExpired:
+            return ""
+
+    def kill(self) -> None:
+        if self._process:
+            self._condemned = True
+            self._process.kill()
+
+    def stop(self, patience: float) -> None:
+        """Waits for a worker that was told to end; kills it after `patience` seconds."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self.reap()
+
+
+def _in_words(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,221 @@
+"""One worker group, from Hello to loss (R5): which epoch it is in, and when it has to end."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from protos.wire import (
+    PROTOCOL,
+    AdapterReady,
+    Epoch,
+    Fault,
+    FromWorker,
+    Hello,
+    Phase,
+    Ready,
+    Setup,
+    Shutdown,
+    Status,
+    StepPlan,
+    StepResult,
+    ToWorker,
+    WorkerStatus,
+)
+from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
+from scheduler_svc.spawn import WorkerProcess
+from scheduler_svc.worker_socket import Garbled, Gone, Heard
+
+_DYING = 0.05  # seconds between the end of a process's connections and its own
+
+
+class WorkerLink:
+    """
+    lost ──Hello / we send Setup──► loading ──Ready──► serving ──Fault, silence, death, our own doubt──► lost
+
+    A spawned worker that is lost is killed, and another takes its place; one that came by itself gets another epoch, or
+    is shut down where it cannot even load. `fatal` holds the reason why no worker can ever serve this Setup.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        send: Callable[[bytes, ToWorker], bool],
+        process: WorkerProcess | None,
+        *,
+        step_deadline: float,
+        load_deadline: float,
+    ) -> None:
+        self._setup, self._send, self._process = setup, send, process
+        self._step_deadline, self._load_deadline = step_deadline, load_deadline
+        self._counter = setup.epoch.counter
+        self._peer = b""
+        self._hello: Hello | None = None
+        self._epoch: Epoch | None = None  # from its Setup to its end
+        self._status: Status | None = None
+        self._in_flight: deque[int] = deque()  # steps sent and not answered
+        self._since = 0.0  # when the silence began that a deadline measures
+        self.serving = False
+        self.ready: Ready | None = None  # of the newest epoch, also while no worker lives
+        self.reason = "no worker has come yet"
+        self.fatal = ""
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return self._epoch
+
+    @property
+    def status(self) -> WorkerStatus:
+        pid = self._hello.pid if self._hello else self._process.pid if self._process else 0
+        if self.serving:
+            return WorkerStatus("serving", pid, self.ready.device if self.ready else "")
+        if self._epoch:
+            status = self._status
+            return WorkerStatus("loading", pid, "", status.detail if status else "", status.progress if status else 0.0)
+        return WorkerStatus("starting" if pid else "lost", pid, "", self.reason)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `expire` has something to do."""
+        if self.serving:
+            patience = self._load_deadline if self._status else self._step_deadline
+            return self._since + patience if self._in_flight else None
+        if self._epoch:
+            return self._since + self._load_deadline
+        if self._process is None or self.fatal:
+            return None
+        return self._process.started_at + self._load_deadline if self._process.pid else self._process.start_at
+
+    def hear(self, peer: bytes, heard: Heard, now: float) -> Iterator[Event]:
+        """What a peer's message means to the engine."""
+        match heard:
+            case Hello():
+                yield from self._welcome(peer, heard, now)
+            case Gone():
+                if peer == self._peer:
+                    self._peer = b""
+                    how = self._process.obituary(_DYING) if self._process else ""
+                    yield from self.lose(f"it {how}" if how else "its connection broke", now)
+            case Garbled(reason):
+                if peer == self._peer and self._epoch:
+                    yield from self.lose(f"it sent {reason}", now)
+                else:
+                    _log(f"a stranger sent {reason}")
+            case Ready() | AdapterReady() | StepResult() | Status() | Fault():
+                if peer == self._peer and heard.epoch == self._epoch:
+                    yield from self._believe(heard, now)
+
+    def send_plan(self, plan: StepPlan, now: float) -> Iterator[Event]:
+        if plan.epoch != self._epoch:
+            return  # made before the engine heard of the epoch's end
+        if not self._in_flight:
+            self._since = now
+        self._in_flight.append(plan.step)
+        if not self._send(self._peer, plan):
+            yield from self.lose("its connection broke", now)
+
+    def lose(self, reason: str, now: float, *, blameless: bool = False) -> Iterator[Event]:
+        """Ends the epoch, if there is one, and whatever process or connection stood behind it."""
+        epoch, was_serving = self._epoch, self.serving
+        self._epoch, self._status, self.serving = None, None, False
+        self._in_flight.clear()
+        if epoch or self._hello:
+            self.reason = f"the worker was lost: {reason}"
+            _log(f"worker {self.status.pid}: lost: {reason}")
+        hello, self._hello = self._hello, None
+        if self._process:
+            self._process.kill()
+            self._peer = b""
+        elif self._peer and was_serving and hello:
+            self._begin(self._peer, hello, now)
+        elif self._peer:
+            self._send(self._peer, Shutdown(reason))
+            self._peer = b""
+        if epoch and was_serving:
+            yield WorkerLost(epoch, reason, blameless)
+
+    def exited(self, how: str, now: float) -> Iterator[Event]:
+        """The spawned process has ended; `how` is empty where it was killed from here."""
+        if self._epoch or self._hello:
+            yield from self.lose(f"it {how}", now)
+        elif how:
+            self.reason = f"the worker {how} before it was ready"
+            _log(self.reason)
+        self._peer = b""
+
+    def expire(self, now: float) -> Iterator[Event]:
+        """Ends what is past its deadline."""
+        deadline = self.deadline
+        if deadline is None or now < deadline:
+            return
+        if self.serving:
+            yield from self.lose(f"step {self._in_flight[0]} took longer than {self._step_deadline:g} s", now)
+        elif self._epoch or (self._process and self._process.pid):
+            yield from self.lose(f"nothing was heard of its start for {self._load_deadline:g} s", now)
+
+    def shut_down(self, reason: str) -> None:
+        if self._peer:
+            self._send(self._peer, Shutdown(reason))
+
+    def _welcome(self, peer: bytes, hello: Hello, now: float) -> Iterator[Event]:
+        refusal = ""
+        if hello.protocol != PROTOCOL:
+            refusal = f"it speaks protocol {hello.protocol}, this scheduler speaks {PROTOCOL}"
+        elif self._process and hello.pid != self._process.pid:
+            refusal = "this scheduler serves only the worker that it spawned"
+        elif self._epoch and peer != self._peer:
+            refusal = "this scheduler has a worker already"
+        if refusal:
+            _log(f"worker {hello.pid}: refused: {refusal}")
+            self._send(peer, Shutdown(f"refused: {refusal}"))
+            return
+        if self._epoch:
+            yield from self.lose("it said hello again", now)
+            return
+        self._begin(peer, hello, now)
+
+    def _begin(self, peer: bytes, hello: Hello, now: float) -> None:
+        self._counter += 1
+        self._peer, self._hello, self._since = peer, hello, now
+        self._epoch = Epoch(self._setup.epoch.boot, self._counter)
+        self._send(peer, msgspec.structs.replace(self._setup, epoch=self._epoch))
+
+    def _believe(self, message: FromWorker, now: float) -> Iterator[Event]:
+        """Of the worker's current epoch."""
+        self._since = now
+        match message:
+            case Ready() if not self.serving:
+                if message.num_blocks < 2:
+                    yield from self.lose(f"it has {message.num_blocks} KV blocks, one of them null", now)
+                    return
+                self.serving, self.ready, self.reason, self._status = True, message, "", None
+                if self._process:
+                    self._process.was_ready()
+                yield WorkerReady(
+                    message.epoch,
+                    message.num_blocks,
+                    self._setup.max_slots,
+                    message.align,
+                    message.groups,
+                    message.max_model_len,
+                )
+            case StepResult() if self._in_flight:
+                self._in_flight.popleft()
+                self._status = None
+                yield message
+            case Status():
+                self._status = message if message.phase != Phase.RUNNING else None  # a compilation extends the deadline
+            case Fault(fatal=True):
+                self.fatal = self.reason = message.reason
+                self._epoch, self.serving = None, False
+            case Fault():
+                yield from self.lose(message.reason, now)
+            case Hello() | Ready() | StepResult() | AdapterReady():
+                pass  # nothing of it was asked for
+
+
+def _log(line: str) -> None:
+    print(f"pagewire: {line}", file=sys.stderr, flush=True)

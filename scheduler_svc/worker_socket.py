@@ -1,0 +1,91 @@
+"""The scheduler's end of the links to workers: a ROUTER socket, and word of who has gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from protos.codec import DecodeError, decode_from_worker, encode
+from protos.wire import FromWorker, ToWorker
+
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+_LARGEST = 256 << 20  # bytes of a message that is read at all
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The peer's connection has ended."""
+
+
+@dataclass(frozen=True)
+class Garbled:
+    """The peer sent something that is no message."""
+
+    reason: str
+
+
+Heard = FromWorker | Gone | Garbled
+
+
+class WorkerSocket:
+    """Raises OSError where the endpoint cannot be bound."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self.router = self._context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.router.setsockopt(zmq.SNDHWM, 0)  # what is in flight is bounded by the engine's depth
+        self.router.setsockopt(zmq.LINGER, 200)
+        self.router.setsockopt(zmq.MAXMSGSIZE, _LARGEST)
+        self.router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self.router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        self.monitor = self.router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._peers: dict[int, bytes] = {}  # by the connection's file descriptor, which is all that the monitor tells
+        try:
+            self.router.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(error.errno, f"cannot listen for workers at {endpoint}: {error.strerror}") from error
+        self.endpoint: str = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def hear(self) -> Iterator[tuple[bytes, Heard]]:
+        """All that has come; the last words of a peer before its end."""
+        gone = self._ended()
+        while self.router.poll(0):
+            frames = self.router.recv_multipart(copy=False)
+            peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
+            if self._peers.get(connection) != peer:
+                gone += self._ended()  # a descriptor used again: first hear of the end of whoever had it
+                self._peers[connection] = peer
+            try:
+                yield peer, decode_from_worker(b"".join(frame.buffer for frame in frames[1:]))
+            except DecodeError as error:
+                yield peer, Garbled(f"{sum(len(frame) for frame in frames[1:])} bytes that are no message: {error}")
+        for peer in gone:
+            yield peer, Gone()
+
+    def _ended(self) -> list[bytes]:
+        peers = []
+        while self.monitor.poll(0):
+            if peer := self._peers.pop(recv_monitor_message(self.monitor)["value"], None):
+                peers.append(peer)
+        return peers
+
+    def send(self, peer: bytes, message: ToWorker) -> bool:
+        """False where the peer is not connected any more."""
+        try:
+            self.router.send_multipart((peer, encode(message)), zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        self.router.disable_monitor()
+        self.monitor.close()
+        self.router.close()
+        self._context.term()

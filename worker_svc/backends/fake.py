@@ -1,0 +1,269 @@
+"""A backend without a model: the next token is a hash of seed, position and prefix, so any stream can be checked.
+
+It keeps slots, block tables and KV as a real one does, with one word for a token's K and V: the hash of the prefix that
+ends there. A plan that reads a position that nobody filled, or that somebody else overwrote, is an error, not a guess.
+Options come with the model's name: `fake:vocab=512,delay_ms=20,poison=7`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass, field, fields
+
+from protos.wire import Admit, Mask, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
+from worker_svc.backends.base import BackendError, Capacity, Progress
+
+PREFIX = "fake:"
+_WORD = (1 << 64) - 1
+_BYTES_PER_TOKEN = 1024  # what a token's KV pretends to weigh when `Setup.kv_bytes` sizes the pool
+
+
+@dataclass(frozen=True)
+class Options:
+    """Whole numbers; −1 is off."""
+
+    vocab: int = 512
+    blocks: int = 1024  # null block included; `Setup.kv_bytes` goes first
+    context: int = 8192
+    align: int = 1
+    delay_ms: int = 0  # a step takes at least this long
+    load_ms: int = 0
+    load_fails: int = -1  # 0: a BackendError; 1: an exception that another try might survive; 2: death
+    poison: int = -1  # a step over a prompt with this token kills the process …
+    fault: int = -1  # … or raises …
+    hang: int = -1  # … or never ends
+
+    @classmethod
+    def parse(cls, model: str) -> Options:
+        """Raises BackendError for an unknown option or a value that is no number."""
+        if not model.startswith(PREFIX):
+            return cls()  # a real model's path with `--backend fake`
+        known = {f.name for f in fields(cls)}
+        values = {}
+        for item in filter(None, model.removeprefix(PREFIX).split(",")):
+            name, _, value = item.partition("=")
+            if name not in known or not value.lstrip("-").isdecimal():
+                raise BackendError(f"model {model!r}: {item!r} is not one of {', '.join(sorted(known))} with a number")
+            values[name] = int(value)
+        return cls(**values)
+
+
+def extend(prefix_hash: int, token: int) -> int:
+    return ((prefix_hash ^ (token + 1)) * 0x9E3779B97F4A7C15 + 1) & _WORD
+
+
+def draw(seed: int, position: int, prefix_hash: int, vocab: int) -> int:
+    """splitmix64's finalizer over all that a token may depend on."""
+    z = (prefix_hash + seed * 0xBF58476D1CE4E5B9 + position * 0x94D049BB133111EB) & _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return (z ^ (z >> 31)) % vocab
+
+
+def expected(token_ids: list[int], sampling: Sampling, vocab: int = Options.vocab) -> list[int]:
+    """The output that an undisturbed run gives: the oracle of every test with this backend."""
+    slot = _Slot(list(token_ids), len(token_ids), sampling, [])
+    ends = {*sampling.stop_token_ids, *sampling.eos_token_ids}
+    while slot.num_output < sampling.max_tokens:
+        token = slot.next_token(vocab, None)
+        slot.append(token)
+        if token in ends:
+            break
+    return slot.token_ids[slot.prompt_len :]
+
+
+@dataclass
+class _Slot:
+    token_ids: list[int]
+    prompt_len: int
+    sampling: Sampling
+    table: list[int]  # block ids in position order
+    computed: int = -1  # positions whose KV is written; −1: not begun, the first row says where
+    hashes: list[int] = field(default_factory=list)  # of the prefix that ends at each position
+
+    def __post_init__(self) -> None:
+        tokens, self.token_ids = self.token_ids, []
+        for token in tokens:
+            self.append(token)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.hashes.append(extend(self.hashes[-1] if self.hashes else 0, token))
+
+    def next_token(self, vocab: int, allowed: memoryview | None) -> int:
+        sampling = self.sampling
+        seed = sampling.seed if sampling.temperature > 0 else 0
+        token = draw(seed, len(self.token_ids), self.hashes[-1], vocab)
+        early = self.num_output < sampling.min_tokens
+        banned = {*sampling.stop_token_ids, *sampling.eos_token_ids} if early else set()
+        for step in range(vocab):
+            candidate = (token + step) % vocab
+            if candidate not in banned and (allowed is None or allowed[candidate // 8] >> (candidate % 8) & 1):
+                return candidate
+        raise ValueError("a mask allows no token")
+
+
+class FakeBackend:
+    """Raises ValueError for a plan that breaks a rule of the wire."""
+
+    def __init__(self) -> None:
+        self._options = Options()
+        self._block_size = self._max_slots = 0
+        self._kv: list[list[int]] = []  # [block][offset] prefix hash, 0 where nothing was written
+        self._slots: dict[int, _Slot] = {}
+        self._rows: list[Row] = []
+        self._starts: list[int] = []  # of the last forward's rows
+
+    def load(self, setup: Setup, progress: Progress) -> Capacity:
+        options = self._options = Options.parse(setup.model)
+        if setup.max_model_len > options.context:
+            raise BackendError(f"max_model_len {setup.max_model_len} is beyond the model's {options.context}")
+        if setup.quantization or setup.speculation or setup.tp_size != 1:
+            raise BackendError("the fake backend has no quantization, no speculation and no tensor parallelism")
+        if options.load_fails == 0:
+            raise BackendError(f"model {setup.model!r} cannot be read, as asked")
+        if options.load_fails == 1:
+            raise RuntimeError("loading failed, as asked")
+        if options.load_fails == 2:
+            os._exit(3)
+        for part in range(4):
+            progress("weights", part / 4)
+            time.sleep(options.load_ms / 4000)
+        self._block_size, self._max_slots = setup.block_size, setup.max_slots
+        num_blocks = setup.kv_bytes // (setup.block_size * _BYTES_PER_TOKEN) if setup.kv_bytes else options.blocks
+        if num_blocks < 2:
+            raise BackendError(f"{setup.kv_bytes} bytes of KV hold no block of {setup.block_size} tokens")
+        self._kv = [[0] * setup.block_size for _ in range(num_blocks)]
+        return Capacity(
+            num_blocks=num_blocks,
+            align=options.align,
+            exact=True,
+            device="cpu",
+            dtype="float32" if setup.dtype == "auto" else setup.dtype,
+            backend="fake",
+            max_model_len=setup.max_model_len or options.context,
+            vocab_size=options.vocab,
+            fingerprint=hashlib.blake2b(f"fake {options.vocab}".encode(), digest_size=8).hexdigest(),
+        )
+
+    def reset(self, setup: Setup) -> None:
+        self._slots.clear()
+        self._kv = [[0] * self._block_size for _ in self._kv]
+
+    def forward(self, plan: StepPlan) -> None:
+        for slot in plan.release:
+            if self._slots.pop(slot, None) is None:
+                raise ValueError(f"release of slot {slot}, which holds nothing")
+        for admit in plan.admit:
+            self._admit(admit)
+        if plan.copies or plan.num_propose:
+            raise ValueError("the fake backend has no host blocks and no drafts")
+        self._rows, self._starts = plan.rows, []
+        if len({row.slot for row in plan.rows}) != len(plan.rows):
+            raise ValueError("two rows name one slot")
+        time.sleep(self._options.delay_ms / 1000)
+        for row in plan.rows:
+            self._starts.append(self._compute(row))
+
+    def sample(self, mask: Mask | None) -> list[RowResult]:
+        results = []
+        for i, (row, computed_from) in enumerate(zip(self._rows, self._starts, strict=True)):
+            slot = self._slots[row.slot]
+            start = len(slot.token_ids)
+            prompt_logprobs = []
+            if slot.sampling.prompt_logprobs >= 0:
+                scored = slot.token_ids[computed_from + 1 : min(slot.computed + 1, slot.prompt_len)]
+                prompt_logprobs = [self._logprobs(token, slot.sampling.prompt_logprobs) for token in scored]
+            tokens: list[int] = []
+            if row.sample:
+                tokens = [slot.next_token(self._options.vocab, self._allowed(mask, i) if row.masked else None)]
+                slot.append(tokens[0])
+            wanted = slot.sampling.logprobs
+            logprobs = [self._logprobs(token, wanted) for token in tokens] if wanted >= 0 else []
+            results.append(RowResult(row.slot, start, tokens, logprobs, 0, prompt_logprobs))
+        return results
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._kv.clear()
+
+    def _admit(self, admit: Admit) -> None:
+        if not 1 <= admit.slot <= self._max_slots or admit.slot in self._slots:
+            raise ValueError(f"admit to slot {admit.slot}, which is taken or not in 1..{self._max_slots}")
+        if not 1 <= admit.prompt_len <= len(admit.token_ids):
+            raise ValueError(f"admit with prompt_len {admit.prompt_len} of {len(admit.token_ids)} tokens")
+        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [])
+        self._slots[admit.slot] = slot
+        self._add_blocks(slot, admit.block_ids)
+
+    def _add_blocks(self, slot: _Slot, block_ids: list[list[int]]) -> None:
+        for block in block_ids[0] if block_ids else []:
+            if not 1 <= block < len(self._kv) or block in slot.table:
+                raise ValueError(f"block {block} is in the table already or not in 1..{len(self._kv) - 1}")
+            slot.table.append(block)
+
+    def _compute(self, row: Row) -> int:
+        """Writes the row's KV; returns its first position."""
+        slot = self._slots.get(row.slot)
+        if slot is None:
+            raise ValueError(f"a row names slot {row.slot}, which holds nothing")
+        self._suffer(slot.token_ids[: slot.prompt_len])
+        self._add_blocks(slot, row.new_block_ids)
+        for token in row.append_token_ids:
+            slot.append(token)
+        if row.num_drafts or row.num_tokens < 1:
+            raise ValueError(f"slot {row.slot}: a row of {row.num_tokens} tokens and {row.num_drafts} drafts")
+        start = slot.computed if row.start < 0 else row.start
+        if start < 0 or slot.computed not in (-1, start):
+            raise ValueError(f"slot {row.slot}: start {row.start}, but {slot.computed} positions are computed")
+        end = start + row.num_tokens
+        if row.start < 0:
+            end = min(end, len(slot.token_ids))  # num_tokens is a maximum there (R1)
+        if end > len(slot.token_ids) or end > len(slot.table) * self._block_size:
+            known, blocks = len(slot.token_ids), len(slot.table)
+            raise ValueError(f"slot {row.slot}: positions up to {end}, with {known} tokens known and {blocks} blocks")
+        if row.sample and end != len(slot.token_ids):
+            raise ValueError(f"slot {row.slot}: a sample at {end} of {len(slot.token_ids)} known tokens")
+        self._check_filled(row.slot, slot, start)
+        for position in range(start, end):
+            block, offset = divmod(position, self._block_size)
+            self._kv[slot.table[block]][offset] = slot.hashes[position]
+        slot.computed = end
+        return start
+
+    def _check_filled(self, number: int, slot: _Slot, start: int) -> None:
+        """The last written position of each block tells of its whole prefix, since it is a hash of it."""
+        for last in {*range(self._block_size - 1, start, self._block_size), *([start - 1] if start else [])}:
+            block, offset = divmod(last, self._block_size)
+            if self._kv[slot.table[block]][offset] != slot.hashes[last]:
+                raise ValueError(f"slot {number}: block {slot.table[block]} does not hold position {last}")
+
+    def _suffer(self, prompt: list[int]) -> None:
+        options = self._options
+        if options.poison in prompt:
+            os._exit(9)
+        if options.fault in prompt:
+            raise RuntimeError(f"token {options.fault} in a prompt, as asked")
+        if options.hang in prompt:
+            threading.Event().wait()
+
+    def _allowed(self, mask: Mask | None, row: int) -> memoryview:
+        if mask is None or row not in mask.rows:
+            raise ValueError(f"row {row} is masked, and no mask covers it")
+        width = -(-self._options.vocab // 32) * 4  # bytes
+        first = mask.rows.index(row) * width
+        return memoryview(mask.bitmask)[first : first + width]
+
+    def _logprobs(self, token: int, alternatives: int) -> TokenLogprobs:
+        """A uniform distribution, in which the alternatives are the ids that follow."""
+        logprob = -math.log(self._options.vocab)
+        top = tuple((token + i) % self._options.vocab for i in range(alternatives))
+        return TokenLogprobs(token, logprob, 1, top, (logprob,) * alternatives)

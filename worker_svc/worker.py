@@ -1,0 +1,162 @@
+"""The worker's main thread: Setup, then one plan after the other, until the link ends."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from protos.wire import (
+    Epoch,
+    Fault,
+    LoadAdapter,
+    Mask,
+    Phase,
+    Ready,
+    Setup,
+    Shutdown,
+    Status,
+    StepPlan,
+    StepResult,
+    Timings,
+    UnloadAdapter,
+)
+from worker_svc.backends.base import BackendError, Capacity, DeviceBackend
+from worker_svc.link import Closed, Garbled, Link, Received
+
+_NO_EPOCH = Epoch(0, 0)
+
+
+class Worker:
+    """Holds nothing that the Admits of a new epoch could not rebuild, but for weights, which the same Setup keeps."""
+
+    def __init__(
+        self,
+        link: Link,
+        create: Callable[[Setup], DeviceBackend],
+        clock: Callable[[], float],
+        mask_deadline: float,
+    ) -> None:
+        self._link, self._create, self._clock, self._mask_deadline = link, create, clock, mask_deadline
+        self._set_aside: deque[Received] = deque()  # came while a mask was waited for
+        self._loaded: tuple[Setup, DeviceBackend, Capacity] | None = None  # Setup without its epoch
+        self._epoch = _NO_EPOCH  # the one whose plans are taken
+        self._step = 0
+        self._idle_since = clock()
+
+    def run(self) -> str:
+        """Serves until there is nobody to serve; returns why."""
+        while True:
+            message = self._set_aside.popleft() if self._set_aside else self._link.receive()
+            match message:
+                case Setup():
+                    self._begin(message)
+                case StepPlan(epoch=epoch) if epoch == self._epoch:
+                    self._execute(message)
+                case LoadAdapter(epoch=epoch) | UnloadAdapter(epoch=epoch) if epoch == self._epoch:
+                    self._fault("adapters are not served")
+                case Garbled(reason):
+                    self._fault(reason)
+                case StepPlan() | Mask() | LoadAdapter() | UnloadAdapter():
+                    pass  # of an epoch that has ended
+                case Shutdown(reason) | Closed(reason):
+                    self._unload()
+                    return reason
+
+    def _begin(self, setup: Setup) -> None:
+        """A new epoch: weights are kept where only the epoch is new."""
+        self._epoch, self._step = setup.epoch, 0
+        same = msgspec.structs.replace(setup, epoch=_NO_EPOCH)
+        try:
+            if self._loaded and self._loaded[0] == same:
+                _, backend, capacity = self._loaded
+                backend.reset(setup)
+            else:
+                self._unload()
+                backend = self._create(setup)
+                capacity = backend.load(setup, self._progress)
+                self._loaded = same, backend, capacity
+        except Exception as error:
+            self._unload()
+            fatal = isinstance(error, BackendError)
+            self._fault(str(error) if fatal else f"loading failed: {_one_line(error)}", fatal=fatal)
+            return
+        self._link.send(
+            Ready(
+                epoch=setup.epoch,
+                rank=setup.tp_rank,
+                num_blocks=capacity.num_blocks,
+                align=capacity.align,
+                exact=capacity.exact,
+                graph_shapes=capacity.graph_shapes,
+                device=capacity.device,
+                dtype=capacity.dtype,
+                backend=capacity.backend,
+                max_model_len=capacity.max_model_len,
+                vocab_size=capacity.vocab_size,
+                fingerprint=capacity.fingerprint,
+            )
+        )
+        self._idle_since = self._clock()
+
+    def _execute(self, plan: StepPlan) -> None:
+        """One step: plan → forward → (mask) → sample → result."""
+        if plan.step != self._step + 1:
+            self._fault(f"step {plan.step} came after step {self._step}")
+            return
+        assert self._loaded, "an epoch begins with a backend"
+        backend = self._loaded[1]
+        self._step = plan.step
+        arrived = self._clock()
+        try:
+            backend.forward(plan)
+            computed = self._clock()
+            mask = self._await_mask(plan) if any(row.masked for row in plan.rows) else None
+            if plan.epoch != self._epoch:
+                return
+            rows = backend.sample(mask)
+        except Exception as error:
+            self._unload()  # whatever state it is in, another epoch begins with a new one
+            self._fault(f"step {plan.step} failed: {_one_line(error)}")
+            return
+        done = self._clock()
+        timings = Timings(computed - arrived, done - computed, arrived - self._idle_since)
+        self._link.send(StepResult(plan.epoch, plan.step, rows, [], timings))
+        self._idle_since = done
+
+    def _await_mask(self, plan: StepPlan) -> Mask | None:
+        """The plan's mask (R3): nothing is sampled without. None where the epoch has ended, or the wait ended it."""
+        deadline = self._clock() + self._mask_deadline
+        while plan.epoch == self._epoch:
+            try:
+                message = self._link.receive(max(0.0, deadline - self._clock()))
+            except queue.Empty:
+                self._fault(f"no mask for step {plan.step} within {self._mask_deadline:g} s")
+                return None
+            match message:
+                case Mask(epoch=epoch, step=step) if (epoch, step) == (plan.epoch, plan.step):
+                    return message
+                case Setup() | Shutdown() | Closed():
+                    self._epoch = _NO_EPOCH
+            self._set_aside.append(message)
+        return None
+
+    def _progress(self, what: str, share: float) -> None:
+        phase = Phase.COMPILING if what.startswith("compil") else Phase.LOADING
+        self._link.send(Status(self._epoch, phase, progress=share, detail=what))
+
+    def _fault(self, reason: str, *, fatal: bool = False) -> None:
+        """Ends the epoch from this side: its later plans are not taken."""
+        self._link.send(Fault(self._epoch, self._step, reason, fatal))
+        self._epoch = _NO_EPOCH
+
+    def _unload(self) -> None:
+        if self._loaded:
+            self._loaded[1].close()
+            self._loaded = None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
