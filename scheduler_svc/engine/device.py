@@ -1,0 +1,65 @@
+"""What one epoch's workers hold, as the engine remembers it. A new epoch is a new Device: nothing is cleared by hand."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from protos.wire import Epoch, StepPlan
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.events import WorkerReady
+from scheduler_svc.engine.kv_manager import KVManager
+from scheduler_svc.engine.sequence import Sequence
+
+
+class Flight:
+    """A sent plan, with whom it named: its result is resolved against this, never against live state."""
+
+    __slots__ = ("fenced", "plan", "sequences")
+
+    def __init__(self, plan: StepPlan, sequences: list[Sequence]) -> None:
+        self.plan = plan
+        self.sequences = sequences  # one for each of plan.rows
+        self.fenced: list[tuple[int, list[int]]] = []  # (slot, blocks) that return when it has landed (R4)
+
+
+class Device:
+    """Slots, blocks and plans in flight."""
+
+    def __init__(self, ready: WorkerReady, config: EngineConfig) -> None:
+        self.epoch: Epoch = ready.epoch
+        self.step = 0
+        self.align = ready.align
+        self.kv = KVManager(ready.num_blocks, config.block_size, ready.align, config.prefix_caching)
+        self.num_slots = ready.max_slots
+        self.free_slots = list(range(ready.max_slots, 0, -1))  # slot 0 is the null slot
+        self.release: list[int] = []  # slots that the next plan tells the worker to forget
+        self.sent: deque[Flight] = deque()
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Takes slot and blocks from a sequence: at once, or when the last plan that names it has landed."""
+        if sequence.flying:
+            assert sequence.last_flight is not None
+            sequence.last_flight.fenced.append((sequence.slot, sequence.block_ids))
+        else:
+            self.give_back(sequence.slot, sequence.block_ids)
+
+    def give_back(self, slot: int, block_ids: list[int]) -> None:
+        self.release.append(slot)
+        self.free_slots.append(slot)
+        self.kv.pool.drop(block_ids)
+
+    def land(self) -> Flight:
+        """The oldest plan has been answered."""
+        flight = self.sent.popleft()
+        for slot, block_ids in flight.fenced:
+            self.give_back(slot, block_ids)
+        return flight
+
+    def fenced_blocks(self) -> int:
+        """Blocks that only plans in flight still refer to."""
+        held: dict[int, int] = {}
+        for flight in self.sent:
+            for _, block_ids in flight.fenced:
+                for block in block_ids:
+                    held[block] = held.get(block, 0) + 1
+        return sum(count == self.kv.pool.refs[block] for block, count in held.items())

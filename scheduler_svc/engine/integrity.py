@@ -1,0 +1,61 @@
+"""Recounts every block, slot and sequence from its owners, and compares with the books."""
+
+from __future__ import annotations
+
+from scheduler_svc.engine.device import Device
+from scheduler_svc.engine.roster import Roster
+from scheduler_svc.engine.sequence import State
+
+
+class IntegrityError(Exception):
+    """The books of the engine disagree with each other: a defect of the engine, never of a request."""
+
+
+def check(roster: Roster, device: Device | None) -> None:
+    _check_roster(roster)
+    if device is None:
+        _demand(not roster.running, "sequences run without a device")
+        return
+    _check_slots(roster, device)
+    _check_blocks(roster, device)
+
+
+def _check_roster(roster: Roster) -> None:
+    live = list(roster)
+    by_state = {state: [s for s in live if s.state is state] for state in State}
+    _demand(len(live) == roster.num_live, f"{len(live)} sequences are live, {roster.num_live} counted")
+    _demand(sorted(by_state[State.RUNNING], key=lambda s: s.key) == roster.running, "running is not who runs, in order")
+    _demand(len(by_state[State.WAITING]) == len(roster.waiting), "the queue is not who waits")
+    _demand(not by_state[State.FINISHED], "a finished sequence is live")
+    queued = sum(s.queued_tokens for s in live if s.state is not State.RUNNING)
+    _demand(queued == roster.queued_tokens, f"{queued} tokens are queued, {roster.queued_tokens} counted")
+    for s in live:
+        _demand(s.settled == len(s.token_ids), f"{s.request_id}: settled is {s.settled} of {len(s.token_ids)} tokens")
+        _demand(s.computed <= s.settled, f"{s.request_id}: {s.computed} computed of {s.settled} settled")
+
+
+def _check_slots(roster: Roster, device: Device) -> None:
+    fenced = [slot for flight in device.sent for slot, _ in flight.fenced]
+    slots = device.free_slots + fenced + [s.slot for s in roster.running]
+    _demand(sorted(slots) == list(range(1, device.num_slots + 1)), "slots are lost or owned twice")
+
+
+def _check_blocks(roster: Roster, device: Device) -> None:
+    pool = device.kv.pool
+    refs = [0] * pool.num_blocks
+    tables = [s.block_ids for s in roster.running] + [blocks for f in device.sent for _, blocks in f.fenced]
+    for table in tables:
+        for block in table:
+            refs[block] += 1
+    _demand(refs == pool.refs, "refcounts differ from the tables' references")
+    unused = sorted([*pool.blank, *pool.cached])
+    _demand(unused == [b for b in range(1, pool.num_blocks) if not refs[b]], "free blocks are lost or owned twice")
+    _demand(all(pool.hashes[b] for b in pool.cached), "a cached block has no digest")
+    _demand(not any(pool.hashes[b] for b in pool.blank), "a blank block can be hit")
+    published = {digest: block for block, digest in enumerate(pool.hashes) if digest}
+    _demand(published == pool.by_hash, "the digests of blocks differ from the index")
+
+
+def _demand(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise IntegrityError(complaint)

@@ -1,0 +1,80 @@
+"""Block tables: what a sequence needs, reuses, publishes and gives back."""
+
+from __future__ import annotations
+
+from math import lcm
+
+from scheduler_svc.engine.block_pool import BlockPool
+from scheduler_svc.engine.prefix_cache import PrefixCache
+from scheduler_svc.engine.sequence import Sequence
+
+
+class KVManager:
+    """The blocks of one epoch.
+
+    A sequence's table, from its admission to its next row:
+
+    positions   |0 …            hits |          settled |         hi | + drafts |
+    block_ids   |  shared, read-only |     its own, covered at admission  |  grown by rows  |
+                                     ^ computed starts here, on a multiple of `align`
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, align: int, caching: bool) -> None:
+        self.block_size = block_size
+        self.caching = caching
+        self.pool = BlockPool(num_blocks)
+        self.cache = PrefixCache(self.pool, block_size)
+        self._hit_unit = lcm(block_size, align) // block_size  # blocks
+
+    def blocks(self, num_positions: int) -> int:
+        return -(-num_positions // self.block_size)
+
+    def reusable(self, sequence: Sequence) -> list[int] | None:
+        """Published blocks of the sequence's prefix, leaving at least one token to compute; None if it has to hold."""
+        if not (self.caching and sequence.reads_cache):
+            return []
+        usable = (sequence.settled - 1) // self.block_size
+        hashes = self.cache.extend_hashes(sequence)[: usable - usable % self._hit_unit]
+        hits = self.cache.find(hashes)
+        if digest := self.cache.being_filled(hashes, len(hits)):
+            self.cache.hold(sequence, digest)
+            return None
+        return hits[: len(hits) - len(hits) % self._hit_unit]
+
+    def room_for(self, sequence: Sequence, hits: list[int], reserve: int) -> bool:
+        """Whether all its known tokens fit, with `reserve` blocks left."""
+        evictable = sum(
+            not self.pool.refs[block] for block in hits
+        )  # hits that count as available until they are shared
+        return self.blocks(sequence.settled) - len(hits) + reserve <= self.pool.available - evictable
+
+    def admit(self, sequence: Sequence, hits: list[int]) -> None:
+        self.pool.share(hits)
+        sequence.block_ids = hits + self.pool.take(self.blocks(sequence.settled) - len(hits))
+        sequence.computed = len(hits) * self.block_size
+        sequence.published = len(hits)
+        sequence.publish_at = sequence.computed + self.block_size
+        if self.caching:
+            self.cache.extend_hashes(sequence)
+            self.cache.lead(sequence)
+
+    def grow(self, sequence: Sequence, num_positions: int) -> list[int]:
+        """New blocks so that the table covers `num_positions`. The caller has looked at `missing`."""
+        new = self.pool.take(self.missing(sequence, num_positions))
+        sequence.block_ids += new
+        return new
+
+    def missing(self, sequence: Sequence, num_positions: int) -> int:
+        return max(0, self.blocks(num_positions) - len(sequence.block_ids))
+
+    def publish(self, sequence: Sequence) -> list[Sequence]:
+        """Full blocks whose tokens are settled and whose positions are computed; returns the followers that they wake."""
+        full = min(sequence.computed, sequence.settled) // self.block_size
+        woken: list[Sequence] = []
+        if self.caching:
+            hashes = self.cache.extend_hashes(sequence)
+            for i in range(sequence.published, full):
+                woken += self.cache.publish(sequence.block_ids[i], hashes[i])
+        sequence.published = full
+        sequence.publish_at = (full + 1) * self.block_size
+        return woken

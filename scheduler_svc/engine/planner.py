@@ -1,0 +1,205 @@
+"""Builds the next step: who catches up by how much, who comes in, who has to leave."""
+
+from __future__ import annotations
+
+from protos.wire import Admit, Row, StepPlan
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.device import Device, Flight
+from scheduler_svc.engine.policy import preempted
+from scheduler_svc.engine.prefix_cache import domain
+from scheduler_svc.engine.roster import Roster
+from scheduler_svc.engine.sequence import Sequence, State
+
+
+class Step:
+    """A plan in the making."""
+
+    __slots__ = ("admit", "budget", "preempted", "rows", "sequences")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # positions that may still be computed
+        self.admit: list[Admit] = []
+        self.rows: list[Row] = []
+        self.sequences: list[Sequence] = []  # one for each row
+        self.preempted = False
+
+
+class Planner:
+    """Plans for one epoch. Raises nothing: a sequence that cannot move in this step waits for a later one."""
+
+    def __init__(self, config: EngineConfig, device: Device, roster: Roster) -> None:
+        self.config = config
+        self.device = device
+        self.kv = device.kv
+        self.roster = roster
+        self.max_chunk = max(config.max_prefill_chunk or config.max_step_tokens, device.align)
+        self.lone: Sequence | None = None  # the suspect that runs alone (R5)
+
+    def plan(self) -> Flight | None:
+        """The next step, or None if nobody can move.
+
+        There is no prefill and no decode: each sequence catches up from `computed` towards `hi`. Those that are one token
+        behind go first, chunks of those that are further behind fill the rest, then others are admitted.
+        """
+        step = Step(self.config.max_step_tokens)
+        if suspect := self._suspect():
+            if any(sequence is not suspect for flight in self.device.sent for sequence in flight.sequences):
+                return None  # until they have landed
+            self._move_alone(step, suspect)
+        else:
+            further_behind = []
+            for sequence in tuple(self.roster.running):
+                if sequence.ahead or sequence.computed + 1 == sequence.settled:
+                    self._next_token(step, sequence)
+                else:
+                    further_behind.append(sequence)
+            for sequence in further_behind:
+                self._chunk(step, sequence)
+            if not step.preempted:
+                self._admit_waiting(step)
+        return self._send(step) if step.rows else None
+
+    def _next_token(self, step: Step, sequence: Sequence) -> None:
+        """A row that samples, perhaps while the token that it starts from is still being sampled."""
+        hi = sequence.settled + sequence.ahead
+        room = sequence.limit - hi - 1
+        if room < 0 or not step.budget or sequence.state is not State.RUNNING:
+            return  # what is in flight may be all that it wanted; or it was preempted a moment ago
+        drafts = min(sequence.max_drafts, room, step.budget - 1)
+        new: list[list[int]] = []
+        if hi + drafts > len(sequence.block_ids) * self.kv.block_size:
+            fitting = self._make_room(step, sequence, hi, drafts)
+            if fitting < 0:
+                return
+            drafts = fitting
+            if blocks := self.kv.grow(sequence, hi + drafts):
+                new = [blocks]
+        start = -1 if sequence.ahead else sequence.computed
+        step.rows.append(Row(sequence.slot, start, 1, drafts, new, True))
+        step.sequences.append(sequence)
+        step.budget -= 1 + drafts
+        sequence.ahead += 1 + drafts
+
+    def _make_room(self, step: Step, sequence: Sequence, hi: int, drafts: int) -> int:
+        """How many drafts the row may verify with the blocks there are, or −1 if it has to wait.
+
+        Out of blocks: wait for the fence, then give up the drafts, then preempt.
+        """
+        pool = self.kv.pool
+        if self.kv.missing(sequence, hi + drafts) <= pool.available:
+            return drafts
+        if any(flight.fenced for flight in self.device.sent):
+            return -1
+        while self.kv.missing(sequence, hi) > pool.available:
+            victim = preempted(self.roster.running)
+            if victim is None:
+                return -1
+            step.preempted = True
+            self.roster.preempt(victim, self.device)
+            if victim is sequence or victim.flying:
+                return -1  # it is gone itself, or the blocks are behind the fence
+        return 0
+
+    def _chunk(self, step: Step, sequence: Sequence) -> None:
+        """A row of known tokens that samples where they end."""
+        if sequence.state is not State.RUNNING:
+            return  # preempted a moment ago
+        missing = sequence.settled - sequence.computed
+        count = self._chunk_size(step, sequence.computed, missing)
+        if not count:
+            return
+        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], count == missing))
+        step.sequences.append(sequence)
+        step.budget -= count
+        if count == missing:
+            sequence.ahead += 1
+        else:
+            sequence.computed += count
+
+    def _chunk_size(self, step: Step, computed: int, missing: int) -> int:
+        """All that is missing, or as much as ends on a multiple of `align`, where the next chunk starts."""
+        count = min(missing, step.budget, self.max_chunk)
+        return count if count == missing else count - (computed + count) % self.device.align
+
+    def _admit_waiting(self, step: Step) -> None:
+        while step.budget and (entrant := self._entrant()):
+            sequence, hits = entrant
+            computed = len(hits) * self.kv.block_size
+            if sequence.suspect or not self._chunk_size(step, computed, sequence.settled - computed):
+                return
+            self._admit(step, sequence, hits)
+            self._chunk(step, sequence)
+
+    def _entrant(self) -> tuple[Sequence, list[int]] | None:
+        """The first in the queue with its cache hits, if there is room for it. Those that have to hold step aside."""
+        roster, device = self.roster, self.device
+        if not device.free_slots or len(roster.running) >= self.config.max_num_seqs:
+            return None
+        # As many followers as can run at once: more of them set aside would gain nothing, and cost.
+        while self.kv.cache.num_holding < self.config.max_num_seqs and (first := roster.waiting.first()):
+            sequence = first[1]
+            hits = self.kv.reusable(sequence)
+            if hits is None:
+                roster.hold(sequence)
+                continue
+            # A block to grow for each that runs, or the newcomer would be the next to be preempted.
+            return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None
+        return None
+
+    def _admit(self, step: Step, sequence: Sequence, hits: list[int]) -> None:
+        self.kv.admit(sequence, hits)
+        sequence.slot = self.device.free_slots.pop()
+        self.roster.start(sequence)
+        if sequence.cached_tokens < 0:
+            counters = self.roster.counters
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
+            counters.started += 1
+            counters.prompt_tokens += sequence.prompt_len
+            counters.cached_tokens += sequence.cached_tokens
+        submit = sequence.submit
+        step.admit.append(
+            Admit(
+                sequence.slot,
+                list(sequence.token_ids),
+                sequence.prompt_len,
+                [list(sequence.block_ids)],
+                sequence.sampling,
+                submit.adapter,
+                domain(submit.tenant, submit.cache_salt),
+            )
+        )
+
+    def _suspect(self) -> Sequence | None:
+        """Who has to run alone now: until its next token is known, or it has left."""
+        if self.lone and self.lone.suspect and self.lone.state is State.RUNNING:
+            return self.lone
+        self.lone = None
+        first = self.roster.waiting.first()
+        if first and first[1].suspect and (entrant := self._entrant()) and entrant[0].suspect:
+            return entrant[0]
+        return None
+
+    def _move_alone(self, step: Step, suspect: Sequence) -> None:
+        if suspect.state is State.WAITING and (entrant := self._entrant()):
+            self._admit(step, *entrant)
+            self.lone = suspect
+        if suspect.ahead or suspect.computed + 1 == suspect.settled:
+            self._next_token(step, suspect)
+        else:
+            self._chunk(step, suspect)
+
+    def _send(self, step: Step) -> Flight:
+        device = self.device
+        device.step += 1
+        self.roster.counters.steps += 1
+        num_propose = self.config.num_drafts if any(row.sample for row in step.rows) else 0
+        plan = StepPlan(device.epoch, device.step, device.release, step.admit, [], step.rows, num_propose)
+        device.release = []
+        flight = Flight(plan, step.sequences)
+        device.sent.append(flight)
+        for sequence in step.sequences:
+            sequence.flying += 1
+            sequence.last_flight = flight
+            if sequence.computed >= sequence.publish_at:
+                self.roster.wait_again(self.kv.publish(sequence))
+        return flight

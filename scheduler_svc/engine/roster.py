@@ -1,0 +1,140 @@
+"""Every live sequence, by what it is doing. The only place where a sequence changes its state."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from scheduler_svc.engine.device import Device
+from scheduler_svc.engine.policy import Agenda
+from scheduler_svc.engine.sequence import Sequence, State
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened so far."""
+
+    steps: int = 0
+    started: int = 0  # first admissions
+    preemptions: int = 0
+    recoveries: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    rejected: int = 0
+
+
+class Roster:
+    """
+    Submit ──► WAITING ──► RUNNING ──► FINISHED          from any state by an abort, a deadline, a lost frontend
+               ▲  ▲  │        │ preempted
+               │  │  └► HOLDING, until its leader has filled the block or has left
+               │  └─── LEAVING ◄┘  until its last result is in
+               └────── all of them, when the epoch ends
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[str, dict[int, Sequence]] = {}  # by request id, then index
+        self.running: list[Sequence] = []  # in order of the key
+        self.waiting: Agenda[tuple[int, int]] = Agenda()
+        self.deadlines: Agenda[tuple[float, int]] = Agenda()
+        self.num_live = 0
+        self.queued_tokens = 0  # of all that are live and not running
+        self.counters = Counters()
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for siblings in self.requests.values():
+            yield from siblings.values()
+
+    @property
+    def num_queued(self) -> int:
+        return self.num_live - len(self.running)
+
+    def find(self, request_id: str, index: int = -1) -> list[Sequence]:
+        """The live sequences of a request, or the one with this index."""
+        siblings = self.requests.get(request_id, {})
+        return list(siblings.values()) if index < 0 else [siblings[index]] if index in siblings else []
+
+    def enlist(self, sequence: Sequence) -> None:
+        self.requests.setdefault(sequence.request_id, {})[sequence.index] = sequence
+        self.num_live += 1
+        if deadline := sequence.submit.deadline:
+            self.deadlines.add((deadline, sequence.arrival), sequence)
+        self._queue(sequence, State.WAITING)
+
+    def start(self, sequence: Sequence) -> None:
+        self.waiting.discard(sequence.key)
+        self.queued_tokens -= sequence.queued_tokens
+        sequence.queued_tokens = 0
+        sequence.state = State.RUNNING
+        insort(self.running, sequence, key=_key)
+
+    def hold(self, sequence: Sequence) -> None:
+        self.waiting.discard(sequence.key)
+        sequence.state = State.HOLDING
+
+    def wait_again(self, sequences: Iterable[Sequence]) -> None:
+        """Followers that were woken, or the preempted whose last result is in."""
+        for sequence in sequences:
+            sequence.state = State.WAITING
+            self.waiting.add(sequence.key, sequence)
+
+    def preempt(self, sequence: Sequence, device: Device) -> None:
+        self.counters.preemptions += 1
+        self.running.remove(sequence)
+        self._vacate(sequence, device)
+        flying = sequence.flying
+        sequence.forget_device()
+        sequence.flying = flying
+        self._queue(sequence, State.LEAVING if flying else State.WAITING)
+
+    def finish(self, sequence: Sequence, device: Device | None) -> None:
+        match sequence.state:
+            case State.WAITING:
+                self.waiting.discard(sequence.key)
+            case State.HOLDING:
+                assert device is not None
+                device.kv.cache.let_go(sequence)
+            case State.RUNNING:
+                assert device is not None
+                self.running.remove(sequence)
+                self._vacate(sequence, device)
+            case State.LEAVING | State.FINISHED:
+                pass
+        sequence.state = State.FINISHED
+        self.queued_tokens -= sequence.queued_tokens
+        self.num_live -= 1
+        self.deadlines.discard((sequence.submit.deadline, sequence.arrival))
+        siblings = self.requests[sequence.request_id]
+        del siblings[sequence.index]
+        if not siblings:
+            del self.requests[sequence.request_id]
+
+    def end_epoch(self) -> None:
+        """The device is gone: all wait, in their old order, with all their tokens."""
+        self.running.clear()
+        for sequence in self:
+            sequence.forget_device()
+            if sequence.state is State.RUNNING:
+                self._queue(sequence, State.WAITING)
+            elif sequence.state is not State.WAITING:
+                self.wait_again([sequence])
+
+    def _queue(self, sequence: Sequence, state: State) -> None:
+        sequence.state = state
+        sequence.queued_tokens = sequence.settled
+        self.queued_tokens += sequence.settled
+        if state is State.WAITING:
+            self.waiting.add(sequence.key, sequence)
+
+    def _vacate(self, sequence: Sequence, device: Device) -> None:
+        woken = device.kv.cache.stop_leading(sequence)
+        device.vacate(sequence)
+        self.wait_again(woken)
+
+
+def _key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.key

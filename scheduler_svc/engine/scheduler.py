@@ -1,0 +1,360 @@
+"""Decides. Events in, instructions out; no I/O, no clock, no randomness.
+
+There is no prefill or decode phase, only catching up: a sequence has tokens known and tokens computed, and every step lets
+some sequences catch up by some tokens. Chunked prefill, prefix-cache hits, recompute after a preemption or a crash, and
+verifying drafts are all this one arithmetic (R1).
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from protos.wire import (
+    Abort,
+    EngineStats,
+    FinishReason,
+    FrontendLost,
+    Outputs,
+    Row,
+    RowResult,
+    StepResult,
+    Submit,
+    TokenDelta,
+)
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.device import Device
+from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.integrity import check
+from scheduler_svc.engine.planner import Planner
+from scheduler_svc.engine.policy import Doorkeeper
+from scheduler_svc.engine.roster import Roster
+from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
+
+
+class Scheduler:
+    """One worker group's engine. State changes only in `handle`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.roster = Roster()
+        self.device: Device | None = None
+        self._planner: Planner | None = None
+        self._doorkeeper = Doorkeeper(config)
+        self._arrivals = 0
+        self._draining = False
+        self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
+        self._max_len_reason = f"max_model_len {config.max_model_len}"
+        self._last_epoch = (-1, -1)
+        self._instructions: list[Instruction] = []
+        self._outputs: dict[str, list[TokenDelta]] = {}  # by frontend
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """What follows from `event`: plans first, since a worker may be waiting for them."""
+        match event:
+            case StepResult():
+                self._land(event)
+            case Submit():
+                self._submit(event)
+            case Abort():
+                for sequence in self.roster.find(event.request_id, event.index):
+                    self._finish(sequence, event.reason)
+            case FrontendLost():
+                for sequence in list(self.roster):
+                    if sequence.frontend == event.frontend:
+                        self._finish(sequence, FinishReason.ABORTED)
+            case WorkerReady():
+                self._begin_epoch(event)
+            case WorkerLost():
+                if self.device and self.device.epoch == event.epoch:
+                    self._end_epoch(event.blameless)
+            case Tick():
+                self._tick(event.now)
+            case FlushCache():
+                if self.device:
+                    self.device.kv.pool.flush()
+            case Drain():
+                self._draining = True
+            case _:
+                assert_never(event)
+        while self._planner and len(self._planner.device.sent) < self.config.depth and (flight := self._planner.plan()):
+            self._instructions.append(flight.plan)
+        return self._take_instructions()
+
+    @property
+    def idle(self) -> bool:
+        """Nobody is served, nobody waits, nothing is in flight."""
+        return not self.roster.num_live and not (self.device and self.device.sent)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.roster.requests
+
+    # ------------------------------------------------------------ requests
+
+    def _submit(self, submit: Submit) -> None:
+        self._arrivals += 1
+        sequence = Sequence(submit, self._arrivals, self.config.num_drafts)
+        siblings = self.roster.requests.get(submit.request_id, {})
+        if submit.index in siblings or any(not _are_siblings(submit, other.submit) for other in siblings.values()):
+            detail = f"request_id {submit.request_id!r} index {submit.index} is running already"
+            return self._refuse(sequence, FinishReason.DUPLICATE, detail)
+        if not siblings:  # they were let in together with the first of them
+            if self._draining:
+                return self._refuse(sequence, FinishReason.DRAINING, "the service is draining")
+            count, roster = submit.num_siblings, self.roster
+            tokens = count * sequence.settled
+            if detail := self._doorkeeper.refuses(count, tokens, roster.num_queued, roster.queued_tokens):
+                retry_after = self._doorkeeper.retry_after(count)
+                return self._refuse(sequence, FinishReason.REJECTED, detail, retry_after)
+        if not sequence.settled or not 0 < sequence.prompt_len <= sequence.settled:
+            detail = f"prompt_len is {sequence.prompt_len}: must be from 1 to the {sequence.settled} token_ids"
+            return self._refuse(sequence, FinishReason.INVALID, detail)
+        self.roster.enlist(sequence)
+        self._check_length(sequence)
+        return None
+
+    def _check_length(self, sequence: Sequence) -> None:
+        """Sets how long it may become, and ends it if there is no room for one more token."""
+        limit = sequence.prompt_len + sequence.sampling.max_tokens
+        sequence.limit = min(limit, self._max_len) if self._max_len else limit
+        if self._max_len and sequence.prompt_len >= self._max_len:
+            detail = f"the prompt of {sequence.prompt_len} tokens and one more exceed {self._max_len_reason}"
+            self._finish(sequence, FinishReason.INVALID, detail)
+        elif sequence.settled >= sequence.limit:
+            self._finish(sequence, FinishReason.LENGTH)
+        elif sequence.settled > sequence.prompt_len and sequence.token_ids[-1] in sequence.ends:
+            self._finish(sequence, FinishReason.STOP)  # resumed where it had ended
+
+    def _refuse(self, sequence: Sequence, reason: FinishReason, detail: str, retry_after: float = 0.0) -> None:
+        self.roster.counters.rejected += 1
+        delta = TokenDelta(
+            sequence.request_id,
+            sequence.index,
+            [],
+            finish_reason=reason,
+            retry_after=retry_after,
+            detail=detail,
+        )
+        self._outputs.setdefault(sequence.frontend, []).append(delta)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, detail: str = "") -> None:
+        """Ends a sequence between results, wherever it is."""
+        self._outputs.setdefault(sequence.frontend, []).append(
+            TokenDelta(
+                sequence.request_id,
+                sequence.index,
+                [],
+                finish_reason=reason,
+                cached_tokens=max(0, sequence.cached_tokens),
+                detail=detail,
+            )
+        )
+        self._leave(sequence, reason)
+
+    def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.roster.finish(sequence, self.device)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.roster.counters.finished += 1
+        else:
+            self.roster.counters.aborted += 1
+
+    def _tick(self, now: float) -> None:
+        self._doorkeeper.tick(now, self.roster.counters.started, bool(self.roster.num_queued))
+        while (first := self.roster.deadlines.first()) and first[0][0] <= now:
+            self._finish(first[1], FinishReason.DEADLINE, "the deadline has passed")
+
+    # ------------------------------------------------------------ results
+
+    def _land(self, result: StepResult) -> None:
+        """Resolves a result against the plan that it answers, never against who holds the slot now."""
+        device = self.device
+        if device is None or result.epoch != device.epoch:
+            return  # from an epoch that has ended
+        expected = device.sent[0].plan.step if device.sent else device.step + 1
+        if not device.sent or result.step != expected:
+            return self._distrust(f"a result for step {result.step} where step {expected} was due")
+        flight = device.sent[0]
+        rows = flight.plan.rows
+        if len(result.rows) != len(rows):
+            return self._distrust(f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
+        for sequence in flight.sequences:
+            sequence.flying -= 1
+        for row, answer, sequence in zip(rows, result.rows, flight.sequences, strict=True):
+            if sequence.state is State.FINISHED:
+                continue
+            if reason := _mismatch(row, answer, sequence):
+                return self._distrust(f"step {result.step}: {reason}")
+            if row.sample:
+                self._settle(sequence, row, answer)
+            elif answer.prompt_logprobs:
+                self._deliver(sequence, [], row, answer, None)
+            if sequence.state is State.LEAVING and not sequence.flying:
+                self.roster.wait_again([sequence])
+        device.land()
+        return None
+
+    def _settle(self, sequence: Sequence, row: Row, answer: RowResult) -> None:
+        """New tokens, up to the first that ends the stream."""
+        token_ids = answer.token_ids
+        count = sequence.first_end(token_ids)
+        if count < len(token_ids):
+            token_ids = token_ids[:count]
+        sequence.token_ids += token_ids
+        sequence.settled += count
+        sequence.deaths = 0
+        self.roster.counters.generated_tokens += count
+        reason = None
+        if token_ids[-1] in sequence.ends:
+            reason = FinishReason.STOP
+        elif sequence.settled >= sequence.limit:
+            reason = FinishReason.LENGTH
+        self._deliver(sequence, token_ids, row, answer, reason)
+        if sequence.state is State.RUNNING:
+            sequence.ahead -= 1 + row.num_drafts
+            sequence.computed = sequence.settled - 1  # the last of them was sampled, and not fed yet
+            if sequence.computed >= sequence.publish_at:
+                assert self.device is not None
+                self.roster.wait_again(self.device.kv.publish(sequence))
+        if reason:
+            self._leave(sequence, reason)
+
+    def _deliver(
+        self, sequence: Sequence, token_ids: list[int], row: Row, answer: RowResult, reason: FinishReason | None
+    ) -> None:
+        prompt_logprobs = answer.prompt_logprobs
+        if prompt_logprobs:  # of the positions after row.start; a recomputed prompt brings the earlier ones again
+            prompt_logprobs = prompt_logprobs[max(0, sequence.prompt_logprobs_from - row.start - 1) :]
+            sequence.prompt_logprobs_from += len(prompt_logprobs)
+        delta = TokenDelta(
+            sequence.request_id,
+            sequence.index,
+            token_ids,
+            answer.logprobs[: len(token_ids)],
+            reason,
+            token_ids[-1] if reason is FinishReason.STOP else -1,
+            prompt_logprobs,
+            sequence.cached_tokens,
+            num_drafted=answer.num_drafted,
+            num_accepted=max(0, len(answer.token_ids) - 1),
+        )
+        outputs = self._outputs.get(sequence.frontend)
+        if outputs is None:
+            self._outputs[sequence.frontend] = outputs = []
+        outputs.append(delta)
+
+    # ------------------------------------------------------------ epochs
+
+    def _begin_epoch(self, ready: WorkerReady) -> None:
+        if ready.epoch <= self._last_epoch:
+            return  # an epoch that has ended, or the one that runs
+        if self.device:
+            self._end_epoch(blameless=False)
+        self._last_epoch = ready.epoch
+        if reason := self._unusable(ready):
+            self._instructions.append(EndEpoch(ready.epoch, reason))
+            return
+        self.device = Device(ready, self.config)
+        self._planner = Planner(self.config, self.device, self.roster)
+        limits = [
+            (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
+            (ready.max_model_len, f"max_model_len {ready.max_model_len}"),
+            (
+                (ready.num_blocks - 1) * self.config.block_size,
+                f"the {ready.num_blocks - 1} KV blocks of {self.config.block_size} tokens",
+            ),
+        ]
+        max_len, self._max_len_reason = min(limit for limit in limits if limit[0])
+        if max_len != self._max_len:
+            self._max_len = max_len
+            for sequence in list(self.roster):
+                self._check_length(sequence)
+
+    def _unusable(self, ready: WorkerReady) -> str:
+        if ready.groups != 1:
+            return f"groups is {ready.groups}: this engine plans for one KV group"
+        if ready.align > self.config.max_step_tokens:
+            return f"align is {ready.align}: at most max_step_tokens {self.config.max_step_tokens}"
+        if ready.num_blocks < 2 or ready.max_slots < self.config.max_num_seqs:
+            return (
+                f"num_blocks is {ready.num_blocks} and max_slots {ready.max_slots}: "
+                f"at least 2, and max_num_seqs {self.config.max_num_seqs}"
+            )
+        return ""
+
+    def _distrust(self, reason: str) -> None:
+        assert self.device is not None
+        self._instructions.append(EndEpoch(self.device.epoch, reason))
+        self._end_epoch(blameless=False)
+
+    def _end_epoch(self, blameless: bool) -> None:
+        """Everyone waits again. Whoever was in flight is a suspect: it may have killed the worker (R5)."""
+        assert self.device is not None
+        if not blameless:
+            self.roster.counters.recoveries += 1
+            suspects = dict.fromkeys(sequence for flight in self.device.sent for sequence in flight.sequences)
+            for sequence in suspects:
+                sequence.deaths += 1
+        self.roster.end_epoch()
+        self.device = self._planner = None
+        for sequence in list(self.roster):
+            if sequence.deaths >= FATAL_DEATHS:
+                self._finish(
+                    sequence, FinishReason.ERROR, f"{sequence.deaths} workers died while they served this request"
+                )
+
+    # ------------------------------------------------------------ what others see
+
+    def stats(self) -> EngineStats:
+        roster, counters, device = self.roster, self.roster.counters, self.device
+        pool = device.kv.pool if device else None
+        fenced = device.fenced_blocks() if device else 0
+        return EngineStats(
+            running=len(roster.running),
+            waiting=roster.num_queued,
+            waiting_tokens=roster.queued_tokens,
+            num_blocks=pool.num_blocks - 1 if pool else 0,
+            free_blocks=len(pool.blank) if pool else 0,
+            cached_blocks=len(pool.cached) if pool else 0,
+            owned_blocks=pool.num_blocks - 1 - pool.available - fenced if pool else 0,
+            fenced_blocks=fenced,
+            num_slots=device.num_slots if device else 0,
+            free_slots=len(device.free_slots) if device else 0,
+            steps=counters.steps,
+            preemptions=counters.preemptions,
+            recoveries=counters.recoveries,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=counters.finished,
+            aborted=counters.aborted,
+            rejected=counters.rejected,
+            draining=self._draining,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError where the books do not add up. Costs time in proportion to everything: for tests and idle."""
+        check(self.roster, self.device)
+
+    def _take_instructions(self) -> list[Instruction]:
+        instructions = self._instructions
+        self._instructions = []
+        if self._outputs:
+            for frontend, items in self._outputs.items():
+                instructions.append(Outputs(items, frontend))
+            self._outputs = {}
+        return instructions
+
+
+def _are_siblings(one: Submit, other: Submit) -> bool:
+    return one.frontend == other.frontend and one.num_siblings == other.num_siblings
+
+
+def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:
+    """Why an answer cannot be the row's; empty if it can."""
+    if answer.slot != row.slot:
+        return f"slot {answer.slot} answers for slot {row.slot}"
+    if answer.start != sequence.settled:
+        return f"slot {row.slot} has {answer.start} tokens, the engine knows {sequence.settled}"
+    count = len(answer.token_ids)
+    if not (0 < count <= 1 + row.num_drafts if row.sample else count == 0):
+        return f"slot {row.slot} brings {count} tokens for sample={row.sample} and {row.num_drafts} drafts"
+    return ""

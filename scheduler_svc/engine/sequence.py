@@ -1,0 +1,128 @@
+"""One token stream, and the three numbers that say how far it is."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from protos.wire import Submit
+
+if TYPE_CHECKING:
+    from scheduler_svc.engine.device import Flight
+
+SUSPECT_DEATHS = 2  # worker deaths in flight after which a sequence runs alone (R5)
+FATAL_DEATHS = SUSPECT_DEATHS + 3  # the last three of them alone: nobody else can have killed the worker
+
+
+class State(Enum):
+    WAITING = auto()  # in the queue
+    HOLDING = auto()  # waits for the leader that fills its next block (R4)
+    RUNNING = auto()  # has a slot and blocks
+    LEAVING = auto()  # preempted; waits again when its last result is in
+    FINISHED = auto()
+
+
+class Sequence:
+    """A stream's tokens, and what the worker holds of them.
+
+    token_ids  |t0 t1 … prompt … | generated …          |
+    computed   |===============>                          KV written by sent plans; sampling rows count with their result
+    settled    |=======================================>  tokens known: Submit's, then results
+    hi         |=============================================>  settled + Σ in flight (1 + num_drafts)
+    block_ids  |  b0  |  b1  |  b2  |  b3  |  b4  |  b5  |  b6  |   cover hi + the next row's drafts
+    hashes     |  h0  |  h1  |  h2  |  h3  |               full blocks of settled tokens, chained
+                          ^ published: blocks before it may be hit by others
+    """
+
+    __slots__ = (
+        "ahead",
+        "arrival",
+        "block_ids",
+        "cached_tokens",
+        "computed",
+        "deaths",
+        "ends",
+        "flying",
+        "frontend",
+        "hashes",
+        "holds_on",
+        "index",
+        "last_flight",
+        "limit",
+        "max_drafts",
+        "prompt_len",
+        "prompt_logprobs_from",
+        "publish_at",
+        "published",
+        "queued_tokens",
+        "reads_cache",
+        "request_id",
+        "sampling",
+        "settled",
+        "slot",
+        "state",
+        "submit",
+        "token_ids",
+    )
+
+    def __init__(self, submit: Submit, arrival: int, num_drafts: int) -> None:
+        sampling = submit.sampling
+        self.submit = submit
+        self.request_id = submit.request_id
+        self.index = submit.index
+        self.frontend = submit.frontend
+        self.sampling = sampling
+        self.arrival = arrival
+        self.prompt_len = submit.prompt_len
+        self.token_ids = list(submit.token_ids)
+        self.settled = len(self.token_ids)
+        self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
+        self.ends = frozenset(sampling.eos_token_ids + sampling.stop_token_ids)
+        self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
+        self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
+        self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
+        self.cached_tokens = -1  # until the first admission
+        self.deaths = 0
+        self.queued_tokens = 0
+        self.hashes: list[bytes] = []
+        self.holds_on = b""
+        self.state = State.WAITING
+        self.forget_device()
+
+    def forget_device(self) -> None:
+        """What a preemption or a dead worker takes away. The tokens stay: they are all that a worker needs."""
+        self.computed = 0
+        self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
+        self.flying = 0  # plans in flight that name it
+        self.last_flight: Flight | None = None
+        self.slot = 0
+        self.block_ids: list[int] = []
+        self.published = 0  # blocks
+        self.publish_at = 0  # `computed` at which the next block is full
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The one order: who is admitted first, and who is preempted last."""
+        return (self.submit.priority, self.arrival)
+
+    @property
+    def hi(self) -> int:
+        return self.settled + self.ahead
+
+    @property
+    def suspect(self) -> bool:
+        return self.deaths >= SUSPECT_DEATHS
+
+    def first_end(self, token_ids: list[int]) -> int:
+        """How many of these new tokens belong to the stream: up to the first end token or the limit."""
+        room = self.limit - self.settled
+        for count, token_id in enumerate(token_ids, 1):
+            if count == room or token_id in self.ends:
+                return count
+        return len(token_ids)
+
+
+def _counts_tokens(submit: Submit) -> bool:
+    """True where sampling depends on counts of earlier tokens, which do not include unverified drafts."""
+    s = submit.sampling
+    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0 or s.min_tokens > 0

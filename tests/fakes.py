@@ -1,0 +1,239 @@
+"""A worker and a clock without a device or time: pure python, deterministic, and strict about what a real worker may do.
+
+FakeWorker models the content of every KV position: which token stood there, after which prefix. A plan that reads a position
+whose content is not the reader's own prefix, or writes where it must not, is an error, so that a scheduler's mistake shows as
+one, and not only as a different token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protos.wire import (
+    Admit,
+    Epoch,
+    FinishReason,
+    Row,
+    RowResult,
+    Sampling,
+    StepPlan,
+    StepResult,
+    Submit,
+    TokenLogprobs,
+)
+
+_MASK = (1 << 64) - 1
+
+
+class FakeWorkerError(AssertionError):
+    """A plan that no worker could follow."""
+
+
+class FakeClock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> float:
+        self.now += seconds
+        return self.now
+
+
+def mix(*values: int) -> int:
+    """64 bits that depend on all values (splitmix64's finalizer, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for value in values:
+        state = ((state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def sample(sampling: Sampling, vocab_size: int, prefix: int, position: int, num_generated: int) -> int:
+    """The token at `position` after a prefix of that digest: f(seed, position, prefix), as a real sampler's noise allows."""
+    token = mix(sampling.seed, position, prefix) % vocab_size
+    ends = sampling.eos_token_ids + sampling.stop_token_ids
+    while num_generated < sampling.min_tokens and token in ends:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def root(domain: bytes, adapter: str) -> int:
+    return mix(int.from_bytes(domain, "little"), int.from_bytes(adapter.encode(), "little"))
+
+
+def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes) -> tuple[list[int], FinishReason]:
+    """The oracle: depth 1, no cache, no drafts, one token after the other. The stream's new tokens, and why it ends."""
+    tokens, prefix = list(submit.token_ids), root(domain, submit.adapter)
+    limit = min(submit.prompt_len + submit.sampling.max_tokens, max_model_len)
+    for token in tokens:
+        prefix = mix(prefix, token)
+    while len(tokens) < limit:
+        token = sample(submit.sampling, vocab_size, prefix, len(tokens), len(tokens) - submit.prompt_len)
+        tokens.append(token)
+        prefix = mix(prefix, token)
+        if token in submit.sampling.eos_token_ids + submit.sampling.stop_token_ids:
+            return tokens[len(submit.token_ids) :], FinishReason.STOP
+    return tokens[len(submit.token_ids) :], FinishReason.LENGTH
+
+
+@dataclass
+class FakeSlot:
+    """What a worker holds of one sequence."""
+
+    admit: Admit
+    tokens: list[int]
+    prefixes: list[int]  # prefixes[i] is the digest of tokens[:i]; one more than tokens
+    blocks: list[int]
+    computed: int = 0
+    sampled: bool = False  # since the Admit
+    drafts: list[int] = field(default_factory=list)  # proposed after the last sample, for the next row
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.prefixes.append(mix(self.prefixes[-1], token))
+
+
+class FakeWorker:
+    """Runs plans in order. Raises FakeWorkerError where a plan breaks R1, R2's alignment or the worker's memory."""
+
+    def __init__(
+        self,
+        epoch: Epoch,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_slots: int,
+        align: int = 1,
+        vocab_size: int = 32,
+        max_model_len: int = 1 << 30,
+        draft_quality: float = 0.6,
+    ) -> None:
+        self.epoch = epoch
+        self.num_blocks, self.block_size, self.max_slots, self.align = num_blocks, block_size, max_slots, align
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self.draft_quality = draft_quality  # share of drafts that are right
+        self.step = 0
+        self.slots: dict[int, FakeSlot] = {}
+        self.kv: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # prefix digest, its token included
+
+    def run(self, plan: StepPlan) -> StepResult:
+        _demand(plan.epoch == self.epoch and plan.step == self.step + 1, f"step {plan.step} after {self.step}")
+        self.step = plan.step
+        for slot in plan.release:
+            _demand(slot in self.slots, f"release of slot {slot}, which holds nothing")
+            del self.slots[slot]
+        for admit in plan.admit:
+            self._admit(admit)
+        _demand(len({row.slot for row in plan.rows}) == len(plan.rows) > 0, "a slot has two rows, or none has one")
+        return StepResult(plan.epoch, plan.step, [self._row(row, plan.num_propose) for row in plan.rows])
+
+    def _admit(self, admit: Admit) -> None:
+        _demand(0 < admit.slot <= self.max_slots, f"no slot {admit.slot}")
+        _demand(admit.slot not in self.slots, f"slot {admit.slot} is taken")
+        slot = FakeSlot(admit, [], [root(admit.domain, admit.adapter)], [])
+        for token in admit.token_ids:
+            slot.append(token)
+        self._extend(slot, admit.block_ids)
+        self.slots[admit.slot] = slot
+
+    def _extend(self, slot: FakeSlot, block_ids: list[list[int]]) -> None:
+        for block in block_ids[0] if block_ids else ():
+            _demand(0 < block < self.num_blocks, f"no block {block}")
+            _demand(block not in slot.blocks, f"block {block} is twice in one table")
+            slot.blocks.append(block)
+
+    def _row(self, row: Row, num_propose: int) -> RowResult:
+        _demand(row.slot in self.slots, f"a row for slot {row.slot}, which holds nothing")
+        slot = self.slots[row.slot]
+        self._extend(slot, row.new_block_ids)
+        known, start = len(slot.tokens), slot.computed
+        if row.start >= 0:
+            if not slot.sampled and not slot.computed:
+                slot.computed = start = row.start  # the first row says how much the cache holds
+            _demand(row.start == start, f"slot {row.slot} starts at {row.start}, has computed {start}")
+            _demand(row.start + row.num_tokens <= known, f"slot {row.slot}: the scheduler cannot know so many tokens")
+        count = min(row.num_tokens, known - start)
+        _demand(count > 0, f"slot {row.slot} has nothing to compute")
+        _demand(slot.sampled or start % self.align == 0, f"slot {row.slot} starts at {start}, align is {self.align}")
+        _demand(row.sample == (start + count == known), f"slot {row.slot} samples in the middle of known tokens")
+        self._read(slot, start)
+        self._write(slot, start, slot.prefixes[start + 1 : start + count + 1])
+        slot.computed = start + count
+        prompt_logprobs = self._prompt_logprobs(slot, row, start, count)
+        if not row.sample:
+            return RowResult(row.slot, known, [], prompt_logprobs=prompt_logprobs)
+        drafts = slot.drafts[: row.num_drafts]
+        token_ids = self._verify(slot, drafts)
+        slot.computed, slot.sampled = len(slot.tokens) - 1, True
+        slot.drafts = self._propose(slot, num_propose)
+        logprobs = [_logprob(t, known + i) for i, t in enumerate(token_ids)] if slot.admit.sampling.logprobs >= 0 else []
+        return RowResult(row.slot, known, token_ids, logprobs, len(drafts), prompt_logprobs)
+
+    def _verify(self, slot: FakeSlot, drafts: list[int]) -> list[int]:
+        """Writes the drafts' KV, accepts those that equal the target's own samples, and adds the bonus token."""
+        prefix, digests = slot.prefixes[-1], []
+        for draft in drafts:
+            prefix = mix(prefix, draft)
+            digests.append(prefix)
+        self._write(slot, len(slot.tokens), digests)
+        accepted: list[int] = []
+        for draft in [*drafts, -1]:
+            token = self._sample(slot, slot.prefixes[-1], len(slot.tokens))
+            slot.append(token)
+            accepted.append(token)
+            if token != draft:
+                break
+        return accepted
+
+    def _propose(self, slot: FakeSlot, count: int) -> list[int]:
+        prefix, position, drafts = slot.prefixes[-1], len(slot.tokens), []
+        for i in range(count):
+            token = self._sample(slot, prefix, position + i)
+            if mix(prefix, 7) % 1000 >= self.draft_quality * 1000:
+                token = (token + 1) % self.vocab_size
+            drafts.append(token)
+            prefix = mix(prefix, token)
+        return drafts
+
+    def _sample(self, slot: FakeSlot, prefix: int, position: int) -> int:
+        admit = slot.admit
+        return sample(admit.sampling, self.vocab_size, prefix, position, position - admit.prompt_len)
+
+    def _read(self, slot: FakeSlot, end: int) -> None:
+        for position in range(end):
+            block = slot.blocks[position // self.block_size]
+            found = self.kv[block][position % self.block_size]
+            _demand(
+                found == slot.prefixes[position + 1],
+                f"slot {slot.admit.slot} reads position {position} in block {block}, which holds something else",
+            )
+
+    def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:
+        limit = min(slot.admit.prompt_len + slot.admit.sampling.max_tokens, self.max_model_len)
+        for position, digest in enumerate(digests, start):
+            _demand(position < limit, f"slot {slot.admit.slot} writes position {position}, its limit is {limit}")
+            _demand(
+                position // self.block_size < len(slot.blocks),
+                f"slot {slot.admit.slot} writes position {position} beyond its {len(slot.blocks)} blocks",
+            )
+            self.kv[slot.blocks[position // self.block_size]][position % self.block_size] = digest
+
+    def _prompt_logprobs(self, slot: FakeSlot, row: Row, start: int, count: int) -> list[TokenLogprobs]:
+        if slot.admit.sampling.prompt_logprobs < 0:
+            return []
+        last = min(start + count, slot.admit.prompt_len - 1)
+        return [_logprob(slot.tokens[position], position) for position in range(start + 1, last + 1)]
+
+
+def _logprob(token: int, position: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -float(position), 1)
+
+
+def _demand(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise FakeWorkerError(complaint)
