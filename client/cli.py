@@ -42,20 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (code := _code(error)) is None:
+        failure = _code(error)
+        if failure is None:
             raise
-        return _failed(str(error), code)
+        return _failed(str(error), failure)
 
 
 def _code(error: Exception) -> int | None:
     """The exit code of what is told in one line; None for a bug of ours. Looked up late, because it imports gRPC."""
     from client.errors import ServiceError
+    from client.load import ShortStreamError
     from client.store import StoreError, UnknownModelError
 
     match error:
         case UnknownModelError():
             return 2
-        case ServiceError() | StoreError() | OSError():
+        case ServiceError() | ShortStreamError() | StoreError() | OSError():
             return 1
     return None
 

@@ -1,6 +1,6 @@
 """`pagewire serve [MODEL] [FLAG …]`: turns MODEL into a path, pulled when it is missing, and becomes the scheduler.
 
-Every flag belongs to the scheduler, which explains it with --help and refuses it by name. Here only MODEL is looked for.
+Every flag belongs to the scheduler, which explains it with --help or refuses it. Here only MODEL is looked for.
 """
 
 from __future__ import annotations
