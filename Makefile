@@ -31,7 +31,7 @@ nightly: .venv/dev ## the long profiles: events, fuzz, soak
 	$(BIN)/pytest -m nightly $(ARGS)
 
 bench: .venv/dev ## workloads a to e over gRPC, into benchmarks/results
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: .venv/dev ## ruff, mypy, import-linter, buf
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/buf lint

@@ -1,0 +1,43 @@
+"""What a figure depends on beside the code: when, which versions, which commit, which machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("pagewire", "torch", "transformers", "grpcio", "msgspec", "pyzmq")
+
+
+def describe() -> dict[str, object]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "cpu": _field(Path("/proc/cpuinfo"), "model name"),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory": _field(Path("/proc/meminfo"), "MemTotal"),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+    }
+
+
+def _commit() -> str:
+    """With a `+` where the tree holds more than the commit; empty outside a checkout."""
+    root = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changes.stdout else "")
+
+
+def _field(path: Path, name: str) -> str:
+    """The first `name: value` of one of the kernel's tables."""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
