@@ -1,0 +1,235 @@
+"""The worker as a process: what it says, what it keeps, and when it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from protos.wire import Admit, Epoch, Fault, Hello, Mask, Row, Sampling, Shutdown, StepPlan, StepResult
+from tests.worker.scheduler_end import ROOT, SchedulerEnd, first_plan, next_plan, plan, setup, worker
+from worker_svc.backends.fake import expected
+
+PROMPT = [300, 301, 302, 303, 304]
+PATIENCE = 30.0
+
+
+def _tokens(result: StepResult) -> list[int]:
+    return [token for row in result.rows for token in row.token_ids]
+
+
+def test_setup_plans_and_results() -> None:
+    with worker() as (end, _):
+        _, statuses = end.until_ready(setup())
+        assert statuses
+        assert [s.progress for s in statuses] == sorted(s.progress for s in statuses)
+        got = []
+        end.send(first_plan(PROMPT), *(next_plan(step) for step in range(2, 11)))
+        for step in range(1, 11):
+            result = end.receive(StepResult)
+            assert result.step == step
+            assert result.rows[0].start == len(PROMPT) + step - 1
+            got += _tokens(result)
+        assert got == expected(PROMPT, Sampling(max_tokens=10))
+
+
+def test_ready_tells_what_it_can() -> None:
+    with worker() as (end, _):
+        ready, _ = end.until_ready(setup(model="fake:vocab=300,blocks=17,align=4,context=99"))
+        assert (ready.vocab_size, ready.num_blocks, ready.align, ready.max_model_len) == (300, 17, 4, 99)
+        assert ready.exact
+        assert ready.fingerprint
+
+
+def test_another_epoch_of_the_same_setup_keeps_weights_and_forgets_slots() -> None:
+    with worker() as (end, _):
+        assert end.loads(setup(1))
+        end.send(first_plan(PROMPT))
+        end.receive(StepResult)
+        assert not end.loads(setup(2)), "nothing is loaded again"
+        end.send(next_plan(2, counter=1))  # of the epoch that has ended: not heard
+        end.send(first_plan(PROMPT, counter=2))  # the slot is free again
+        assert end.receive(StepResult).epoch == Epoch(7, 2)
+        assert not end.loads(setup(1, boot=8)), "a scheduler that was started anew asks for the same weights"
+        assert end.loads(setup(3, model="fake:vocab=300")), "another model is loaded"
+
+
+def test_a_gap_in_steps_ends_the_epoch() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        end.send(first_plan(PROMPT), next_plan(3))
+        end.receive(StepResult)
+        fault = end.receive(Fault)
+        assert not fault.fatal
+        assert "step 3" in fault.reason
+        end.send(next_plan(2))  # nothing of a faulted epoch is taken
+        assert not end.loads(setup(2))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (next_plan(1), "slot 1"),
+        (plan(1, [], release=[3]), "slot 3"),
+        (plan(1, [Row(1, 0, 2)], [Admit(1, PROMPT, 5, [[99999]], Sampling(max_tokens=1))]), "block 99999"),
+        (plan(1, [Row(1, 0, 5)], [Admit(1, PROMPT, 5, [[1]], Sampling(max_tokens=1))]), "1 blocks"),
+        (plan(1, [Row(1, 4, 1)], [Admit(1, PROMPT, 5, [[1, 2]], Sampling(max_tokens=1))]), "position 3"),
+        (plan(1, [Row(1, 0, 4, sample=True)], [Admit(1, PROMPT, 5, [[1, 2]], Sampling(max_tokens=1))]), "sample at 4"),
+        (plan(1, [Row(1, -1, 5)], [Admit(1, PROMPT, 5, [[1, 2]], Sampling(max_tokens=1))]), "start -1"),
+    ],
+)
+def test_a_plan_that_the_backend_cannot_do_is_a_fault(bad: StepPlan, words: str) -> None:
+    with worker() as (end, process):
+        end.until_ready(setup())
+        end.send(bad)
+        fault = end.receive(Fault)
+        assert words in fault.reason
+        assert "\n" not in fault.reason
+        assert end.loads(setup(2)), "a backend that raised is not trusted with another epoch"
+        assert process.poll() is None
+
+
+def test_a_model_that_cannot_be_served_is_fatal() -> None:
+    with worker() as (end, _):
+        for model, words in (
+            ("fake:load_fails=0", "cannot be read"),
+            ("fake:nonsense=1", "nonsense"),
+        ):
+            end.send(setup(model=model))
+            fault = end.receive(Fault)
+            assert fault.fatal
+            assert words in fault.reason
+            assert "\n" not in fault.reason
+
+
+def test_another_failure_of_loading_is_not() -> None:
+    with worker() as (end, _):
+        end.send(setup(model="fake:load_fails=1"))
+        assert not end.receive(Fault).fatal
+
+
+def _mask(step: int, allowed: int, counter: int = 1) -> Mask:
+    bits = bytearray(64)  # vocabulary 512
+    bits[allowed // 8] |= 1 << (allowed % 8)
+    return Mask(Epoch(7, counter), step, [0], bytes(bits))
+
+
+def test_a_masked_row_waits_for_its_mask() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        # the next plan may come before the mask of this one, but not the one after
+        end.send(first_plan(PROMPT, masked=True), next_plan(2, masked=True), _mask(1, 77), next_plan(3), _mask(2, 78))
+        assert _tokens(end.receive(StepResult)) == [77]
+        assert _tokens(end.receive(StepResult)) == [78]
+        known = [*PROMPT, 77, 78]
+        assert _tokens(end.receive(StepResult)) == expected(known, Sampling(max_tokens=1))
+
+
+def test_a_missing_mask_never_samples() -> None:
+    with worker("--mask-deadline", "0.05") as (end, _):
+        end.until_ready(setup())
+        end.send(first_plan(PROMPT, masked=True), _mask(2, 77), _mask(1, 77, counter=9))
+        assert "mask" in end.receive(Fault).reason
+
+
+def test_a_new_setup_ends_the_wait_for_a_mask() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        end.send(first_plan(PROMPT, masked=True))
+        assert not end.loads(setup(2))
+
+
+def test_bytes_that_are_no_message_are_a_fault() -> None:
+    with worker() as (end, process):
+        end.until_ready(setup())
+        for junk in (b"", b"\xc1", b"\x93\x01\x02\x03", os.urandom(200)):
+            end.router.send_multipart((end.peer, junk))
+            assert "no message" in end.receive(Fault).reason
+        end.until_ready(setup(2))
+        assert process.poll() is None
+
+
+def test_shutdown_ends_it_with_one_line() -> None:
+    with worker(stderr=subprocess.PIPE) as (end, process):
+        end.until_ready(setup())
+        end.send(Shutdown("enough"))
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+        assert err.count("\n") == 1
+        assert "enough" in err
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+def test_a_spawned_worker_ends_with_its_link(hanging: bool) -> None:
+    with worker() as (end, process):
+        end.until_ready(setup(model="fake:hang=5"))
+        if hanging:
+            end.send(first_plan([5, 6]))
+        end.hang_up()
+        assert process.wait(PATIENCE) == (1 if hanging else 0)
+
+
+def test_a_worker_of_its_own_waits_for_a_scheduler_that_comes_back() -> None:
+    with worker(spawned=False) as (end, process):
+        end.until_ready(setup())
+        end.hang_up()
+        end.listen()
+        assert end.receive(Hello).pid == process.pid
+        assert not end.loads(setup(boot=8)), "the weights are still there"
+
+
+def test_it_leaves_ctrl_c_to_its_parent() -> None:
+    with worker() as (end, process):
+        os.kill(process.pid, signal.SIGINT)
+        end.until_ready(setup())
+        os.kill(process.pid, signal.SIGINT)
+        end.send(first_plan(PROMPT))
+        end.receive(StepResult)
+
+
+def test_an_orphan_does_not_start() -> None:
+    command = [sys.executable, "-m", "worker_svc", "--connect", "ipc:///tmp/nobody", "--parent-pid", "1"]
+    assert subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.1:5555", "tcp://0.0.0.0:5555", "udp://127.0.0.1:5", "nonsense"])
+def test_it_connects_to_this_host_alone(endpoint: str) -> None:
+    command = [sys.executable, "-m", "worker_svc", "--connect", endpoint]
+    done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert endpoint in done.stderr
+
+
+def test_with_the_fake_backend_it_imports_neither_torch_nor_grpc() -> None:
+    """Seen from inside: the real entry point, through a step, in a process that tells its modules when it ends."""
+    script = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('MODULES', *sorted({m.partition('.')[0] for m in sys.modules})))\n"
+        "runpy.run_module('worker_svc', run_name='__main__', alter_sys=True)\n"
+    )
+    end = SchedulerEnd()
+    command = [sys.executable, "-c", script, "--connect", end.endpoint]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        end.receive(Hello)
+        end.until_ready(setup())
+        end.send(first_plan(PROMPT))
+        end.receive(StepResult)
+        end.send(Shutdown("seen"))
+        out, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        end.close()
+    modules = set(out.partition("MODULES")[2].split())
+    assert "msgspec" in modules
+    assert not modules & {"torch", "grpc", "numpy", "transformers", "scheduler_svc", "client"}
+
+
+def test_steps_go_on_in_order_over_many_plans_at_once() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        end.send(first_plan(PROMPT), *(next_plan(step) for step in range(2, 21)), plan(21, []))
+        assert [end.receive(StepResult).step for _ in range(21)] == list(range(1, 22))
