@@ -79,6 +79,8 @@ async def _guard(run: Callable[[], Awaitable[None]], context: Context) -> None:
     except grpc.aio.AbortError:
         raise
     except Exception:
+        if context.done():
+            return  # the client left while something was being written to it
         token = uuid.uuid4().hex
         log.exception("unforeseen in a handler, told to the client as %s", token)
         await internal(token).abort(context)

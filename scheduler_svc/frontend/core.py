@@ -1,0 +1,109 @@
+"""What both services stand on: the model, the link, and the life of one call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from protos.wire import Ready
+from scheduler_svc.frontend.engine_link import EngineLink
+from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal
+from scheduler_svc.frontend.model import ServedModel
+from scheduler_svc.frontend.streams import Call, Ending, Gain
+from scheduler_svc.frontend.validation import Prepared, Preparer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrontendConfig:
+    """What the operator chose. `max_model_len` 0: the model's own. `port` 0: any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    served_name: str = ""  # "": the model's file or directory name
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    block_size: int = 32
+    kv_dtype: str = "auto"
+    max_message_bytes: int = 16 << 20  # of one received message
+    max_pending_calls: int = 100_000  # calls that gRPC may hold before a handler has them: beyond, it answers CANCELLED
+    reuse_port: bool = False  # several frontends share the port
+    frontend: str = ""  # this frontend's name, among several
+
+
+class Core:
+    """One frontend's state: `calls` counts the Generate calls that are open."""
+
+    def __init__(
+        self, link: EngineLink, config: FrontendConfig, model: ServedModel, clock: Callable[[], float]
+    ) -> None:
+        self.link, self.config, self.model, self.clock = link, config, model, clock
+        self.calls = 0
+        self.started = clock()
+        self.preparer = Preparer(model, self.max_model_len, config.frontend)
+
+    @property
+    def name(self) -> str:
+        return self.config.served_name or self.model.card.name
+
+    @property
+    def ready(self) -> Ready | None:
+        """The newest worker's own words; None until the first is ready."""
+        return self.link.status.ready if self.link.status else None
+
+    def max_model_len(self) -> int:
+        """Tokens, prompt and output: the least of what operator, model and worker can do."""
+        known = (
+            self.config.max_model_len,
+            self.model.card.max_model_len,
+            self.ready.max_model_len if self.ready else 0,
+        )
+        return min(limit for limit in known if limit)
+
+    def deadline(self, context: Context) -> float:
+        """As in Submit: on our clock; 0 where the client set none."""
+        remaining = context.time_remaining()
+        return 0.0 if remaining is None else self.clock() + remaining
+
+    @asynccontextmanager
+    async def call(self, prepared: Prepared, context: Context, with_text: bool = True) -> AsyncIterator[Call]:
+        """Runs a request for as long as the block lasts. Raises ServiceError ALREADY_EXISTS for an id in use."""
+        if prepared.request_id in self.link:
+            raise duplicate(prepared.request_id)
+        call = Call.open(prepared, self.link, self.model.tokenizer, self.clock, with_text)
+        self.calls += 1
+        try:
+            yield call
+        except ServiceError:
+            raise
+        except Exception:
+            log.exception("request %s: unforeseen", prepared.request_id)
+            raise internal(prepared.request_id) from None
+        finally:
+            self.calls -= 1
+            call.close()
+
+    async def outputs(self, call: Call, context: Context) -> AsyncIterator[Gain | Ending]:
+        """The call's outputs, its initial metadata first: at once if a worker has been ready, else with the first."""
+        announced = await self._announce(call.prepared, context)
+        async for output in call.outputs():
+            if not announced:
+                announced = await self._announce(call.prepared, context)
+            yield output
+
+    async def _announce(self, prepared: Prepared, context: Context) -> bool:
+        ready = self.ready
+        if ready is None:
+            return False
+        await context.send_initial_metadata(
+            (
+                ("request-id", prepared.request_id),
+                ("seed", str(prepared.seed)),
+                ("fingerprint", ready.fingerprint),
+                ("exact", "true" if ready.exact else "false"),
+            )
+        )
+        return True

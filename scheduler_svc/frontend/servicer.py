@@ -1,0 +1,204 @@
+"""`pagewire.v1`: InferenceService and AdminService."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+from pagewire.v1 import admin_pb2, inference_pb2
+from pagewire.v1 import inference_pb2 as pb
+
+from protos.wire import FinishReason, Question, TokenLogprobs, WorkerStatus
+from scheduler_svc.frontend import rpc
+from scheduler_svc.frontend.core import Core
+from scheduler_svc.frontend.errors import Context, not_found
+from scheduler_svc.frontend.streams import Ending, Gain
+from scheduler_svc.frontend.validation import Violations, check_request_id, check_vocabulary
+
+INFERENCE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+ADMIN: Final = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+WORKER_STATES: Final = {
+    "starting": admin_pb2.WORKER_STATE_STARTING,
+    "loading": admin_pb2.WORKER_STATE_LOADING,
+    "serving": admin_pb2.WORKER_STATE_SERVING,
+    "lost": admin_pb2.WORKER_STATE_LOST,
+}
+
+
+class InferenceService:
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            INFERENCE,
+            {
+                "Generate": rpc.server_stream(pb.GenerateRequest, self.generate),
+                "Tokenize": rpc.unary(pb.TokenizeRequest, self.tokenize),
+                "Detokenize": rpc.unary(pb.DetokenizeRequest, self.detokenize),
+                "GetModel": rpc.unary(pb.GetModelRequest, self.get_model),
+                "CancelGeneration": rpc.unary(pb.CancelGenerationRequest, self.cancel_generation),
+            },
+        )
+
+    async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        prepared = await self.core.preparer.prepare(request, self.core.deadline(context))
+        async with self.core.call(prepared, context) as call:
+            async for output in self.core.outputs(call, context):
+                match output:
+                    case Gain():
+                        response = pb.GenerateResponse(delta=delta_message(output))
+                    case Ending():
+                        response = pb.GenerateResponse(finished=finished_message(output, prepared.prompt_len))
+                await context.write(response.SerializeToString())
+
+    async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        violations, preparer = Violations(), self.core.preparer
+        token_ids: list[int] = []
+        match request.WhichOneof("input"):
+            case "text":
+                add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                token_ids = await preparer.tokenize("text", request.text, add_special, None, violations)
+            case "chat":
+                if request.HasField("add_special_tokens"):
+                    violations.add("add_special_tokens", "goes with text only; a chat template writes its own")
+                token_ids = await preparer.tokenize_chat(request.chat, None, violations)
+            case _:
+                violations.add("input", "is not set; give text or chat messages")
+        violations.check()
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        violations, model = Violations(), self.core.model
+        check_vocabulary("token_ids", request.token_ids, model.card.vocab_size, violations)
+        violations.check()
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        return pb.DetokenizeResponse(text=await model.tokenizer.decode_off_loop(list(request.token_ids), skip))
+
+    async def get_model(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        core, card = self.core, self.core.model.card
+        response = pb.GetModelResponse(
+            name=core.name,
+            path=card.path,
+            architecture=card.architecture,
+            max_model_len=core.max_model_len(),
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            quantization=card.quantization,
+            kv_cache_dtype=core.config.kv_dtype,
+            has_chat_template=core.model.tokenizer.chat_template is not None,
+        )
+        if ready := core.ready:
+            response.dtype, response.backend, response.device = ready.dtype, ready.backend, ready.device
+            response.fingerprint, response.exact = ready.fingerprint, ready.exact
+        return response
+
+    async def cancel_generation(
+        self, request: pb.CancelGenerationRequest, context: Context
+    ) -> pb.CancelGenerationResponse:
+        violations = Violations()
+        check_request_id("request_id", request.request_id, violations)
+        if not request.request_id:
+            violations.add("request_id", "is empty")
+        violations.check()
+        answer = await self.core.link.ask(Question.CANCEL, request.request_id)
+        if not answer.found:
+            raise not_found(f"no request {request.request_id!r} is running")
+        return pb.CancelGenerationResponse()
+
+
+class AdminService:
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            ADMIN,
+            {
+                "GetStats": rpc.unary(admin_pb2.GetStatsRequest, self.get_stats),
+                "Drain": rpc.unary(admin_pb2.DrainRequest, self.drain),
+                "FlushCache": rpc.unary(admin_pb2.FlushCacheRequest, self.flush_cache),
+            },
+        )
+
+    async def get_stats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
+        status = (await self.core.link.ask(Question.STATS)).status
+        stats = status.stats
+        return admin_pb2.GetStatsResponse(
+            running=stats.running,
+            waiting=stats.waiting,
+            total_blocks=stats.num_blocks,
+            free_blocks=stats.free_blocks,
+            cached_blocks=stats.cached_blocks,
+            owned_blocks=stats.owned_blocks,
+            fenced_blocks=stats.fenced_blocks,
+            free_slots=stats.free_slots,
+            total_slots=stats.num_slots,
+            steps=stats.steps,
+            preemptions=stats.preemptions,
+            recoveries=stats.recoveries,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            generated_tokens=stats.generated_tokens,
+            finished=stats.finished,
+            aborted=stats.aborted,
+            rejected=stats.rejected,
+            open_calls=self.core.calls,
+            draining=stats.draining,
+            workers=[worker_message(worker) for worker in status.workers],
+            uptime_seconds=self.core.clock() - self.core.started,
+        )
+
+    async def drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        await self.core.link.ask(Question.DRAIN)
+        return admin_pb2.DrainResponse()
+
+    async def flush_cache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
+        answer = await self.core.link.ask(Question.FLUSH_CACHE)
+        return admin_pb2.FlushCacheResponse(freed_blocks=answer.freed_blocks)
+
+
+def delta_message(gain: Gain) -> pb.GenerateDelta:
+    return pb.GenerateDelta(
+        index=gain.index,
+        token_ids=gain.token_ids,
+        text=gain.text,
+        logprobs=[logprob_message(entry) for entry in gain.logprobs],
+        prompt_logprobs=[logprob_message(entry) for entry in gain.prompt_logprobs],
+    )
+
+
+def logprob_message(entry: TokenLogprobs) -> pb.TokenLogprob:
+    top = [
+        pb.TopLogprob(token_id=token_id, logprob=logprob)
+        for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+    ]
+    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, top=top)
+
+
+def finished_message(ending: Ending, prompt_tokens: int) -> pb.GenerateFinished:
+    is_stop = ending.reason is FinishReason.STOP
+    message = pb.GenerateFinished(
+        index=ending.index,
+        finish_reason=pb.FINISH_REASON_STOP if is_stop else pb.FINISH_REASON_LENGTH,
+        usage=pb.Usage(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=ending.cached_tokens,
+            completion_tokens=ending.completion_tokens,
+            draft_tokens=ending.draft_tokens,
+            accepted_tokens=ending.accepted_tokens,
+        ),
+        timings=pb.Timings(first_token=ending.first_token, total=ending.total),
+    )
+    if ending.stop:
+        message.stop = ending.stop
+    elif ending.stop_token_id >= 0:
+        message.stop_token_id = ending.stop_token_id
+    return message
+
+
+def worker_message(worker: WorkerStatus) -> admin_pb2.WorkerStats:
+    return admin_pb2.WorkerStats(
+        state=WORKER_STATES[worker.state], pid=worker.pid, device=worker.device, detail=worker.detail
+    )

@@ -1,0 +1,236 @@
+"""From the engine's deltas to what one call may send: text, stop strings, usage, and one ending an index.
+
+A call's sink takes deltas as they come; its writer takes, whenever the call is writable, all that has gathered since.
+So a slow reader gets few large messages, and what waits for it is bounded by the context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import grpc
+
+from protos.wire import FinishReason, TokenDelta, TokenLogprobs
+from scheduler_svc.frontend.detokenizer import Detokenizer
+from scheduler_svc.frontend.engine_link import EngineLink
+from scheduler_svc.frontend.errors import ServiceError, from_finish, internal
+from scheduler_svc.frontend.stops import StopMatcher
+from scheduler_svc.frontend.tokenizer import Tokenizer
+from scheduler_svc.frontend.validation import Prepared, TextRules
+
+# Clients refuse messages above 4 MiB unless told otherwise: so many numbers, tokens or alternatives, go in one.
+MAX_ENTRIES: Final = 32_768
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one index gained since its last message."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
+    completion_tokens: int  # up to and with this
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The last of an index. `first_token` and `total` are seconds since the call began."""
+
+    index: int
+    reason: FinishReason  # STOP or LENGTH
+    stop_token_id: int  # −1: none
+    stop: str  # the stop string, or ""
+    cached_tokens: int
+    completion_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
+    first_token: float
+    total: float
+
+
+class IndexStream:
+    """One of a call's `n` streams. Nothing behind a stop string counts: not its text, ids, logprobs or usage."""
+
+    def __init__(self, index: int, rules: TextRules, detokenizer: Detokenizer | None, started: float) -> None:
+        self.index, self._rules, self._detokenizer, self._started = index, rules, detokenizer, started
+        self._matcher = StopMatcher(rules.stop, rules.include_stop) if rules.stop else None
+        self._token_ids: list[int] = []  # not taken yet, one text and perhaps one logprobs each
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._tail = ""  # text that only the end set free
+        self._taken = self._completion = self._cached = self._drafted = self._accepted = 0
+        self._first_token = 0.0
+        self.ending: Ending | None = None
+
+    def push(self, delta: TokenDelta, now: float) -> bool:
+        """Whether a stop string ended the stream while the engine still runs it."""
+        self._cached = max(self._cached, delta.cached_tokens)
+        self._drafted += delta.num_drafted
+        self._accepted += delta.num_accepted
+        self._prompt_logprobs += delta.prompt_logprobs
+        if delta.token_ids and not self._completion:
+            self._first_token = now - self._started
+        if stop := self._extend(delta):
+            self._end(FinishReason.STOP, now, stop=stop)
+            return delta.finish_reason is None
+        if delta.finish_reason is not None:
+            stop = self._flush()
+            if stop or delta.finish_reason is FinishReason.STOP:
+                self._end(FinishReason.STOP, now, stop=stop, stop_token_id=-1 if stop else delta.stop_token_id)
+            else:
+                self._end(FinishReason.LENGTH, now)
+        return False
+
+    def _extend(self, delta: TokenDelta) -> str:
+        """Takes tokens up to the one that completes a stop string, and returns that string."""
+        hides_last = delta.stop_token_id >= 0 and not self._rules.include_stop
+        last = len(delta.token_ids) - 1
+        for i, token_id in enumerate(delta.token_ids):
+            self._completion += 1
+            text, stop = "", None
+            if self._detokenizer and not (hides_last and i == last):
+                text, stop = self._match(self._detokenizer.step(token_id))
+            self._token_ids.append(token_id)
+            self._texts.append(text)
+            if delta.logprobs:
+                self._logprobs.append(delta.logprobs[i])
+            if stop:
+                return stop
+        return ""
+
+    def _match(self, text: str) -> tuple[str, str | None]:
+        if self._matcher is None or self._completion <= self._rules.min_tokens:
+            return text, None
+        return self._matcher.feed(text)
+
+    def _flush(self) -> str:
+        """No more tokens come: sets free what was held. A stop string may show only now, in half a character."""
+        if self._detokenizer is None:
+            return ""
+        self._tail, stop = self._match(self._detokenizer.finish())
+        if self._matcher and not stop:
+            self._tail += self._matcher.flush()
+        return stop or ""
+
+    def _end(self, reason: FinishReason, now: float, stop: str = "", stop_token_id: int = -1) -> None:
+        self.ending = Ending(
+            index=self.index,
+            reason=reason,
+            stop_token_id=stop_token_id,
+            stop=stop,
+            cached_tokens=self._cached,
+            completion_tokens=self._completion,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            first_token=self._first_token,
+            total=now - self._started,
+        )
+
+    def take(self) -> Gain | None:
+        """What has gathered, as much of it as one message should hold; None where there is nothing."""
+        if not (self._token_ids or self._tail or self._prompt_logprobs):
+            return None
+        prompt_count = _that_fit(self._prompt_logprobs)
+        prompt_logprobs, self._prompt_logprobs = _split(self._prompt_logprobs, prompt_count)
+        count = 0 if self._prompt_logprobs else _that_fit(self._logprobs) if self._logprobs else MAX_ENTRIES
+        token_ids, self._token_ids = _split(self._token_ids, count)
+        texts, self._texts = _split(self._texts, count)
+        logprobs, self._logprobs = _split(self._logprobs, count)
+        if not self._token_ids and not self._prompt_logprobs:
+            texts, self._tail = [*texts, self._tail], ""
+        self._taken += len(token_ids)
+        return Gain(self.index, token_ids, "".join(texts), logprobs, prompt_logprobs, self._taken, self._cached)
+
+
+def _that_fit(logprobs: list[TokenLogprobs]) -> int:
+    return max(1, MAX_ENTRIES // (1 + len(logprobs[0].top_ids))) if logprobs else MAX_ENTRIES
+
+
+def _split(items: list[T], count: int) -> tuple[list[T], list[T]]:
+    return items[:count], items[count:]
+
+
+@dataclass
+class Call:
+    """One client's call: a sink for the engine, an iterator for the writer."""
+
+    prepared: Prepared
+    link: EngineLink
+    clock: Callable[[], float]
+    streams: list[IndexStream]
+    _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
+    _failure: ServiceError | None = None
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _over: bool = False
+
+    @classmethod
+    def open(
+        cls, prepared: Prepared, link: EngineLink, tokenizer: Tokenizer, clock: Callable[[], float], with_text: bool
+    ) -> Call:
+        """Submits. Without `with_text` no text is made, unless stop strings need it."""
+        rules, started = prepared.rules, clock()
+        needs_text = with_text or bool(rules.stop)
+        streams = [
+            IndexStream(i, rules, tokenizer.detokenizer(rules.skip_special_tokens) if needs_text else None, started)
+            for i in range(len(prepared.submits))
+        ]
+        call = cls(prepared, link, clock, streams)
+        link.submit(prepared.submits, call.sink)
+        return call
+
+    def sink(self, delta: TokenDelta) -> None:
+        """Called by the link, which serves every other call too: so nothing may escape."""
+        try:
+            self._take_in(delta)
+        except Exception:
+            log.exception("request %s: a delta could not be taken in", self.prepared.request_id)
+            self._failure = internal(self.prepared.request_id)
+        self._wake.set()
+
+    def _take_in(self, delta: TokenDelta) -> None:
+        stream = self.streams[delta.index]
+        if stream.ending:
+            return  # a stop string ended it here first
+        self._failure = self._failure or from_finish(delta)
+        if stream.push(delta, self.clock()):
+            self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)
+        self._changed[delta.index] = None
+
+    async def outputs(self) -> AsyncIterator[Gain | Ending]:
+        """Ends with the last index. Raises ServiceError where the engine ended the request otherwise."""
+        unfinished = len(self.streams)
+        while unfinished:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._changed:
+                stream = self.streams[next(iter(self._changed))]
+                while gain := stream.take():
+                    yield gain
+                if self._failure:
+                    raise self._failure
+                del self._changed[stream.index]
+                if stream.ending:
+                    unfinished -= 1
+                    yield stream.ending
+            if self._failure:
+                raise self._failure
+        self._over = True
+
+    def close(self) -> None:
+        """The client has gone, or has all: whatever still runs ends now."""
+        is_duplicate = self._failure is not None and self._failure.code is grpc.StatusCode.ALREADY_EXISTS
+        if not self._over and not is_duplicate:  # or it would end the other request of this id
+            self.link.abort(self.prepared.request_id)
+        self.link.forget(self.prepared.request_id)
