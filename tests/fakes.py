@@ -1,8 +1,8 @@
-"""A worker and a clock without a device or time: pure python, deterministic, and strict about what a real worker may do.
+"""A worker and a clock without a device or time: pure python, deterministic, strict about what a real worker may do.
 
-FakeWorker models the content of every KV position: which token stood there, after which prefix. A plan that reads a position
-whose content is not the reader's own prefix, or writes where it must not, is an error, so that a scheduler's mistake shows as
-one, and not only as a different token.
+FakeWorker models the content of every KV position: which token stood there, after which prefix. A plan that reads a
+position whose content is not the reader's own prefix, or writes where it must not, is an error, so that a scheduler's
+mistake shows as one, and not only as a different token.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def mix(*values: int) -> int:
 
 
 def sample(sampling: Sampling, vocab_size: int, prefix: int, position: int, num_generated: int) -> int:
-    """The token at `position` after a prefix of that digest: f(seed, position, prefix), as a real sampler's noise allows."""
+    """The token at `position` after a prefix of that digest: f(seed, position, prefix)."""
     token = mix(sampling.seed, position, prefix) % vocab_size
     ends = sampling.eos_token_ids + sampling.stop_token_ids
     while num_generated < sampling.min_tokens and token in ends:
@@ -67,7 +67,7 @@ def root(domain: bytes, adapter: str) -> int:
 
 
 def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes) -> tuple[list[int], FinishReason]:
-    """The oracle: depth 1, no cache, no drafts, one token after the other. The stream's new tokens, and why it ends."""
+    """The oracle, one token after the other: the stream's new tokens, and why it ends."""
     tokens, prefix = list(submit.token_ids), root(domain, submit.adapter)
     limit = min(submit.prompt_len + submit.sampling.max_tokens, max_model_len)
     for token in tokens:
@@ -171,7 +171,9 @@ class FakeWorker:
         token_ids = self._verify(slot, drafts)
         slot.computed, slot.sampled = len(slot.tokens) - 1, True
         slot.drafts = self._propose(slot, num_propose)
-        logprobs = [_logprob(t, known + i) for i, t in enumerate(token_ids)] if slot.admit.sampling.logprobs >= 0 else []
+        logprobs = (
+            [_logprob(t, known + i) for i, t in enumerate(token_ids)] if slot.admit.sampling.logprobs >= 0 else []
+        )
         return RowResult(row.slot, known, token_ids, logprobs, len(drafts), prompt_logprobs)
 
     def _verify(self, slot: FakeSlot, drafts: list[int]) -> list[int]:

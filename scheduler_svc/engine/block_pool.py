@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class BlockPool:
     """Blocks 1..num_blocks−1; block 0 is null and never handed out.
 
-    A block is in use (refs > 0), cached (refs == 0, published, oldest first) or blank (refs == 0, holds nothing of use).
+    A block is in use (refs > 0), or cached (refs == 0 and published; the free list is the LRU), or blank (refs == 0).
     Blank ones go first, so a cached block is evicted only when nothing else is left.
     """
 
@@ -52,7 +52,7 @@ class BlockPool:
                     self.blank.append(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """From now on the block is read-only and may be found. Where the same content is known already, nothing changes."""
+        """From now on the block is read-only and may be found, unless another holds the same tokens already."""
         if digest not in self.by_hash:
             self.by_hash[digest] = block
             self.hashes[block] = digest

@@ -1,4 +1,4 @@
-"""What one epoch's workers hold, as the engine remembers it. A new epoch is a new Device: nothing is cleared by hand."""
+"""What an epoch's workers hold, as the engine remembers it. A new epoch is a new Device: nothing is cleared by hand."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Device:
     def vacate(self, sequence: Sequence) -> None:
         """Takes slot and blocks from a sequence: at once, or when the last plan that names it has landed."""
         if sequence.flying:
-            assert sequence.last_flight is not None
-            sequence.last_flight.fenced.append((sequence.slot, sequence.block_ids))
+            flight = self.sent[sequence.last_step - self.sent[0].plan.step]
+            flight.fenced.append((sequence.slot, sequence.block_ids))
         else:
             self.give_back(sequence.slot, sequence.block_ids)
 

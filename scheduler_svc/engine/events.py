@@ -1,4 +1,4 @@
-"""What the engine is told and what it answers: the whole of its border. Everything here can be recorded and replayed."""
+"""What the engine is told and what it answers: the whole of its border. All of it can be recorded and replayed."""
 
 from __future__ import annotations
 

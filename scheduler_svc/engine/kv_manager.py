@@ -68,7 +68,7 @@ class KVManager:
         return max(0, self.blocks(num_positions) - len(sequence.block_ids))
 
     def publish(self, sequence: Sequence) -> list[Sequence]:
-        """Full blocks whose tokens are settled and whose positions are computed; returns the followers that they wake."""
+        """Full blocks whose tokens are settled and positions computed; returns the followers that they wake."""
         full = min(sequence.computed, sequence.settled) // self.block_size
         woken: list[Sequence] = []
         if self.caching:

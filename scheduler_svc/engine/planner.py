@@ -38,8 +38,8 @@ class Planner:
     def plan(self) -> Flight | None:
         """The next step, or None if nobody can move.
 
-        There is no prefill and no decode: each sequence catches up from `computed` towards `hi`. Those that are one token
-        behind go first, chunks of those that are further behind fill the rest, then others are admitted.
+        There is no prefill and no decode: each sequence catches up from `computed` towards `hi`. Those that are one
+        token behind go first, chunks of those that are further behind fill the rest, then others are admitted.
         """
         step = Step(self.config.max_step_tokens)
         if suspect := self._suspect():
@@ -160,7 +160,7 @@ class Planner:
         step.admit.append(
             Admit(
                 sequence.slot,
-                list(sequence.token_ids),
+                sequence.token_ids.tolist(),
                 sequence.prompt_len,
                 [list(sequence.block_ids)],
                 sequence.sampling,
@@ -199,7 +199,7 @@ class Planner:
         device.sent.append(flight)
         for sequence in step.sequences:
             sequence.flying += 1
-            sequence.last_flight = flight
+            sequence.last_step = plan.step
             if sequence.computed >= sequence.publish_at:
                 self.roster.wait_again(self.kv.publish(sequence))
         return flight

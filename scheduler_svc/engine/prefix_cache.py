@@ -21,8 +21,8 @@ def domain(tenant: str, salt: str) -> bytes:
     return _digest(tenant.encode(), salt.encode())
 
 
-def chain(parent: bytes, token_ids: list[int]) -> bytes:
-    return blake2b(parent + array("I", token_ids).tobytes(), digest_size=DIGEST_SIZE).digest()
+def chain(parent: bytes, token_ids: array[int]) -> bytes:
+    return blake2b(parent + token_ids.tobytes(), digest_size=DIGEST_SIZE).digest()
 
 
 def _digest(*parts: bytes) -> bytes:

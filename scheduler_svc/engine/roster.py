@@ -88,7 +88,7 @@ class Roster:
         self._vacate(sequence, device)
         flying = sequence.flying
         sequence.forget_device()
-        sequence.flying = flying
+        sequence.flying = flying  # their results are still delivered
         self._queue(sequence, State.LEAVING if flying else State.WAITING)
 
     def finish(self, sequence: Sequence, device: Device | None) -> None:

@@ -1,8 +1,8 @@
 """Decides. Events in, instructions out; no I/O, no clock, no randomness.
 
-There is no prefill or decode phase, only catching up: a sequence has tokens known and tokens computed, and every step lets
-some sequences catch up by some tokens. Chunked prefill, prefix-cache hits, recompute after a preemption or a crash, and
-verifying drafts are all this one arithmetic (R1).
+There is no prefill or decode phase, only catching up: a sequence has tokens known and tokens computed, and every step
+lets some sequences catch up by some tokens. Chunked prefill, prefix-cache hits, recompute after a preemption or a
+crash, and verifying drafts are all this one arithmetic (R1).
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from protos.wire import (
     EngineStats,
     FinishReason,
     FrontendLost,
-    Outputs,
     Row,
     RowResult,
     StepResult,
     Submit,
-    TokenDelta,
 )
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
+from scheduler_svc.engine.door import Doorkeeper
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.integrity import check
+from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.planner import Planner
-from scheduler_svc.engine.policy import Doorkeeper
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
 
@@ -41,12 +40,11 @@ class Scheduler:
         self._planner: Planner | None = None
         self._doorkeeper = Doorkeeper(config)
         self._arrivals = 0
-        self._draining = False
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
         self._max_len_reason = f"max_model_len {config.max_model_len}"
         self._last_epoch = (-1, -1)
         self._instructions: list[Instruction] = []
-        self._outputs: dict[str, list[TokenDelta]] = {}  # by frontend
+        self._outbox = Outbox()
 
     def handle(self, event: Event) -> list[Instruction]:
         """What follows from `event`: plans first, since a worker may be waiting for them."""
@@ -73,12 +71,13 @@ class Scheduler:
                 if self.device:
                     self.device.kv.pool.flush()
             case Drain():
-                self._draining = True
+                self._doorkeeper.draining = True
             case _:
                 assert_never(event)
         while self._planner and len(self._planner.device.sent) < self.config.depth and (flight := self._planner.plan()):
             self._instructions.append(flight.plan)
-        return self._take_instructions()
+        instructions, self._instructions = self._instructions, []
+        return [*instructions, *self._outbox.take()]
 
     @property
     def idle(self) -> bool:
@@ -91,26 +90,14 @@ class Scheduler:
     # ------------------------------------------------------------ requests
 
     def _submit(self, submit: Submit) -> None:
+        if refusal := self._doorkeeper.refusal(submit, self.roster):
+            self.roster.counters.rejected += 1
+            self._outbox.refuse(submit, *refusal)
+            return
         self._arrivals += 1
         sequence = Sequence(submit, self._arrivals, self.config.num_drafts)
-        siblings = self.roster.requests.get(submit.request_id, {})
-        if submit.index in siblings or any(not _are_siblings(submit, other.submit) for other in siblings.values()):
-            detail = f"request_id {submit.request_id!r} index {submit.index} is running already"
-            return self._refuse(sequence, FinishReason.DUPLICATE, detail)
-        if not siblings:  # they were let in together with the first of them
-            if self._draining:
-                return self._refuse(sequence, FinishReason.DRAINING, "the service is draining")
-            count, roster = submit.num_siblings, self.roster
-            tokens = count * sequence.settled
-            if detail := self._doorkeeper.refuses(count, tokens, roster.num_queued, roster.queued_tokens):
-                retry_after = self._doorkeeper.retry_after(count)
-                return self._refuse(sequence, FinishReason.REJECTED, detail, retry_after)
-        if not sequence.settled or not 0 < sequence.prompt_len <= sequence.settled:
-            detail = f"prompt_len is {sequence.prompt_len}: must be from 1 to the {sequence.settled} token_ids"
-            return self._refuse(sequence, FinishReason.INVALID, detail)
         self.roster.enlist(sequence)
         self._check_length(sequence)
-        return None
 
     def _check_length(self, sequence: Sequence) -> None:
         """Sets how long it may become, and ends it if there is no room for one more token."""
@@ -124,30 +111,9 @@ class Scheduler:
         elif sequence.settled > sequence.prompt_len and sequence.token_ids[-1] in sequence.ends:
             self._finish(sequence, FinishReason.STOP)  # resumed where it had ended
 
-    def _refuse(self, sequence: Sequence, reason: FinishReason, detail: str, retry_after: float = 0.0) -> None:
-        self.roster.counters.rejected += 1
-        delta = TokenDelta(
-            sequence.request_id,
-            sequence.index,
-            [],
-            finish_reason=reason,
-            retry_after=retry_after,
-            detail=detail,
-        )
-        self._outputs.setdefault(sequence.frontend, []).append(delta)
-
     def _finish(self, sequence: Sequence, reason: FinishReason, detail: str = "") -> None:
         """Ends a sequence between results, wherever it is."""
-        self._outputs.setdefault(sequence.frontend, []).append(
-            TokenDelta(
-                sequence.request_id,
-                sequence.index,
-                [],
-                finish_reason=reason,
-                cached_tokens=max(0, sequence.cached_tokens),
-                detail=detail,
-            )
-        )
+        self._outbox.end(sequence, reason, detail)
         self._leave(sequence, reason)
 
     def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -168,7 +134,7 @@ class Scheduler:
         """Resolves a result against the plan that it answers, never against who holds the slot now."""
         device = self.device
         if device is None or result.epoch != device.epoch:
-            return  # from an epoch that has ended
+            return None  # from an epoch that has ended
         expected = device.sent[0].plan.step if device.sent else device.step + 1
         if not device.sent or result.step != expected:
             return self._distrust(f"a result for step {result.step} where step {expected} was due")
@@ -184,22 +150,26 @@ class Scheduler:
             if reason := _mismatch(row, answer, sequence):
                 return self._distrust(f"step {result.step}: {reason}")
             if row.sample:
-                self._settle(sequence, row, answer)
+                try:
+                    self._settle(sequence, row, answer)
+                except OverflowError:
+                    return self._distrust(
+                        f"step {result.step}: slot {row.slot} brings {answer.token_ids}, no token ids"
+                    )
             elif answer.prompt_logprobs:
-                self._deliver(sequence, [], row, answer, None)
+                self._outbox.prompt(sequence, row, answer)
             if sequence.state is State.LEAVING and not sequence.flying:
                 self.roster.wait_again([sequence])
         device.land()
         return None
 
     def _settle(self, sequence: Sequence, row: Row, answer: RowResult) -> None:
-        """New tokens, up to the first that ends the stream."""
+        """New tokens, up to the first that ends the stream. Raises OverflowError where they can be no tokens."""
         token_ids = answer.token_ids
         count = sequence.first_end(token_ids)
         if count < len(token_ids):
             token_ids = token_ids[:count]
-        sequence.token_ids += token_ids
-        sequence.settled += count
+        sequence.append(token_ids)
         sequence.deaths = 0
         self.roster.counters.generated_tokens += count
         reason = None
@@ -207,7 +177,7 @@ class Scheduler:
             reason = FinishReason.STOP
         elif sequence.settled >= sequence.limit:
             reason = FinishReason.LENGTH
-        self._deliver(sequence, token_ids, row, answer, reason)
+        self._outbox.tokens(sequence, token_ids, row, answer, reason)
         if sequence.state is State.RUNNING:
             sequence.ahead -= 1 + row.num_drafts
             sequence.computed = sequence.settled - 1  # the last of them was sampled, and not fed yet
@@ -216,30 +186,6 @@ class Scheduler:
                 self.roster.wait_again(self.device.kv.publish(sequence))
         if reason:
             self._leave(sequence, reason)
-
-    def _deliver(
-        self, sequence: Sequence, token_ids: list[int], row: Row, answer: RowResult, reason: FinishReason | None
-    ) -> None:
-        prompt_logprobs = answer.prompt_logprobs
-        if prompt_logprobs:  # of the positions after row.start; a recomputed prompt brings the earlier ones again
-            prompt_logprobs = prompt_logprobs[max(0, sequence.prompt_logprobs_from - row.start - 1) :]
-            sequence.prompt_logprobs_from += len(prompt_logprobs)
-        delta = TokenDelta(
-            sequence.request_id,
-            sequence.index,
-            token_ids,
-            answer.logprobs[: len(token_ids)],
-            reason,
-            token_ids[-1] if reason is FinishReason.STOP else -1,
-            prompt_logprobs,
-            sequence.cached_tokens,
-            num_drafted=answer.num_drafted,
-            num_accepted=max(0, len(answer.token_ids) - 1),
-        )
-        outputs = self._outputs.get(sequence.frontend)
-        if outputs is None:
-            self._outputs[sequence.frontend] = outputs = []
-        outputs.append(delta)
 
     # ------------------------------------------------------------ epochs
 
@@ -327,25 +273,12 @@ class Scheduler:
             finished=counters.finished,
             aborted=counters.aborted,
             rejected=counters.rejected,
-            draining=self._draining,
+            draining=self._doorkeeper.draining,
         )
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError where the books do not add up. Costs time in proportion to everything: for tests and idle."""
+        """Raises IntegrityError where the books do not add up. For tests, and when idle."""
         check(self.roster, self.device)
-
-    def _take_instructions(self) -> list[Instruction]:
-        instructions = self._instructions
-        self._instructions = []
-        if self._outputs:
-            for frontend, items in self._outputs.items():
-                instructions.append(Outputs(items, frontend))
-            self._outputs = {}
-        return instructions
-
-
-def _are_siblings(one: Submit, other: Submit) -> bool:
-    return one.frontend == other.frontend and one.num_siblings == other.num_siblings
 
 
 def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
-from protos.wire import Submit
+from msgspec.structs import replace
 
-if TYPE_CHECKING:
-    from scheduler_svc.engine.device import Flight
+from protos.wire import Submit, TokenLogprobs
 
 SUSPECT_DEATHS = 2  # worker deaths in flight after which a sequence runs alone (R5)
 FATAL_DEATHS = SUSPECT_DEATHS + 3  # the last three of them alone: nobody else can have killed the worker
@@ -26,7 +26,7 @@ class Sequence:
     """A stream's tokens, and what the worker holds of them.
 
     token_ids  |t0 t1 … prompt … | generated …          |
-    computed   |===============>                          KV written by sent plans; sampling rows count with their result
+    computed   |===============>                          KV written by sent plans; sampling rows: with their result
     settled    |=======================================>  tokens known: Submit's, then results
     hi         |=============================================>  settled + Σ in flight (1 + num_drafts)
     block_ids  |  b0  |  b1  |  b2  |  b3  |  b4  |  b5  |  b6  |   cover hi + the next row's drafts
@@ -47,7 +47,7 @@ class Sequence:
         "hashes",
         "holds_on",
         "index",
-        "last_flight",
+        "last_step",
         "limit",
         "max_drafts",
         "prompt_len",
@@ -66,18 +66,21 @@ class Sequence:
     )
 
     def __init__(self, submit: Submit, arrival: int, num_drafts: int) -> None:
+        """Raises OverflowError for a token id that is not an unsigned number of 32 bits."""
         sampling = submit.sampling
-        self.submit = submit
+        self.submit = replace(submit, token_ids=_ELSEWHERE)  # its tokens are kept once, below
         self.request_id = submit.request_id
         self.index = submit.index
         self.frontend = submit.frontend
         self.sampling = sampling
         self.arrival = arrival
         self.prompt_len = submit.prompt_len
-        self.token_ids = list(submit.token_ids)
+        self.token_ids = array(
+            "I", submit.token_ids
+        )  # not a list: the garbage collector would walk every queued prompt
         self.settled = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
-        self.ends = frozenset(sampling.eos_token_ids + sampling.stop_token_ids)
+        self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
         self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
         self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
         self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
@@ -94,7 +97,7 @@ class Sequence:
         self.computed = 0
         self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
         self.flying = 0  # plans in flight that name it
-        self.last_flight: Flight | None = None
+        self.last_step = 0  # of the newest plan that names it
         self.slot = 0
         self.block_ids: list[int] = []
         self.published = 0  # blocks
@@ -113,6 +116,11 @@ class Sequence:
     def suspect(self) -> bool:
         return self.deaths >= SUSPECT_DEATHS
 
+    def append(self, token_ids: list[int]) -> None:
+        """Raises OverflowError, and changes nothing, where one is not an unsigned number of 32 bits."""
+        self.token_ids.fromlist(token_ids)
+        self.settled += len(token_ids)
+
     def first_end(self, token_ids: list[int]) -> int:
         """How many of these new tokens belong to the stream: up to the first end token or the limit."""
         room = self.limit - self.settled
@@ -120,6 +128,21 @@ class Sequence:
             if count == room or token_id in self.ends:
                 return count
         return len(token_ids)
+
+    def new_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of a row from `start` that were not delivered yet: a recomputed prompt brings earlier ones again."""
+        new = logprobs[max(0, self.prompt_logprobs_from - start - 1) :]
+        self.prompt_logprobs_from += len(new)
+        return new
+
+
+_ELSEWHERE: list[int] = []
+
+
+@lru_cache(maxsize=256)
+def _ends(eos_token_ids: tuple[int, ...], stop_token_ids: tuple[int, ...]) -> frozenset[int]:
+    """One set for all who asked for the same: a long queue is mostly the same few."""
+    return frozenset(eos_token_ids + stop_token_ids)
 
 
 def _counts_tokens(submit: Submit) -> bool:

@@ -1,0 +1,85 @@
+"""Who is let into the queue, and who is told to come back later."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from protos.wire import FinishReason, Submit
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.roster import Roster
+
+MIN_RETRY, MAX_RETRY = 0.05, 60.0  # seconds
+UNKNOWN_RETRY = 1.0  # seconds, before any departure from the queue was seen
+HALF_LIFE = 5.0  # seconds in which an old rate loses half of its weight
+
+
+class Refusal(NamedTuple):
+    reason: FinishReason
+    detail: str
+    retry_after: float = 0.0
+
+
+class Doorkeeper:
+    """Bounds the queue, and tells the refused when there should be room for them.
+
+    Those who were refused stand in a line of their own: each new one is told the time after all earlier ones, at the
+    rate at which sequences leave the queue.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.draining = False
+        self._max_waiting = config.max_waiting
+        self._max_waiting_tokens = config.max_waiting_tokens
+        self._since = 0.0  # time of the last measurement
+        self._departed = 0  # sequences that had left the queue by then
+        self._rate = 0.0  # sequences a second that leave the queue
+        self._refused = 0.0  # sequences refused and not yet made room for
+
+    def refusal(self, submit: Submit, roster: Roster) -> Refusal | None:
+        """Why this sequence cannot be taken; None if it can. Siblings are let in together with the first of them."""
+        if not 0 < submit.prompt_len <= len(submit.token_ids):
+            detail = f"prompt_len is {submit.prompt_len}: must be from 1 to the {len(submit.token_ids)} token_ids"
+            return Refusal(FinishReason.INVALID, detail)
+        if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < 1 << 32):
+            return Refusal(FinishReason.INVALID, "token_ids must be unsigned numbers of 32 bits")
+        siblings = roster.requests.get(submit.request_id, {})
+        if submit.index in siblings or any(not _are_siblings(submit, other.submit) for other in siblings.values()):
+            detail = f"request_id {submit.request_id!r} index {submit.index} is running already"
+            return Refusal(FinishReason.DUPLICATE, detail)
+        if siblings:
+            return None
+        if self.draining:
+            return Refusal(FinishReason.DRAINING, "the service is draining")
+        return self._overload(submit.num_siblings, len(submit.token_ids), roster)
+
+    def _overload(self, count: int, tokens_each: int, roster: Roster) -> Refusal | None:
+        waiting, tokens, more = roster.num_queued, roster.queued_tokens, count * tokens_each
+        if waiting + count > self._max_waiting:
+            detail = f"{waiting} sequences wait, {count} more are over max_waiting {self._max_waiting}"
+        elif tokens + more > self._max_waiting_tokens:
+            detail = f"{tokens} tokens wait, {more} more are over max_waiting_tokens {self._max_waiting_tokens}"
+        else:
+            return None
+        self._refused += count
+        return Refusal(FinishReason.REJECTED, f"the queue is full: {detail}", self._retry_after())
+
+    def _retry_after(self) -> float:
+        if self._rate <= 0.0:
+            return UNKNOWN_RETRY
+        return min(MAX_RETRY, max(MIN_RETRY, self._refused / self._rate))
+
+    def tick(self, now: float, departed: int, waiting: bool) -> None:
+        """Measures the rate of departures, `departed` in all so far. Time in which nobody waited says nothing."""
+        elapsed = now - self._since
+        if elapsed < 0.1:
+            return
+        count = departed - self._departed
+        if self._since and (waiting or count):
+            keep = 0.5 ** (elapsed / HALF_LIFE) if self._rate else 0.0
+            self._rate = keep * self._rate + (1 - keep) * count / elapsed
+        self._refused = max(0.0, self._refused - count) if waiting else 0.0
+        self._departed, self._since = departed, now
+
+
+def _are_siblings(one: Submit, other: Submit) -> bool:
+    return one.frontend == other.frontend and one.num_siblings == other.num_siblings
