@@ -1,0 +1,45 @@
+"""Paged KV memory: one allocation, cut into blocks that the scheduler numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """pages [layer, K or V, block, kv head, offset in block, head_dim]; block 0 is null.
+
+    A block's positions lie together for each head ("HND"), so that a sequence's keys are gathered as runs of
+    block_size * head_dim elements and come out ready for a product over heads. Zeroed at the start, which also takes
+    the memory from the system: it runs out at load or never.
+    """
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
+        self.block_size, self.head_dim = block_size, head_dim
+        shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+        self.pages = torch.empty(shape, dtype=dtype).zero_()
+
+    def rows_of(self, slot_mapping: Tensor) -> Tensor:
+        """[T] block * block_size + offset → [T * kv_heads] rows of `as_rows`, token by token."""
+        blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
+        heads = torch.arange(self.num_kv_heads)
+        return ((blocks[:, None] * self.num_kv_heads + heads) * self.block_size + offsets[:, None]).flatten()
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [T, kv_heads, head_dim] go to `rows` = rows_of(slot_mapping)."""
+        for which, values in enumerate((k, v)):
+            flat = self.pages[layer, which].view(-1, self.head_dim)
+            flat.index_copy_(0, rows, values.reshape(-1, self.head_dim).to(flat.dtype))
+
+    def runs_of(self, block_tables: Tensor) -> Tensor:
+        """[R, B] block ids → [R * kv_heads * B] runs for `gather`: row, head, then position order."""
+        heads = torch.arange(self.num_kv_heads)
+        return (block_tables[:, None, :] * self.num_kv_heads + heads[:, None]).flatten()
+
+    def gather(self, layer: int, which: int, runs: Tensor, num_groups: int) -> Tensor:
+        """K (0) or V (1) of `runs` = runs_of(block_tables), as float32 [num_groups, positions, head_dim]."""
+        pages = self.pages[layer, which].view(-1, self.block_size * self.head_dim)
+        return pages.index_select(0, runs).view(num_groups, -1, self.head_dim).float()

@@ -1,0 +1,93 @@
+"""From a path to a ModelSpec and its weights in one naming, whatever the file's. numpy and mmap views only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_svc.models import gguf_spec, registry
+from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from worker_svc.models.spec import ModelSpec
+
+DType = Literal["float32", "bfloat16"]
+_SAMPLE = 1 << 16  # bytes
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: headers have been read, weights come in as they are asked for."""
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+
+    def top(self, role: str, part: str = "weight") -> str:
+        return self.spec.names.top[role].format(p=part)
+
+    def layer(self, i: int, role: str, part: str = "weight") -> str:
+        return self.spec.names.layer[role].format(i=i, p=part)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: DType, heads: int = 0) -> NDArray[Any]:
+        """[shape], float32, or bfloat16 as uint16 bits. `heads`: the rows are q or k, for so many heads.
+
+        Raises CheckpointError where the tensor is missing, or is not of the shape that the config implies.
+        """
+        tensor = self.checkpoint.tensor(name)
+        if tensor.shape != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}, the config implies {list(shape)}")
+        array: NDArray[Any] = tensor.float32() if dtype == "float32" else tensor.bfloat16()
+        return split_halves(array, heads) if heads and self.spec.names.interleaved_qk else array
+
+
+def split_halves(array: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of each head from rotary neighbours (0, 1, 2, 3 …) to rotary halves (0, 2 … 1, 3 …): undoes GGUF's order."""
+    rows, rest = array.shape[0], array.shape[1:]
+    return array.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises CheckpointError where there is none, or it is no JSON object."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no config.json: not a model directory") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return config
+
+
+def open_model(path: Path) -> Model | None:
+    """A `.gguf` file or a directory of safetensors with its config.json; None where its architecture is none of ours.
+
+    Raises CheckpointError or SpecError for a model that cannot be read, OSError for a file that cannot be opened.
+    """
+    if path.suffix == ".gguf":
+        checkpoint = open_checkpoint(path)
+        return Model(gguf_spec.spec(checkpoint), checkpoint)
+    spec = registry.spec_of(read_config(path))
+    return Model(spec, open_checkpoint(path)) if spec else None
+
+
+def weights_digest(path: Path) -> str:
+    """Identifies weights without reading them all: every file's name and size, and 65 samples of 64 KiB spread evenly
+    from its first byte (the header) to its last. A retrained or requantized model differs everywhere, so any sample
+    tells it; a single flipped bit between two samples is not seen.
+    """
+    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if path.is_dir() else ''}:{size};".encode())
+        with file.open("rb") as opened:
+            for offset in np.unique(np.linspace(0, max(size - _SAMPLE, 0), 65, dtype=np.int64)).tolist():
+                opened.seek(offset)
+                digest.update(opened.read(_SAMPLE))
+    return digest.hexdigest()

@@ -1,0 +1,28 @@
+"""Architecture name → how its config becomes a ModelSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from worker_svc.models import llama, mistral, qwen2, qwen3
+from worker_svc.models.decoder import Config
+from worker_svc.models.spec import ModelSpec
+
+FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
+    "LlamaForCausalLM": llama.spec,
+    "MistralForCausalLM": mistral.spec,
+    "Qwen2ForCausalLM": qwen2.spec,
+    "Qwen3ForCausalLM": qwen3.spec,
+}
+
+
+def architecture(config: Config) -> str:
+    """The first name in `architectures`, or "" where the config has none."""
+    names = config.get("architectures") or [""]
+    return str(names[0])
+
+
+def spec_of(config: Config) -> ModelSpec | None:
+    """None where the architecture is no family of ours. Raises SpecError for a config that its family cannot follow."""
+    family = FAMILIES.get(architecture(config))
+    return family(config) if family else None
