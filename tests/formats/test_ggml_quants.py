@@ -161,12 +161,21 @@ def test_what_needs_no_conversion_is_a_view(tmp_path: Path) -> None:
     assert np.shares_memory(tensor.bfloat16(), tensor.data)
 
 
-@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-def test_bfloat16_rounds_to_the_nearest_even(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
-    data = np.array(values, np.float32).tobytes()
-    tensor = open_checkpoint(gguf(tmp_path_factory.getbasetemp(), "F32", (len(values),), data)).tensor("w")
-    got = (tensor.bfloat16().astype(np.uint32) << 16).view(np.float32)
-    for value, rounded in zip(np.array(values, np.float32), got, strict=True):
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 0xFFFF), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_bfloat16_rounds_to_the_nearest_even(
+    tmp_path_factory: pytest.TempPathFactory, halves: list[tuple[int, int]]
+) -> None:
+    """Every upper half, with lower halves around the middle, where ties are."""
+    values = np.array([upper << 16 | lower for upper, lower in halves], np.uint32).view(np.float32)
+    file = gguf(tmp_path_factory.getbasetemp(), "F32", (len(values),), values.tobytes())
+    got = (open_checkpoint(file).tensor("w").bfloat16().astype(np.uint32) << 16).view(np.float32)
+    for value, rounded in zip(values, got, strict=True):
         if not np.isfinite(value):
             assert (np.isnan(value) and np.isnan(rounded)) or value == rounded
             continue
