@@ -120,6 +120,7 @@ class FakeWorker:
         self.step = 0
         self.slots: dict[int, FakeSlot] = {}
         self.kv: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # prefix digest, its token included
+        self.written: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # in which step
 
     def run(self, plan: StepPlan) -> StepResult:
         _demand(plan.epoch == self.epoch and plan.step == self.step + 1, f"step {plan.step} after {self.step}")
@@ -208,12 +209,10 @@ class FakeWorker:
 
     def _read(self, slot: FakeSlot, end: int) -> None:
         for position in range(end):
-            block = slot.blocks[position // self.block_size]
-            found = self.kv[block][position % self.block_size]
-            _demand(
-                found == slot.prefixes[position + 1],
-                f"slot {slot.admit.slot} reads position {position} in block {block}, which holds something else",
-            )
+            block, offset = slot.blocks[position // self.block_size], position % self.block_size
+            where = f"slot {slot.admit.slot} reads position {position} in block {block}"
+            _demand(self.kv[block][offset] == slot.prefixes[position + 1], f"{where}, which holds something else")
+            _demand(self.written[block][offset] < self.step, f"{where}, which the same step fills")
 
     def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:
         limit = min(slot.admit.prompt_len + slot.admit.sampling.max_tokens, self.max_model_len)
@@ -223,7 +222,9 @@ class FakeWorker:
                 position // self.block_size < len(slot.blocks),
                 f"slot {slot.admit.slot} writes position {position} beyond its {len(slot.blocks)} blocks",
             )
-            self.kv[slot.blocks[position // self.block_size]][position % self.block_size] = digest
+            block = slot.blocks[position // self.block_size]
+            self.kv[block][position % self.block_size] = digest
+            self.written[block][position % self.block_size] = self.step
 
     def _prompt_logprobs(self, slot: FakeSlot, row: Row, start: int, count: int) -> list[TokenLogprobs]:
         if slot.admit.sampling.prompt_logprobs < 0:

@@ -135,9 +135,9 @@ class Scheduler:
         device = self.device
         if device is None or result.epoch != device.epoch:
             return None  # from an epoch that has ended
-        expected = device.sent[0].plan.step if device.sent else device.step + 1
-        if not device.sent or result.step != expected:
-            return self._distrust(f"a result for step {result.step} where step {expected} was due")
+        due = device.sent[0].plan.step if device.sent else None
+        if result.step != due:
+            return self._distrust(f"a result for step {result.step}, due was {due}")
         flight = device.sent[0]
         rows = flight.plan.rows
         if len(result.rows) != len(rows):

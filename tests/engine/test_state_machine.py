@@ -1,0 +1,207 @@
+"""Random requests, crashes, aborts, preemptions and pools, against the ten invariants of architecture.md.
+
+Invariants 1, 2 and 8 are looked at after every event (World.check), 3 and 4 by the FakeWorker in every row, 5 and 6
+with every delta, 9 when a run ends; 10 has a test of its own (test_replay.py), and 7 comes with masks.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from msgspec.structs import replace
+
+from protos.wire import Epoch, FinishReason, FrontendLost, Sampling, StepResult, Submit
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.events import Drain, FlushCache, WorkerLost, WorkerReady
+from tests.engine.world import World
+
+PREFIXES = [[(7 * i + 3 * f) % 31 for i in range(40)] for f in range(3)]
+events = 0  # over all runs of this process
+
+
+@st.composite
+def samplings(draw: st.DrawFn) -> Sampling:
+    return Sampling(
+        max_tokens=draw(st.integers(1, 20)),
+        seed=draw(st.integers(0, 3)),
+        min_tokens=draw(st.sampled_from([0, 0, 0, 4])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.0, 1.1])),
+        stop_token_ids=draw(st.sampled_from([(), (5,), (5, 9, 11)])),
+        eos_token_ids=draw(st.sampled_from([(), (2,), (2, 17)])),
+        logprobs=draw(st.sampled_from([-1, -1, 0])),
+        prompt_logprobs=draw(st.sampled_from([-1, -1, -1, -1, 0])),
+    )
+
+
+class Engine(RuleBasedStateMachine):
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.requests = 0
+        block_size = data.draw(st.sampled_from([4, 8]), "block_size")
+        num_drafts = data.draw(st.sampled_from([0, 0, 1, 3]), "num_drafts")
+        max_num_seqs = data.draw(st.sampled_from([1, 3, 6]), "max_num_seqs")
+        least = max_num_seqs * (1 + num_drafts)
+        self.world = World(
+            EngineConfig(
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_step_tokens=data.draw(st.sampled_from([max(least, 8), max(least, 8) + 9, 64]), "max_step_tokens"),
+                max_prefill_chunk=data.draw(st.sampled_from([0, 0, 5, 8]), "max_prefill_chunk"),
+                depth=data.draw(st.integers(1, 3), "depth"),
+                num_drafts=num_drafts,
+                max_waiting=data.draw(st.sampled_from([6, 50]), "max_waiting"),
+                max_waiting_tokens=data.draw(st.sampled_from([100, 5000]), "max_waiting_tokens"),
+                prefix_caching=data.draw(st.sampled_from([True, True, True, False]), "prefix_caching"),
+            ),
+            num_blocks=data.draw(st.sampled_from([6, 10, 16, 40]), "num_blocks"),
+            align=data.draw(st.sampled_from([1, 4, 8]), "align"),
+            max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
+            quality=data.draw(st.sampled_from([0.0, 0.6, 1.0]), "draft quality"),
+        )
+        if data.draw(st.booleans(), "ready at once"):
+            self.world.ready()
+
+    @rule(
+        family=st.integers(0, 2),
+        shared=st.integers(0, 40),
+        tail=st.lists(st.integers(0, 31), max_size=6),
+        resumed=st.sampled_from([0, 0, 0, 2]),
+        sampling=samplings(),
+        n=st.sampled_from([1, 1, 1, 2, 4]),
+        priority=st.sampled_from([0, 0, 1]),
+        lifetime=st.sampled_from([0.0, 0.0, 0.0, 3.0]),
+        salt=st.sampled_from(["", "", "s"]),
+        adapter=st.sampled_from(["", "", "", "a"]),
+        frontend=st.sampled_from(["f", "f", "f", "g"]),
+        skip_cache=st.sampled_from([False, False, False, True]),
+    )
+    def submit(
+        self,
+        family: int,
+        shared: int,
+        tail: list[int],
+        resumed: int,
+        sampling: Sampling,
+        n: int,
+        priority: int,
+        lifetime: float,
+        salt: str,
+        adapter: str,
+        frontend: str,
+        skip_cache: bool,
+    ) -> None:
+        prompt = (PREFIXES[family][:shared] + tail) or [1]
+        self.requests += 1
+        for index in range(n):
+            self.world.submit(
+                Submit(
+                    f"r{self.requests}",
+                    prompt + [3] * resumed,
+                    len(prompt),
+                    sampling if index == 0 else _reseeded(sampling, index),
+                    index,
+                    n,
+                    priority,
+                    "",
+                    self.world.now + lifetime if lifetime else 0.0,
+                    salt,
+                    adapter,
+                    frontend,
+                    skip_cache,
+                )
+            )
+
+    @rule(count=st.integers(1, 6))
+    def land(self, count: int) -> None:
+        self.world.land(count)
+
+    @rule(data=st.data(), reason=st.sampled_from([FinishReason.ABORTED, FinishReason.STOP]))
+    def abort(self, data: st.DataObject, reason: FinishReason) -> None:
+        if self.requests:
+            number = data.draw(st.integers(max(1, self.requests - 6), self.requests), "request")
+            self.world.abort(f"r{number}", reason, data.draw(st.sampled_from([-1, -1, 0, 1]), "index"))
+
+    @precondition(lambda self: self.world.worker is not None)
+    @rule(blameless=st.booleans())
+    def crash(self, blameless: bool) -> None:
+        self.world.crash(blameless)
+
+    @precondition(lambda self: self.world.worker is None)
+    @rule()
+    def ready(self) -> None:
+        self.world.ready()
+
+    @precondition(lambda self: self.world.worker is not None)
+    @rule()
+    def ready_again(self) -> None:
+        """A new epoch without word of the old one's end."""
+        self.world.crashes += 1
+        self.world.ready()
+
+    @precondition(lambda self: self.world.results)
+    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows"]))
+    def spoil(self, change: str) -> None:
+        if self._first_row_counts():
+            self.world.spoil(change)
+
+    def _first_row_counts(self) -> bool:
+        """Whether the next result's first row names a sequence that is still alive: otherwise nobody reads it."""
+        assert self.world.scheduler.device is not None
+        return self.world.scheduler.device.sent[0].sequences[0].state.name != "FINISHED"
+
+    @precondition(lambda self: self.world.counter)
+    @rule()
+    def stale(self) -> None:
+        """Words of an epoch that has ended change nothing."""
+        old = Epoch(1, self.world.counter - 1)
+        for event in (StepResult(old, 1, []), WorkerLost(old, "late"), WorkerReady(old, 99, 99)):
+            assert self.world.send(event) == []
+
+    @rule(seconds=st.sampled_from([0.01, 0.5, 2.0]))
+    def tick(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule()
+    def flush(self) -> None:
+        self.world.send(FlushCache())
+        assert self.world.scheduler.stats().cached_blocks == 0 or self.world.results
+
+    @rule()
+    def lose_frontend(self) -> None:
+        for stream in self.world.streams.values():
+            if stream.submit.frontend == "g":
+                stream.asked_to_end.append(FinishReason.ABORTED)
+        self.world.send(FrontendLost("g"))
+
+    def teardown(self) -> None:
+        global events
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.send(Drain())
+        if world.worker is None:
+            world.ready()
+        bound = 200 + 12 * world.config.depth * sum(s.limit for s in world.scheduler.roster)
+        world.run(bound)
+        world.check_ends()
+        events += len(world.log)
+
+
+def _reseeded(sampling: Sampling, index: int) -> Sampling:
+    return replace(sampling, seed=100 * index + sampling.seed)
+
+
+def test_invariants() -> None:
+    run_state_machine_as_test(Engine)
+    print(f"\nstate machine: {events} events")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_invariants_for_long() -> None:
+    """At least 100,000 events, in rounds of the nightly profile."""
+    while events < 100_000:
+        run_state_machine_as_test(Engine, settings=settings.get_profile("nightly"))
+    print(f"\nstate machine, nightly: {events} events")

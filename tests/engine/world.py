@@ -1,0 +1,306 @@
+"""A scheduler, its worker and its frontends in one place; the invariants are looked at after every event."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from protos.wire import (
+    Abort,
+    Epoch,
+    FinishReason,
+    Outputs,
+    RowResult,
+    StepPlan,
+    StepResult,
+    Submit,
+    TokenDelta,
+    TokenLogprobs,
+)
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.prefix_cache import domain
+from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.engine.sequence import Sequence
+from tests.fakes import FakeWorker, expected
+
+VOCAB_SIZE = 32
+REFUSALS = (FinishReason.REJECTED, FinishReason.DRAINING, FinishReason.DUPLICATE)
+
+
+@dataclass
+class Stream:
+    """What a frontend has seen of one sequence."""
+
+    submit: Submit
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    deltas: list[TokenDelta] = field(default_factory=list)
+    asked_to_end: list[FinishReason] = field(default_factory=list)
+
+    @property
+    def end(self) -> TokenDelta | None:
+        return self.deltas[-1] if self.deltas and self.deltas[-1].finish_reason is not None else None
+
+    @property
+    def reason(self) -> FinishReason | None:
+        return self.end.finish_reason if self.end else None
+
+
+@dataclass(frozen=True)
+class Named:
+    """One row of a plan in flight: whom it names, what it may write, what its table holds."""
+
+    owner: int  # one for each Admit
+    writes: frozenset[int]
+    hits: frozenset[int]
+    table: frozenset[int]
+
+
+class World:
+    """Sends events, runs plans at once and keeps their results until `land`: the worker is ahead of the engine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int = 64,
+        align: int = 1,
+        max_model_len: int = 0,
+        quality: float = 0.6,
+    ) -> None:
+        self.config = config
+        self.num_blocks, self.align, self.max_model_len, self.quality = num_blocks, align, max_model_len, quality
+        self.scheduler = Scheduler(config)
+        self.worker: FakeWorker | None = None
+        self.results: deque[StepResult] = deque()  # computed, not yet delivered
+        self.in_flight: deque[dict[int, Named]] = deque()  # one for each result, by slot
+        self.streams: dict[tuple[str, int], Stream] = {}
+        self.log: list[Event] = []
+        self.answers: list[list[Instruction]] = []
+        self.plans: list[StepPlan] = []
+        self.ended: list[EndEpoch] = []
+        self.counter = 0  # of epochs
+        self.crashes = 0
+        self.now = 1000.0
+        self._owners: dict[int, tuple[int, int, list[int]]] = {}  # by slot: owner, blocks hit, table
+        self._num_owners = 0
+
+    # ------------------------------------------------------------ what happens
+
+    @property
+    def limit(self) -> int:
+        lengths = [self.config.max_model_len, self.max_model_len, (self.num_blocks - 1) * self.config.block_size]
+        return min(length for length in lengths if length)
+
+    def ready(self) -> None:
+        self.counter += 1
+        epoch = Epoch(1, self.counter)
+        self.worker = FakeWorker(
+            epoch,
+            num_blocks=self.num_blocks,
+            block_size=self.config.block_size,
+            max_slots=self.config.max_slots,
+            align=self.align,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.limit,
+            draft_quality=self.quality,
+        )
+        self._forget_flights()
+        self.send(WorkerReady(epoch, self.num_blocks, self.config.max_slots, self.align, 1, self.max_model_len))
+
+    def crash(self, blameless: bool = False) -> None:
+        assert self.worker is not None
+        epoch, self.worker = self.worker.epoch, None
+        self.crashes += not blameless
+        self._forget_flights()
+        self.send(WorkerLost(epoch, "killed", blameless))
+
+    def submit(self, submit: Submit) -> None:
+        key = (submit.request_id, submit.index)
+        assert key not in self.streams, "the test repeats an id: send it by hand"
+        self.streams[key] = Stream(submit)
+        self.send(submit)
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1) -> None:
+        for (rid, i), stream in self.streams.items():
+            if rid == request_id and index in (-1, i):
+                stream.asked_to_end.append(reason)
+        self.send(Abort(request_id, reason, index))
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.send(Tick(self.now))
+
+    def land(self, count: int = 1) -> None:
+        """Delivers so many results, if there are so many."""
+        for _ in range(count):
+            if not self.results:
+                return
+            self.in_flight.popleft()
+            self.send(self.results.popleft())
+
+    def spoil(self, change: str) -> None:
+        """Delivers the next result with something wrong in it; the engine must not believe it."""
+        result = self.results.popleft()
+        rows = list(result.rows)
+        step = result.step
+        match change:
+            case "gap":
+                step += 1
+            case "start":
+                rows[0] = RowResult(rows[0].slot, rows[0].start + 1, rows[0].token_ids)
+            case "slot":
+                rows[0] = RowResult(rows[0].slot + 1, rows[0].start, rows[0].token_ids)
+            case "tokens":
+                rows[0] = RowResult(rows[0].slot, rows[0].start, [*rows[0].token_ids, *[1] * 9])
+            case "range":
+                rows[0] = RowResult(rows[0].slot, rows[0].start, [-1] * max(1, len(rows[0].token_ids)))
+            case "rows":
+                rows.pop()
+        self.worker = None
+        self.crashes += 1
+        self._forget_flights()
+        ended = len(self.ended)
+        self.send(StepResult(result.epoch, step, rows))
+        assert len(self.ended) == ended + 1, f"the engine believed a result with a wrong {change}"
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Until nothing is in flight and nothing more is sent."""
+        for _ in range(max_steps):
+            if not self.results:
+                return
+            self.land()
+        raise AssertionError(f"not done after {max_steps} steps: {self.scheduler.stats()}")
+
+    # ------------------------------------------------------------ what must hold
+
+    def send(self, event: Event) -> list[Instruction]:
+        self.log.append(event)
+        instructions = self.scheduler.handle(event)
+        self.answers.append(instructions)
+        for instruction in instructions:
+            match instruction:
+                case StepPlan():
+                    self._take_plan(instruction)
+                case Outputs():
+                    for delta in instruction.items:
+                        self._take_delta(delta, instruction.frontend)
+                case EndEpoch():
+                    self.ended.append(instruction)
+        self.check()
+        return instructions
+
+    def check(self) -> None:
+        self.scheduler.check_integrity()
+        stats = self.scheduler.stats()
+        assert stats.num_blocks == stats.free_blocks + stats.cached_blocks + stats.owned_blocks + stats.fenced_blocks
+        assert stats.running <= self.config.max_num_seqs
+        assert len(self.results) <= self.config.depth
+        for sequence in self.scheduler.roster.running:
+            assert self.worker is not None
+            length = len(self.worker.slots[sequence.slot].tokens)
+            assert sequence.settled <= length <= sequence.hi, (sequence.settled, length, sequence.hi)
+            assert self.worker.slots[sequence.slot].blocks == sequence.block_ids
+        assert self.worker is not None or not self.scheduler.roster.running
+
+    def check_ends(self) -> None:
+        """All are done, nothing stays owned or fenced, and every stream is what the oracle says."""
+        stats = self.scheduler.stats()
+        assert self.scheduler.idle
+        assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0), stats
+        assert (stats.owned_blocks, stats.fenced_blocks) == (0, 0), stats
+        assert stats.free_slots == stats.num_slots
+        for stream in self.streams.values():
+            self._check_end(stream)
+
+    def oracle(self, submit: Submit) -> tuple[list[int], FinishReason]:
+        return expected(submit, VOCAB_SIZE, self.limit, domain(submit.tenant, submit.cache_salt))
+
+    def _check_end(self, stream: Stream) -> None:
+        submit, end = stream.submit, stream.end
+        assert end is not None, f"{submit.request_id}/{submit.index} never ended"
+        tokens, reason = self.oracle(submit)
+        match end.finish_reason:
+            case FinishReason.LENGTH | FinishReason.STOP if not stream.asked_to_end:
+                assert (stream.token_ids, end.finish_reason) == (tokens, reason)
+                if submit.sampling.prompt_logprobs >= 0 and stream.token_ids:
+                    assert len(stream.prompt_logprobs) == submit.prompt_len - 1
+            case FinishReason.LENGTH | FinishReason.STOP | FinishReason.ABORTED:
+                assert stream.asked_to_end or stream.token_ids == tokens
+            case FinishReason.DEADLINE:
+                assert 0 < submit.deadline <= self.now
+            case FinishReason.INVALID:
+                assert submit.prompt_len >= self.limit
+                assert str(self.limit) in end.detail or str(self.num_blocks - 1) in end.detail
+            case FinishReason.REJECTED:
+                assert end.retry_after > 0
+            case FinishReason.ERROR:
+                assert self.crashes >= 5
+            case FinishReason.DRAINING | FinishReason.DUPLICATE | None:
+                pass
+
+    def _take_delta(self, delta: TokenDelta, frontend: str) -> None:
+        stream = self.streams[delta.request_id, delta.index]
+        submit = stream.submit
+        assert frontend == submit.frontend
+        assert stream.end is None, f"{delta} after the end"
+        assert delta.token_ids or delta.prompt_logprobs or delta.finish_reason is not None, "a delta that says nothing"
+        begin = len(submit.token_ids) + len(stream.token_ids)
+        stream.deltas.append(delta)
+        stream.token_ids += delta.token_ids
+        stream.prompt_logprobs += delta.prompt_logprobs
+        assert stream.token_ids == self.oracle(submit)[0][: len(stream.token_ids)], "not the oracle's tokens"
+        if submit.sampling.logprobs >= 0:
+            assert [(t.token_id, -t.logprob) for t in delta.logprobs] == [
+                (t, begin + i) for i, t in enumerate(delta.token_ids)
+            ]
+        assert [-t.logprob for t in stream.prompt_logprobs] == list(range(1, len(stream.prompt_logprobs) + 1))
+        if delta.finish_reason is FinishReason.STOP and delta.token_ids:
+            assert delta.stop_token_id == delta.token_ids[-1]
+        admitted = [d.cached_tokens for d in stream.deltas if d.token_ids]
+        assert admitted == admitted[:1] * len(admitted), "cached_tokens changed"
+
+    def _take_plan(self, plan: StepPlan) -> None:
+        assert self.worker is not None, "a plan without a worker"
+        self.plans.append(plan)
+        drafts = sum(row.num_tokens + row.num_drafts for row in plan.rows)
+        assert drafts <= self.config.max_step_tokens
+        for admit in plan.admit:
+            self._num_owners += 1
+            self._owners[admit.slot] = (self._num_owners, 0, list(admit.block_ids[0]))
+        running: dict[int, Sequence] = {s.slot: s for s in self.scheduler.roster.running}
+        named = {}
+        for row in plan.rows:
+            sequence = running[row.slot]
+            owner, hits, table = self._owners[row.slot]
+            if any(admit.slot == row.slot for admit in plan.admit):
+                hits = row.start // self.config.block_size
+                assert row.start % self.config.block_size == 0
+            for blocks in row.new_block_ids:
+                table += blocks
+            self._owners[row.slot] = (owner, hits, table)
+            start = row.start if row.start >= 0 else sequence.settled - 1
+            end = row.start + row.num_tokens if not row.sample else sequence.hi - 1
+            size = self.config.block_size
+            writes = frozenset(table[start // size : -(-end // size)])
+            named[row.slot] = Named(owner, writes, frozenset(table[:hits]), frozenset(table))
+        self._check_owners(named)
+        self.in_flight.append(named)
+        self.results.append(self.worker.run(plan))
+
+    def _check_owners(self, newest: dict[int, Named]) -> None:
+        """No slot and no block belongs to two owners across the plans in flight, except published read-only blocks."""
+        for earlier in [*self.in_flight, newest]:
+            for slot, one in earlier.items():
+                assert slot not in newest or newest[slot].owner == one.owner, f"slot {slot} is named for two owners"
+                for other in newest.values():
+                    if other.owner != one.owner:
+                        assert not other.writes & one.table, "a row writes where another in flight reads or writes"
+                        assert one.writes & other.table <= other.hits, "a row owns what another in flight writes"
+
+    def _forget_flights(self) -> None:
+        self.results.clear()
+        self.in_flight.clear()
+        self._owners.clear()
