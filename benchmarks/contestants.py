@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,13 +27,7 @@ class Contestant(Protocol):
     async def ready(self, port: int) -> bool:
         """Whether it takes requests by now."""
 
-    def target(self, port: int) -> _Opened: ...
-
-
-class _Opened(Protocol):
-    async def __aenter__(self) -> Target: ...
-
-    async def __aexit__(self, *failure: object) -> bool | None: ...
+    def target(self, port: int) -> AbstractAsyncContextManager[Target]: ...
 
 
 @dataclass(frozen=True)

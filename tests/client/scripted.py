@@ -1,0 +1,122 @@
+"""A gRPC server without a model: it echoes the prompt word by word, and misbehaves where the prompt says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from pagewire.v1 import inference_pb2 as pb
+
+Context = grpc.ServicerContext
+PATIENCE = 20.0  # seconds, for what must happen
+
+
+class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
+    """Prompts `bad`, `overloaded`, `lost` and `forever` do what they say; all others are echoed and end."""
+
+    def __init__(self) -> None:
+        self.requests: list[pb.GenerateRequest] = []
+        self.cancelled = threading.Event()
+        self.vocabulary: dict[str, int] = {}
+        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        self.health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def close(self) -> None:
+        self._server.stop(grace=None).wait()
+
+    def serving(self, yes: bool) -> None:
+        state = health_pb2.HealthCheckResponse.SERVING if yes else health_pb2.HealthCheckResponse.NOT_SERVING
+        self.health.set("", state)
+
+    def Generate(self, request: pb.GenerateRequest, context: Context) -> Iterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        words = self._words(request)
+        match words:
+            case ["bad"]:
+                violation = error_details_pb2.BadRequest.FieldViolation(
+                    field="sampling.temperature", description="-1 is below 0"
+                )
+                bad = error_details_pb2.BadRequest(field_violations=[violation])
+                _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid request", bad)
+            case ["overloaded"]:
+                retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2))
+                _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry)
+        request_id = request.request_id or f"r{len(self.requests)}"
+        context.send_initial_metadata((("request-id", request_id), ("seed", str(request.sampling.seed))))
+        for word in words:
+            yield pb.GenerateResponse(delta=pb.GenerateDelta(text=f"{word} ", token_ids=[self._id(word)]))
+        match words:
+            case ["lost"]:
+                context.abort(grpc.StatusCode.INTERNAL, "the worker is gone")
+            case ["forever"]:
+                over = threading.Event()
+                context.add_callback(over.set)
+                assert over.wait(PATIENCE), "nobody cancelled"
+                self.cancelled.set()
+        usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words))
+        yield pb.GenerateResponse(
+            finished=pb.GenerateFinished(
+                finish_reason=pb.FINISH_REASON_LENGTH, usage=usage, timings=pb.Timings(total=1)
+            )
+        )
+
+    def _words(self, request: pb.GenerateRequest) -> list[str]:
+        """Of a text or the last message of a conversation; token ids bring `max_tokens` words."""
+        match request.WhichOneof("prompt"):
+            case "token_ids":
+                return ["word"] * request.sampling.max_tokens
+            case "chat":
+                return request.chat.messages[-1].content.split()
+            case _:
+                return request.text.split()
+
+    def _id(self, word: str) -> int:
+        return self.vocabulary.setdefault(word, len(self.vocabulary))
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        return pb.TokenizeResponse(token_ids=[self._id(word) for word in request.text.split()])
+
+    def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        words = list(self.vocabulary)
+        return pb.DetokenizeResponse(text=" ".join(words[i] for i in request.token_ids))
+
+    def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        return pb.GetModelResponse(name="echo", max_model_len=1000)
+
+    def CancelGeneration(self, request: pb.CancelGenerationRequest, context: Context) -> pb.CancelGenerationResponse:
+        context.abort(grpc.StatusCode.NOT_FOUND, f"no running request {request.request_id!r}")
+
+    def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
+        return admin_pb2.GetStatsResponse(running=3)
+
+    def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        return admin_pb2.DrainResponse()
+
+    def FlushCache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
+        return admin_pb2.FlushCacheResponse(freed_blocks=7)
+
+
+def _refuse(
+    context: Context,
+    code: grpc.StatusCode,
+    message: str,
+    detail: error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> NoReturn:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status = status_pb2.Status(code=code.value[0], message=message, details=[packed])
+    context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort raises")
