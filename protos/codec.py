@@ -12,7 +12,8 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _to_frontend: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
 
-DecodeError = msgspec.DecodeError  # also raised (as ValidationError) for well-formed bytes of the wrong shape
+# All that foreign bytes can raise: msgspec's own (ValidationError is one) and two that it passes on.
+DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Wire) -> bytes:

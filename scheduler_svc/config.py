@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
     loop = LoopConfig(
         engine=engine,
         setup=setup,
-        listen=args.listen,
+        listen=args.listen or "",
         spawn=args.workers > 0,
         worker_arguments=("--backend", args.backend, "--device", args.device),
         step_deadline=args.step_deadline,
@@ -118,7 +118,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--depth", type=_whole(1, 4), default=1, metavar="N", help="plans in flight")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     add("--workers", type=_whole(0), default=1, metavar="N", help="0: workers come by themselves, see --listen")
-    add("--listen", type=_endpoint, default="", metavar="tcp://127.0.0.1:PORT", help="where workers connect")
+    add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")
     add("--threads", type=_whole(0), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
     add(
         "--step-deadline",

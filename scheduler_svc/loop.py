@@ -169,7 +169,7 @@ class EngineLoop:
                 yield FlushCache()
                 self._answer(message, freed_blocks=cached - self._engine.stats().cached_blocks)
             case Ask(question=Question.CANCEL, request_id=request_id):
-                found = request_id in self._engine.roster.requests
+                found = request_id in self._engine
                 if found:
                     yield Abort(request_id)
                 self._answer(message, found=found)
@@ -248,9 +248,9 @@ class EngineLoop:
             poller.register(process.exit_fd, zmq.POLLIN)
 
     def _close(self) -> None:
-        self._link.shut_down("the scheduler stops")
+        told = self._link.shut_down("the scheduler stops")
         if self._process:
-            self._process.stop(_LAST_WORDS)
+            self._process.stop(_LAST_WORDS if told else 0.0)
         self._socket.close()
         if self._recorder:
             self._recorder.close()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
+from protos.codec import DecodeError
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Event, Instruction
 from scheduler_svc.engine.scheduler import Scheduler
@@ -69,35 +69,45 @@ class Replay(msgspec.Struct, frozen=True):
     difference: str = ""
 
 
+def read_log(path: Path) -> tuple[Header, Iterator[Entry]]:
+    """Raises LogError, OSError; the iterator raises LogError at an entry that cannot be read."""
+    frames = _frames(path)
+    try:
+        header = msgspec.msgpack.decode(next(frames, b""), type=Header)
+    except DecodeError as error:
+        raise LogError(f"{path}: not an engine log: {error}") from error
+    if (header.magic, header.version) != (MAGIC, VERSION):
+        raise LogError(f"{path}: not an engine log of version {VERSION}")
+    return header, _entries(path, frames)
+
+
 def replay(path: Path) -> Replay:
     """Feeds a log to a new engine and compares every instruction. Raises LogError, OSError."""
-    with path.open("rb") as file:
-        frames = _frames(file)
-        try:
-            header = msgspec.msgpack.decode(next(frames, b""), type=Header)
-        except msgspec.DecodeError as error:
-            raise LogError(f"{path}: not an engine log: {error}") from error
-        if (header.magic, header.version) != (MAGIC, VERSION):
-            raise LogError(f"{path}: not an engine log of version {VERSION}")
-        engine = Scheduler(header.config)
-        decoder = msgspec.msgpack.Decoder(Entry)
-        events = instructions = 0
-        for frame in frames:
-            try:
-                entry = decoder.decode(frame)
-            except msgspec.DecodeError as error:
-                raise LogError(f"{path}: event {events + 1} cannot be read: {error}") from error
-            answer = list(engine.handle(entry.event))
-            events += 1
-            instructions += len(answer)
-            if [digest(i) for i in answer] != entry.digests:
-                what = f"event {events} ({type(entry.event).__name__}) is now answered by {answer!r:.2000}"
-                return Replay(events, instructions, what)
+    header, entries = read_log(path)
+    engine = Scheduler(header.config)
+    events = instructions = 0
+    for entry in entries:
+        answer = engine.handle(entry.event)
+        events += 1
+        instructions += len(answer)
+        if [digest(i) for i in answer] != entry.digests:
+            what = f"event {events} ({type(entry.event).__name__}) is now answered by {answer!r:.2000}"
+            return Replay(events, instructions, what)
     return Replay(events, instructions)
 
 
-def _frames(file: BinaryIO) -> Iterator[bytes]:
-    while len(size := file.read(4)) == 4:
-        data = file.read(int.from_bytes(size, "little"))
-        if len(data) == int.from_bytes(size, "little"):
-            yield data
+def _entries(path: Path, frames: Iterator[bytes]) -> Iterator[Entry]:
+    decoder = msgspec.msgpack.Decoder(Entry)
+    for number, frame in enumerate(frames, 1):
+        try:
+            yield decoder.decode(frame)
+        except DecodeError as error:
+            raise LogError(f"{path}: event {number} cannot be read: {error}") from error
+
+
+def _frames(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while len(size := file.read(4)) == 4:
+            data = file.read(int.from_bytes(size, "little"))
+            if len(data) == int.from_bytes(size, "little"):
+                yield data

@@ -57,6 +57,7 @@ class WorkerLink:
         self._epoch: Epoch | None = None  # from its Setup to its end
         self._status: Status | None = None
         self._in_flight: deque[int] = deque()  # steps sent and not answered
+        self._strange = 0  # messages that were none, from peers that are not the worker
         self._since = 0.0  # when the silence began that a deadline measures
         self.serving = False
         self.ready: Ready | None = None  # of the newest epoch, also while no worker lives
@@ -103,7 +104,9 @@ class WorkerLink:
                 if peer == self._peer and self._epoch:
                     yield from self.lose(f"it sent {reason}", now)
                 else:
-                    _log(f"a stranger sent {reason}")
+                    self._strange += 1
+                    if self._strange.bit_count() == 1:  # the 1st, 2nd, 4th, 8th … so that nobody fills a disk
+                        _log(f"a stranger sent {reason} ({self._strange} such messages so far)")
             case Ready() | AdapterReady() | StepResult() | Status() | Fault():
                 if peer == self._peer and heard.epoch == self._epoch:
                     yield from self._believe(heard, now)
@@ -156,9 +159,9 @@ class WorkerLink:
         elif self._epoch or (self._process and self._process.pid):
             yield from self.lose(f"nothing was heard of its start for {self._load_deadline:g} s", now)
 
-    def shut_down(self, reason: str) -> None:
-        if self._peer:
-            self._send(self._peer, Shutdown(reason))
+    def shut_down(self, reason: str) -> bool:
+        """False where there is nobody to tell."""
+        return bool(self._peer) and self._send(self._peer, Shutdown(reason))
 
     def _welcome(self, peer: bytes, hello: Hello, now: float) -> Iterator[Event]:
         refusal = ""

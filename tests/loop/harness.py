@@ -67,6 +67,9 @@ class Observer:
     def until_serving(self) -> None:
         self.until(lambda: self.statuses and self.status.serving, "serving")
 
+    def until_tokens(self, count: int) -> None:
+        self.until(lambda: self.tokens >= count, f"{count} tokens")
+
     def until_finished(self, submits: list[Submit]) -> None:
         self.until(lambda: all(self.streams[s.request_id, s.index].finish for s in submits), "all streams finished")
 
@@ -119,7 +122,7 @@ def submits(count: int, rng: random.Random, max_tokens: int = 40, vocab: int = 5
     made = []
     for i in range(count):
         prompt = shared[: rng.randrange(20)] + [rng.randrange(256, vocab) for _ in range(rng.randrange(1, 40))]
-        sampling = Sampling(max_tokens=rng.randrange(1, max_tokens + 1), seed=rng.getrandbits(64), temperature=i % 2)
+        sampling = Sampling(max_tokens=rng.randrange(1, max_tokens + 1), seed=rng.getrandbits(64), temperature=float(i % 2))
         made.append(Submit(f"r{i}", prompt, len(prompt), sampling))
     return made
 

@@ -1,0 +1,90 @@
+"""The command line: what is set, and what is refused with one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scheduler_svc import config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
+    flags = (
+        "--host 127.0.0.2 --port 1234 --served-model-name m --device cpu --backend torch --dtype float32 "
+        "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --kv-cache-gib 0.5 --block-size 16 "
+        "--depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 --threads 3 --step-deadline 4 "
+        "--load-deadline 5 --drain-timeout 6 --record log --quantization= --kv-cache-dtype auto"
+    )
+    (tmp_path / "model.gguf").touch()
+    parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
+    assert (parsed.host, parsed.port, parsed.served_name, parsed.drain_timeout) == ("127.0.0.2", 1234, "m", 6)
+    loop, engine, setup = parsed.loop, parsed.loop.engine, parsed.loop.setup
+    assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
+    assert (engine.block_size, engine.depth, engine.prefix_caching) == (16, 2, False)
+    assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
+    assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
+    assert (setup.max_step_tokens, setup.threads) == (50, 3)
+    assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu")
+    assert (loop.listen, loop.spawn, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", True, 4, 5)
+    assert loop.record == Path("log")
+
+
+def test_boot_ids_differ() -> None:
+    assert config.parse(["fake:"]).loop.setup.epoch != config.parse(["fake:"]).loop.setup.epoch
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--quantization int4", "--quantization int4: not built yet"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8: not built yet"),
+        ("--tensor-parallel 2", "--tensor-parallel 2: not built yet"),
+        ("--frontends 2", "--frontends 2: not built yet"),
+        ("--workers 2", "--workers 2: not built yet"),
+        ("--metrics-port 9090", "--metrics-port 9090: not built yet"),
+        ("--openai-port 8000", "--openai-port 8000: not built yet"),
+        ("--speculation ngram", "--speculation ngram: not built yet"),
+        ("--dtype float16", "float16"),
+        ("--port 65536", "65536 is not in 0..65535"),
+        ("--max-num-seqs 0", "0 is not in 1.."),
+        ("--max-num-seqs many", "many"),
+        ("--max-num-seqs 600", "max_step_tokens is 512: must be at least"),
+        ("--kv-cache-gib -1", "-1 is not in"),
+        ("--kv-cache-gib nan", "nan is not in"),
+        ("--listen tcp://0.0.0.0:5", "only loopback"),
+        ("--listen tcp://192.0.2.1:5", "only loopback"),
+        ("--listen http://localhost:5", "neither ipc"),
+        ("--workers 0", "--listen"),
+        ("--no-such-flag", "--no-such-flag"),
+    ],
+)
+def test_refusals_are_one_line(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        config.parse(["fake:", *flags.split()])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_missing_model_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        config.parse(["/no/such/model.gguf"])
+    assert exit_.value.code == 2
+    assert "/no/such/model.gguf" in capsys.readouterr().err
+
+
+def test_the_scheduler_imports_no_torch() -> None:
+    script = (
+        "import sys, scheduler_svc.__main__, scheduler_svc.frontend.server\n"
+        "print(*({'torch', 'worker_svc', 'client'} & {m.partition('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == ""

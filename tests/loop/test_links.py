@@ -1,0 +1,295 @@
+"""Who may be a worker, who comes and goes, and what nobody may do to the loop."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from protos.codec import decode_to_worker, encode
+from protos.wire import PROTOCOL, Epoch, Fault, Hello, Ready, RowResult, Setup, Shutdown, StepPlan, StepResult, ToWorker
+from scheduler_svc.config import LoopConfig
+from scheduler_svc.loop import EngineLoop
+from tests.loop.harness import assert_undisturbed, loop_config, running, submits
+from worker_svc.backends.fake import FakeBackend
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_MS = 30_000
+
+
+class Peer:
+    """Somebody at the other end of the ROUTER, who says what the test wants."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+        self.backend = FakeBackend()
+
+    def say(self, *messages: msgspec.Struct) -> None:
+        for message in messages:
+            self.socket.send(encode(message))  # type: ignore[arg-type]
+
+    def hear(self) -> ToWorker:
+        assert self.socket.poll(PATIENCE_MS), "nothing was said"
+        return decode_to_worker(self.socket.recv())
+
+    def begin(self) -> Setup:
+        """From Hello to Ready, as a worker does."""
+        self.say(Hello(0, "test", PROTOCOL, pid=os.getpid()))
+        setup = self.hear()
+        assert isinstance(setup, Setup)
+        capacity = self.backend.load(setup, lambda what, share: None)
+        self.say(Ready(setup.epoch, 0, capacity.num_blocks))
+        return setup
+
+    def step(self) -> StepPlan:
+        plan = self.hear()
+        assert isinstance(plan, StepPlan)
+        self.backend.forward(plan)
+        self.say(StepResult(plan.epoch, plan.step, self.backend.sample(None)))
+        return plan
+
+    def close(self) -> None:
+        self.socket.close()
+        self._context.term()
+
+
+@contextmanager
+def peer(endpoint: str) -> Iterator[Peer]:
+    made = Peer(endpoint)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def external_worker(endpoint: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "worker_svc", "--connect", endpoint]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def external(tmp_path: Path, model: str = "fake:", **changes: object) -> LoopConfig:
+    return loop_config(model, spawn=False, listen=f"ipc://{tmp_path}/workers", **changes)
+
+
+def junk(rng: random.Random) -> list[bytes]:
+    some = encode(StepResult(Epoch(1, 1), 1, [RowResult(1, 1, [1])]))
+    return [
+        b"",
+        b"\xc1",
+        b"\x00" * 1000,
+        b"\x94\xa5Hello\x00",
+        encode(Shutdown("you are a worker, are you not?")),
+        *(some[:n] for n in range(1, len(some), 7)),
+        *(rng.randbytes(rng.randrange(1, 300)) for _ in range(200)),
+    ]
+
+
+def test_malformed_bytes_of_strangers_do_nothing() -> None:
+    with running(loop_config("fake:delay_ms=1")) as observer, peer(observer.loop.endpoint) as stranger:
+        observer.until_serving()
+        made = submits(10, random.Random(1))
+        rng = random.Random(2)
+        for submit in made:
+            observer.loop.send(submit)
+            for data in junk(rng):
+                stranger.socket.send(data)
+            stranger.socket.send_multipart([b"many", b"", b"frames"])
+            stranger.say(Ready(Epoch(1, 1), 0, 100), StepResult(Epoch(1, 1), 1, []), Fault(Epoch(1, 1), 0, "", True))
+        observer.until_finished(made)
+        assert_undisturbed(observer, made)
+        assert all(status.serving for _, status in observer.statuses[1:] if status.ready)
+
+
+def test_a_stranger_is_no_worker_where_the_scheduler_spawned_its_own() -> None:
+    with running(loop_config()) as observer, peer(observer.loop.endpoint) as stranger:
+        observer.until_serving()
+        stranger.say(Hello(0, "test", PROTOCOL, pid=os.getpid()))
+        answer = stranger.hear()
+        assert isinstance(answer, Shutdown)
+        assert "spawned" in answer.reason
+
+
+def test_another_protocol_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    with running(external(tmp_path)) as observer, peer(observer.loop.endpoint) as newer:
+        newer.say(Hello(0, "test", PROTOCOL + 1))
+        answer = newer.hear()
+        assert isinstance(answer, Shutdown)
+        assert f"protocol {PROTOCOL + 1}" in answer.reason
+        assert f"speaks {PROTOCOL}" in answer.reason
+
+
+def test_malformed_bytes_of_the_worker_end_its_epoch(tmp_path: Path) -> None:
+    with running(external(tmp_path)) as observer, peer(observer.loop.endpoint) as worker:
+        first = worker.begin()
+        made = submits(2, random.Random(3))
+        for submit in made:
+            observer.loop.send(submit)
+        worker.step()
+        worker.socket.send(b"\xc1 no message")
+        while not isinstance(setup := worker.hear(), Setup):
+            pass
+        assert setup.epoch == Epoch(first.epoch.boot, first.epoch.counter + 1)
+        assert msgspec.structs.replace(setup, epoch=first.epoch) == first
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda plan, rows: StepResult(plan.epoch, plan.step + 1, rows),
+        lambda plan, rows: StepResult(plan.epoch, plan.step, rows[1:]),
+        lambda plan, rows: StepResult(
+            plan.epoch, plan.step, [msgspec.structs.replace(row, start=row.start + 1) for row in rows]
+        ),
+    ],
+    ids=["gap", "rows", "length"],
+)
+def test_a_worker_that_contradicts_the_engine_gets_a_new_epoch(tmp_path: Path, wrong: object) -> None:
+    with running(external(tmp_path)) as observer, peer(observer.loop.endpoint) as worker:
+        first = worker.begin()
+        made = submits(1, random.Random(4))
+        observer.loop.send(made[0])
+        plan = worker.hear()
+        assert isinstance(plan, StepPlan)
+        worker.backend.forward(plan)
+        worker.say(wrong(plan, worker.backend.sample(None)))  # type: ignore[operator]
+        setup = worker.hear()
+        assert isinstance(setup, Setup)
+        assert setup.epoch.counter == first.epoch.counter + 1
+        worker.backend.reset(setup)
+        worker.say(Ready(setup.epoch, 0, 1024))
+        for _ in range(made[0].sampling.max_tokens):  # the first computes the whole prompt, too
+            worker.step()
+        observer.until_finished(made)
+        assert_undisturbed(observer, made)
+
+
+def test_results_of_an_epoch_that_has_ended_are_not_heard(tmp_path: Path) -> None:
+    with running(external(tmp_path)) as observer, peer(observer.loop.endpoint) as worker:
+        worker.begin()
+        made = submits(1, random.Random(4))
+        observer.loop.send(made[0])
+        plan = worker.hear()
+        assert isinstance(plan, StepPlan)
+        worker.backend.forward(plan)
+        rows = worker.backend.sample(None)
+        worker.say(Fault(plan.epoch, plan.step, "a reason"), StepResult(plan.epoch, plan.step, rows))
+        assert isinstance(worker.hear(), Setup)
+        assert observer.tokens == 0
+
+
+def test_workers_come_die_and_come_again(tmp_path: Path) -> None:
+    made = submits(10, random.Random(5))
+    with running(external(tmp_path, "fake:delay_ms=1")) as observer:
+        for submit in made:  # nobody is there: they wait
+            observer.loop.send(submit)
+        total = sum(submit.sampling.max_tokens for submit in made)
+        for moment in (total // 4, total // 2):
+            with external_worker(observer.loop.endpoint) as process:
+                observer.until_tokens(moment)
+                process.kill()
+                observer.until(lambda: not observer.status.serving, "the loss")
+                assert observer.status.workers[0].state == "lost"
+        with external_worker(observer.loop.endpoint):
+            observer.until_finished(made)
+        assert_undisturbed(observer, made)
+
+
+def test_a_second_worker_is_told_that_there_is_one(tmp_path: Path) -> None:
+    with running(external(tmp_path)) as observer, external_worker(observer.loop.endpoint):
+        observer.until_serving()
+        with external_worker(observer.loop.endpoint) as second:
+            _, err = second.communicate(timeout=30)
+            assert "has a worker already" in err
+        assert observer.status.serving
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_a_worker_outlives_its_scheduler(tmp_path: Path, transport: str) -> None:
+    """The same process serves the next scheduler: found again by its pid, with its weights, and no KV."""
+    config = external(tmp_path, "fake:load_ms=20")
+    if transport == "tcp":
+        with running(replace(config, listen="tcp://127.0.0.1:*")) as observer:
+            config = replace(config, listen=observer.loop.endpoint)
+    with running(config) as observer, external_worker(config.listen) as process:
+        observer.until_serving()
+        made = submits(4, random.Random(6))
+        for submit in made:
+            observer.loop.send(submit)
+        observer.until_finished(made)
+        _vanish(observer.loop)
+        setup = msgspec.structs.replace(config.setup, epoch=Epoch(config.setup.epoch.boot + 1, 0))
+        with running(replace(config, setup=setup)) as next_observer:
+            for submit in made:
+                next_observer.loop.send(submit)
+            next_observer.until_finished(made)
+            assert_undisturbed(next_observer, made)
+            assert next_observer.status.workers[0].pid == process.pid
+            states = [status.workers[0].detail for _, status in next_observer.statuses]
+            assert "weights" not in states, "nothing was loaded again"
+
+
+def _vanish(loop: EngineLoop) -> None:
+    """Ends a loop as a crash would: without a word to its worker."""
+    loop._link.shut_down = lambda reason: False  # type: ignore[method-assign]
+    loop.stop()
+
+
+def test_a_model_that_no_worker_can_serve_fails_the_service() -> None:
+    with running(loop_config("fake:load_fails=0")) as observer:
+        observer.until(lambda: observer.statuses and observer.status.failed, "failure")
+        assert not observer.status.serving
+        assert "cannot be read" in observer.status.reason
+
+
+def test_an_engine_that_cannot_use_the_worker_fails_the_service() -> None:
+    with running(loop_config("fake:align=100000")) as observer:
+        observer.until(lambda: observer.statuses and observer.status.failed, "failure")
+        assert "align" in observer.status.reason
+
+
+def test_a_status_tells_of_the_start() -> None:
+    with running(loop_config("fake:load_ms=20")) as observer:
+        observer.until_serving()
+        states = [status.workers[0].state for _, status in observer.statuses]
+        assert states == sorted(states, key=["lost", "starting", "loading", "serving"].index)
+        assert {"loading", "serving"} <= set(states)
+        assert max(status.workers[0].progress for _, status in observer.statuses) > 0
+        assert not any(status.reason for _, status in observer.statuses if status.serving)
+        assert all(status.reason for _, status in observer.statuses if not status.serving)
+
+
+def test_a_start_that_says_nothing_is_given_up() -> None:
+    with running(loop_config("fake:load_ms=4000000", load_deadline=0.5)) as observer:
+        observer.until(lambda: any("nothing was heard" in s.reason for _, s in observer.statuses), "impatience")
+
+
+def test_the_private_endpoint_is_private_and_gone_afterwards() -> None:
+    with running(loop_config()) as observer:
+        directory = Path(observer.loop.endpoint.removeprefix("ipc://")).parent
+        assert directory.stat().st_mode & 0o777 == 0o700
+    assert not directory.exists()
+
+
+def test_an_endpoint_in_use_is_an_error_in_words(tmp_path: Path) -> None:
+    with running(replace(external(tmp_path), listen="tcp://127.0.0.1:*")) as observer:
+        taken = replace(external(tmp_path), listen=observer.loop.endpoint)
+        with pytest.raises(OSError, match="cannot listen for workers"):
+            EngineLoop(taken, lambda: 0.0)

@@ -1,0 +1,49 @@
+"""Respawning: at once, unless workers keep dying of their start."""
+
+from __future__ import annotations
+
+import select
+
+from scheduler_svc.spawn import WorkerProcess
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _die(process: WorkerProcess) -> float:
+    """Starts it, with arguments that it refuses; returns the delay until the next start."""
+    process.start()
+    assert process.pid
+    assert select.select([process.exit_fd], [], [], 30)[0]
+    assert process.has_ended()
+    assert process.reap() == "ended with exit code 2"
+    assert process.pid == 0
+    return process.start_at - Clock.now
+
+
+def test_patience_grows_with_deaths_before_ready_and_ends_with_ready() -> None:
+    process = WorkerProcess(["--no-such-flag"], Clock())
+    assert [_die(process) for _ in range(4)] == [0.0, 0.25, 0.5, 1.0]
+    process.was_ready()
+    assert [_die(process) for _ in range(2)] == [0.0, 0.0]
+
+
+def test_a_kill_is_told_from_a_death() -> None:
+    process = WorkerProcess(["--connect", "ipc:///tmp/nobody"], Clock())
+    process.start()
+    assert not process.has_ended()
+    process.kill()
+    assert process.obituary(30) == "was killed by SIGKILL"
+    assert process.reap() == ""
+
+
+def test_stop_ends_what_does_not_end_by_itself() -> None:
+    process = WorkerProcess(["--connect", "ipc:///tmp/nobody"], Clock())
+    process.stop(0)
+    process.start()
+    process.stop(0)
+    assert process.pid == 0
