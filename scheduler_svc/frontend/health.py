@@ -24,6 +24,7 @@ class HealthService:
         self._services = frozenset(["", *services])
         self._serving = False
         self._draining = False
+        self._closed = False
         self._changed = asyncio.Event()  # replaced at each change, so that any number of watchers see it
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -48,6 +49,11 @@ class HealthService:
         before, self._draining = self.serving, True
         self._tell(before)
 
+    def close(self) -> None:
+        """Ends every Watch, so that a server that stops need not cancel them."""
+        self._closed = True
+        self._wake()
+
     async def check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Response:
         if request.service not in self._services:
             raise not_found(f"no service {request.service!r}")
@@ -56,7 +62,7 @@ class HealthService:
     async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """The state now, then every change. An unknown service reads SERVICE_UNKNOWN, as the protocol wants."""
         last: Response | None = None
-        while True:
+        while not self._closed:
             changed = self._changed
             if (state := self._state(request.service)) != last:
                 await context.write(state.SerializeToString())
@@ -71,5 +77,8 @@ class HealthService:
 
     def _tell(self, before: bool) -> None:
         if before != self.serving:
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -74,6 +74,7 @@ class Frontend:
     async def stop(self, grace: float = 0.0) -> None:
         """Takes no more calls; those open after `grace` seconds are cancelled, and so aborted in the engine."""
         self._health.drain()
+        self._health.close()
         if self._server:
             await self._server.stop(grace)
         self._core.model.tokenizer.close()

@@ -1,0 +1,200 @@
+"""A scripted engine behind an EngineLink: it answers Submits with tokens of a script, on the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from protos.wire import (
+    Abort,
+    Answer,
+    Ask,
+    EngineStats,
+    Epoch,
+    FinishReason,
+    FrontendHello,
+    FrontendLost,
+    Outputs,
+    Question,
+    Ready,
+    ServiceStatus,
+    Submit,
+    ToEngine,
+    TokenDelta,
+    TokenLogprobs,
+    WorkerStatus,
+)
+from scheduler_svc.frontend.engine_link import EngineLink
+
+Script = Callable[[Submit, int], int]  # (request, how many output tokens it has) → the next one
+READY = Ready(Epoch(1, 1), 0, 64, exact=True, device="cpu", dtype="float32", backend="script", fingerprint="f00d")
+
+
+def letters(submit: Submit, count: int) -> int:
+    """a, b, c … from where the seed says, by absolute position."""
+    return 97 + (submit.sampling.seed + submit.prompt_len + count) % 26
+
+
+def spelling(text: str | bytes) -> Script:
+    """The bytes of `text`, then spaces."""
+    data = text.encode() if isinstance(text, str) else text
+    return lambda submit, count: data[count] if count < len(data) else 32
+
+
+@dataclass
+class Sequence:
+    submit: Submit
+    output: list[int] = field(default_factory=list)
+
+
+class ScriptedEngine:
+    """`held`: takes messages and makes no token until `release`. `tokens_per_delta`: as if drafts were accepted."""
+
+    def __init__(self, link: EngineLink, script: Script = letters) -> None:
+        self.link, self.script = link, script
+        self.sequences: dict[tuple[str, int], Sequence] = {}
+        self.submits: list[Submit] = []
+        self.aborts: list[Abort] = []
+        self.tokens_per_delta = 1
+        self.held = False
+        self.steps = 0
+        self.finish_with: TokenDelta | None = None  # what every new request is refused with
+        self.stats = EngineStats(num_blocks=63, free_blocks=60, owned_blocks=3, num_slots=8, generated_tokens=10)
+        self.abort_seen = asyncio.Event()
+        self.submit_seen = asyncio.Event()
+        self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._drains: list[Ask] = []
+        link.connect(self)
+
+    # ------------------------------------------------------------ what the frontend sends
+
+    def send(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort():
+                self.aborts.append(message)
+                self._abort(message)
+                self.abort_seen.set()
+            case Ask():
+                self._ask(message)
+            case FrontendHello() | FrontendLost():
+                pass
+        self._schedule()
+
+    def _submit(self, submit: Submit) -> None:
+        self.submits.append(submit)
+        self.submit_seen.set()
+        if self.finish_with:
+            refusal = TokenDelta(
+                submit.request_id,
+                submit.index,
+                [],
+                finish_reason=self.finish_with.finish_reason,
+                retry_after=self.finish_with.retry_after,
+                detail=self.finish_with.detail,
+            )
+            asyncio.get_running_loop().call_soon(self.link.deliver, Outputs([refusal]))
+            return
+        self.sequences[submit.request_id, submit.index] = Sequence(submit)
+
+    def _abort(self, abort: Abort) -> None:
+        keys = [key for key in self.sequences if key[0] == abort.request_id and abort.index in (-1, key[1])]
+        items = [TokenDelta(*key, [], finish_reason=abort.reason) for key in keys]
+        for key in keys:
+            del self.sequences[key]
+        if items:
+            asyncio.get_running_loop().call_soon(self.link.deliver, Outputs(items))
+        self._answer_drains()
+
+    def _ask(self, ask: Ask) -> None:
+        match ask.question:
+            case Question.DRAIN:
+                self._drains.append(ask)
+                self._answer_drains()
+            case Question.CANCEL:
+                found = any(key[0] == ask.request_id for key in self.sequences)
+                self._abort(Abort(ask.request_id))
+                self._answer(ask, found=found)
+            case Question.FLUSH_CACHE:
+                self._answer(ask, freed_blocks=5)
+            case Question.STATS:
+                self._answer(ask)
+
+    def _answer(self, ask: Ask, found: bool = True, freed_blocks: int = 0) -> None:
+        answer = Answer(ask.token, self.status(True), found, freed_blocks)
+        asyncio.get_running_loop().call_soon(self.link.deliver, answer)
+
+    def _answer_drains(self) -> None:
+        while self._drains and not self.sequences:
+            self._answer(self._drains.pop())
+
+    # ------------------------------------------------------------ what it does
+
+    def status(self, serving: bool, ready: Ready | None = READY, reason: str = "") -> ServiceStatus:
+        state = "serving" if serving else "lost"
+        return ServiceStatus(serving, reason, ready, [WorkerStatus(state, pid=7, device="cpu")], self.stats)
+
+    def say(self, serving: bool, ready: Ready | None = READY, reason: str = "") -> None:
+        self.link.deliver(self.status(serving, ready, reason))
+
+    def release(self) -> None:
+        self.held = False
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._stepping is None and self.sequences and not self.held:
+            self._stepping = asyncio.get_running_loop().call_soon(self._step)
+
+    def _step(self) -> None:
+        self._stepping = None
+        if not self.held:
+            self.step()
+        self._schedule()
+
+    def step(self) -> None:
+        """One token (or `tokens_per_delta`) for everybody."""
+        self.steps += 1
+        items = [self._advance(key, sequence) for key, sequence in list(self.sequences.items())]
+        self.link.deliver(Outputs(items))
+        self._answer_drains()
+
+    def _advance(self, key: tuple[str, int], sequence: Sequence) -> TokenDelta:
+        submit, sampling, first = sequence.submit, sequence.submit.sampling, not sequence.output
+        new: list[int] = []
+        reason, stop_token_id = None, -1
+        while len(new) < self.tokens_per_delta and reason is None:
+            token = self.script(submit, len(sequence.output))
+            new.append(token)
+            sequence.output.append(token)
+            if token in (*sampling.eos_token_ids, *sampling.stop_token_ids):
+                reason, stop_token_id = FinishReason.STOP, token
+            elif len(sequence.output) == sampling.max_tokens:
+                reason = FinishReason.LENGTH
+        if reason:
+            del self.sequences[key]
+        start = len(sequence.output) - len(new)
+        return TokenDelta(
+            submit.request_id,
+            submit.index,
+            new,
+            logprobs=[logprob(t, start + i, sampling.logprobs) for i, t in enumerate(new)]
+            if sampling.logprobs >= 0
+            else [],
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            prompt_logprobs=[
+                logprob(t, -i, sampling.prompt_logprobs) for i, t in enumerate(submit.token_ids) if i and first
+            ]
+            if sampling.prompt_logprobs >= 0
+            else [],
+            cached_tokens=2 if first else 0,
+            num_drafted=3,
+            num_accepted=len(new) - 1,
+        )
+
+
+def logprob(token_id: int, place: int, count: int) -> TokenLogprobs:
+    """Told apart by their place."""
+    return TokenLogprobs(token_id, -0.5 - place, 1 + place % 7, tuple(range(count)), (-1.0,) * count)
