@@ -6,6 +6,8 @@ with every delta, 9 when a run ends; 10 has a test of its own (test_replay.py), 
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -193,9 +195,12 @@ def _reseeded(sampling: Sampling, index: int) -> Sampling:
     return replace(sampling, seed=100 * index + sampling.seed)
 
 
+PROFILE = os.environ.get("PAGEWIRE_HYPOTHESIS_PROFILE", "ci")
+
+
 def test_invariants() -> None:
-    run_state_machine_as_test(Engine)
-    print(f"\nstate machine: {events} events")
+    run_state_machine_as_test(Engine, settings=settings.get_profile(f"engine-{PROFILE}"))
+    print(f"\nstate machine, {PROFILE}: {events} events")
 
 
 @pytest.mark.nightly
@@ -203,5 +208,5 @@ def test_invariants() -> None:
 def test_invariants_for_long() -> None:
     """At least 100,000 events, in rounds of the nightly profile."""
     while events < 100_000:
-        run_state_machine_as_test(Engine, settings=settings.get_profile("nightly"))
+        run_state_machine_as_test(Engine, settings=settings.get_profile("engine-nightly"))
     print(f"\nstate machine, nightly: {events} events")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from protos.wire import (
     Abort,
@@ -11,6 +12,7 @@ from protos.wire import (
     FinishReason,
     Outputs,
     RowResult,
+    Sampling,
     StepPlan,
     StepResult,
     Submit,
@@ -21,11 +23,19 @@ from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
-from scheduler_svc.engine.sequence import Sequence
 from tests.fakes import FakeWorker, expected
 
 VOCAB_SIZE = 32
 REFUSALS = (FinishReason.REJECTED, FinishReason.DRAINING, FinishReason.DUPLICATE)
+
+
+def request(
+    request_id: str, prompt: int | list[int] = 8, max_tokens: int = 4, *, seed: int = 0, **fields: Any
+) -> Submit:
+    """A Submit; `prompt` is a length or the tokens, `fields` are of Submit or of Sampling."""
+    tokens = [(5 * i + 1) % VOCAB_SIZE for i in range(prompt)] if isinstance(prompt, int) else prompt
+    of_submit = {name: fields.pop(name) for name in list(fields) if name in Submit.__struct_fields__}
+    return Submit(request_id, tokens, len(tokens), Sampling(max_tokens, seed, **fields), **of_submit)
 
 
 @dataclass
@@ -270,19 +280,19 @@ class World:
         for admit in plan.admit:
             self._num_owners += 1
             self._owners[admit.slot] = (self._num_owners, 0, list(admit.block_ids[0]))
-        running: dict[int, Sequence] = {s.slot: s for s in self.scheduler.roster.running}
         named = {}
         for row in plan.rows:
-            sequence = running[row.slot]
             owner, hits, table = self._owners[row.slot]
-            if any(admit.slot == row.slot for admit in plan.admit):
+            slot = self.worker.slots.get(row.slot)
+            if slot is None or any(admit.slot == row.slot for admit in plan.admit):
+                start, end = row.start, row.start + row.num_tokens
                 hits = row.start // self.config.block_size
                 assert row.start % self.config.block_size == 0
+            else:
+                start, end = slot.computed, min(slot.computed + row.num_tokens, len(slot.tokens)) + row.num_drafts
             for blocks in row.new_block_ids:
                 table += blocks
             self._owners[row.slot] = (owner, hits, table)
-            start = row.start if row.start >= 0 else sequence.settled - 1
-            end = row.start + row.num_tokens if not row.sample else sequence.hi - 1
             size = self.config.block_size
             writes = frozenset(table[start // size : -(-end // size)])
             named[row.slot] = Named(owner, writes, frozenset(table[:hits]), frozenset(table))

@@ -1,0 +1,142 @@
+"""Who is let into the queue, who is not, and what they are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protos.wire import FinishReason, Outputs, Submit, TokenDelta
+from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.door import UNKNOWN_RETRY
+from scheduler_svc.engine.policy import Agenda
+from scheduler_svc.engine.sequence import Sequence
+from tests.engine.world import World, request
+
+
+def world(**config: Any) -> World:
+    return World(EngineConfig(**{"block_size": 4, "max_num_seqs": 2, "max_step_tokens": 64, **config}))
+
+
+def refuse(w: World, submit: Submit) -> TokenDelta:
+    (outputs,) = w.scheduler.handle(submit)
+    assert isinstance(outputs, Outputs)
+    (delta,) = outputs.items
+    return delta
+
+
+def test_the_queue_is_bounded_in_sequences() -> None:
+    w = world(max_waiting=3)
+    for i in range(3):
+        w.submit(request(f"r{i}", [i] * 8))
+    delta = refuse(w, request("late"))
+    assert delta.finish_reason is FinishReason.REJECTED
+    assert delta.retry_after == UNKNOWN_RETRY
+    assert "max_waiting 3" in delta.detail
+    assert w.scheduler.stats().rejected == 1
+    w.ready()
+    assert w.scheduler.stats().waiting == 1, "who runs does not wait"
+    w.submit(request("again"))
+    w.run()
+    w.check_ends()
+
+
+def test_the_queue_is_bounded_in_tokens() -> None:
+    w = world(max_waiting_tokens=30)
+    w.submit(request("a", 20))
+    delta = refuse(w, request("b", 11))
+    assert delta.finish_reason is FinishReason.REJECTED
+    assert "max_waiting_tokens 30" in delta.detail
+    w.submit(request("c", 10))
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_siblings_come_in_together_or_not_at_all() -> None:
+    w = world(max_waiting=3)
+    assert refuse(w, request("four", index=0, num_siblings=4)).finish_reason is FinishReason.REJECTED
+    for index in range(3):
+        w.submit(request("three", seed=index, index=index, num_siblings=3))
+    assert w.scheduler.stats().waiting == 3
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        request("r"),
+        request("r", index=0, num_siblings=2),
+        request("r", index=1, num_siblings=2),
+        request("r", frontend="g"),
+    ],
+    ids=lambda s: f"index {s.index} of {s.num_siblings} from {s.frontend!r}",
+)
+def test_an_id_runs_once(second: Submit) -> None:
+    w = world()
+    w.submit(request("r"))
+    delta = refuse(w, second)
+    assert delta.finish_reason is FinishReason.DUPLICATE
+    assert "'r'" in delta.detail
+    w.ready()
+    w.run()
+    w.check_ends()
+    w.streams.clear()
+    w.submit(request("r"))
+    w.run()
+    w.check_ends()
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "prompt_len", "named"),
+    [([], 0, "prompt_len"), ([1], 2, "prompt_len"), ([1, -1], 2, "token_ids"), ([1 << 32], 1, "token_ids")],
+)
+def test_what_is_no_prompt_is_invalid(token_ids: list[int], prompt_len: int, named: str) -> None:
+    w = world()
+    delta = refuse(w, Submit("r", token_ids, prompt_len, request("x").sampling))
+    assert delta.finish_reason is FinishReason.INVALID
+    assert delta.detail.startswith(named)
+
+
+def test_retry_after_is_the_time_until_there_should_be_room() -> None:
+    w = world(max_waiting=10, max_num_seqs=1)
+    w.ready()
+    for i in range(10):
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    for i in range(10, 25):  # one sequence of five steps leaves the queue each half second
+        w.land(5)
+        w.tick(0.5)
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    while w.scheduler.stats().waiting < 10:
+        w.submit(request(f"more{w.scheduler.stats().waiting}", 4, 5))
+    first, second, third = (refuse(w, request(f"late{i}")).retry_after for i in range(3))
+    assert first == pytest.approx(0.5, rel=0.2)
+    assert second == pytest.approx(1.0, rel=0.2), "those refused before stand before it"
+    assert third == pytest.approx(1.5, rel=0.2)
+    w.land(5)
+    w.tick(0.5)
+    w.submit(request("came back", 4, 5))
+    assert refuse(w, request("late4")).retry_after == pytest.approx(1.5, rel=0.2), "one departed, one more was refused"
+
+
+def test_an_agenda_keeps_order_and_forgets_what_left() -> None:
+    agenda: Agenda[tuple[int, int]] = Agenda()
+    made = {i: Sequence(request(f"r{i}"), i, 0) for i in range(1000)}
+    for i, sequence in made.items():
+        agenda.add((i % 3, i), sequence)
+    for i in range(1000):
+        if i % 10:
+            agenda.discard((i % 3, i))
+    agenda.discard((0, 5000))
+    assert len(agenda) == 100
+    assert len(agenda._heap) <= 2 * 100 + 64, "what left is swept out"
+    seen = []
+    while first := agenda.first():
+        key, sequence = first
+        assert sequence is made[key[1]]
+        seen.append(key)
+        agenda.discard(key)
+    assert seen == sorted(seen)
+    assert len(seen) == 100
