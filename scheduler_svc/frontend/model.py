@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -114,7 +115,8 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _gguf_model(path: Path) -> ServedModel:
-    metadata = gguf_header.read(path).metadata
+    header = gguf_header.read(path)
+    metadata = header.metadata
     architecture = metadata["general.architecture"]
     end_names = ("eos", "eot", "eom")
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in end_names)
@@ -128,7 +130,7 @@ def _gguf_model(path: Path) -> ServedModel:
         eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-        quantization=f"gguf ({metadata.get('general.file_type', 'unknown')})",
+        quantization=_gguf_quantization(header),
     )
     config = {
         "model_type": architecture,
@@ -139,6 +141,14 @@ def _gguf_model(path: Path) -> ServedModel:
         "pad_token_id": card.pad_token_id,
     }
     return ServedModel(card, tokenizer.from_gguf(metadata, config))
+
+
+def _gguf_quantization(header: gguf_header.GGUFFile) -> str:
+    """The type that most of the file's bytes have, such as `Q4_1`."""
+    sizes: Counter[int] = Counter()
+    for tensor in header.tensors.values():
+        sizes[tensor.ggml_type] += tensor.nbytes
+    return gguf_header.GGML_TYPES[sizes.most_common(1)[0][0]].name if sizes else ""
 
 
 def _fake(path: str) -> ServedModel:
