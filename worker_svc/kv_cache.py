@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_BITS = {torch.float32: np.int32, torch.bfloat16: np.int16}
 
 
 class KVCache:
     """pages [layer, K or V, block, kv head, offset in block, head_dim]; block 0 is null.
 
     A block's positions lie together for each head ("HND"), so that a sequence's keys are gathered as runs of
-    block_size * head_dim elements and come out ready for a product over heads. Zeroed at the start, which also takes
-    the memory from the system: it runs out at load or never.
+    block_size * head_dim elements and come out ready for a product over heads. Zeros at the start: what a masked key
+    weighs 0 must be finite. The system hands out such pages as they are first written, about 2 ms a MiB: touching them
+    all here would add a second to every start, and a crash is a start.
     """
 
     def __init__(
@@ -20,7 +24,7 @@ class KVCache:
         self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
         self.block_size, self.head_dim = block_size, head_dim
         shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
-        self.pages = torch.empty(shape, dtype=dtype).zero_()
+        self.pages = torch.from_numpy(np.zeros(shape, _BITS[dtype])).view(dtype)
 
     def rows_of(self, slot_mapping: Tensor) -> Tensor:
         """[T] block * block_size + offset → [T * kv_heads] rows of `as_rows`, token by token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,10 @@ class ModelRunner:
         embed = self._read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
         self._embed = embed
         self.layers: list[Layer] = []
-        for i in range(spec.num_layers):
-            self.layers.append(self._layer(i))
-            progress((i + 1) / (spec.num_layers + 1))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # dequantizing and packing leave the GIL
+            for layer in pool.map(self._layer, range(spec.num_layers)):
+                self.layers.append(layer)
+                progress(len(self.layers) / (spec.num_layers + 1))
         self._final_norm = self._vector(model.top("final_norm"), spec.hidden_size)
         head = embed if spec.tied else self._read(model.top("lm_head"), (spec.vocab_size, spec.hidden_size))
         self._lm_head = Linear(head)
