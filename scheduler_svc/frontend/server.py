@@ -77,7 +77,6 @@ class Frontend:
         self._health.close()
         if self._server:
             await self._server.stop(grace)
-        self._core.model.tokenizer.close()
 
 
 def _options(config: FrontendConfig) -> list[tuple[str, Any]]:

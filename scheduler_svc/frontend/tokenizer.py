@@ -78,9 +78,6 @@ class Tokenizer:
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return self._vocabulary.detokenizer(skip_special_tokens)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
 
 def from_directory(path: Path) -> Tokenizer:
     """From tokenizer.json, tokenizer_config.json and, where it is, chat_template.jinja. Raises TokenizerError."""
