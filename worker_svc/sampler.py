@@ -14,7 +14,7 @@ of probabilities, which would, are sums of integers: exp(logit − max) in units
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -31,7 +31,7 @@ from worker_svc.slots import SlotTable
 
 GREEDY_BELOW: Final = 1e-5  # a lower temperature is greedy, as in vLLM
 UNIT: Final = 2.0**40  # of integer weights: 2¹⁸ tokens of weight 1 still fit an int64
-ROWS_AT_ONCE: Final = 16  # what one row needs of temporaries is several times its logits
+LOGITS_AT_ONCE: Final = 1 << 20  # so many of all rows: the temporaries are several times as large
 
 
 class SamplerError(ValueError):
@@ -76,8 +76,8 @@ class Sampler:
         tokens[greedy] = torch.argmax(chosen, dim=-1).cpu().numpy()  # the first of equals: documented, and tested
         cut = _cuts(params, self.vocab_size)
         for group in (np.flatnonzero(~greedy & cut), np.flatnonzero(~greedy & ~cut)):
-            for begin in range(0, len(group), ROWS_AT_ONCE):
-                part = group[begin : begin + ROWS_AT_ONCE]
+            for rows in _batches(len(group), self.vocab_size):
+                part = group[rows]
                 tokens[part] = _draw(_rows(edited, part), params[part], slots.lengths[ids[part]])
         return Sampled(tokens, self._logprobs(logits, tokens, params["logprobs"]))
 
@@ -250,8 +250,7 @@ def _cut(ordered: Survivors, top: Tensor, top_k: Ints, top_p: NDArray[np.float64
 def token_logprobs(logits: Tensor, token_ids: Ints, num_top: Sequence[int]) -> list[TokenLogprobs]:
     """Scores of `token_ids` [Q] under the distributions of `logits` [Q, V], each with its num_top likeliest tokens."""
     entries: list[TokenLogprobs] = []
-    for begin in range(0, len(token_ids), ROWS_AT_ONCE):
-        part = slice(begin, begin + ROWS_AT_ONCE)
+    for part in _batches(len(token_ids), logits.shape[1]):
         entries += _score(logits[part] + 0.0, token_ids[part], num_top[part])
     return entries
 
@@ -290,6 +289,12 @@ def _tops(logits: Tensor, norm: Tensor, count: int) -> list[list[tuple[int, floa
 def _weights(logits: Tensor, top: Tensor) -> Tensor:
     """int64 exp(logit − top) in units of 2⁻⁴⁰: sums of these are exact, so they have no order."""
     return (torch.exp(logits - top) * UNIT).to(torch.int64)
+
+
+def _batches(count: int, vocab_size: int) -> Iterator[slice]:
+    """Rows that are worked on together. Which ones they are shows in the time alone."""
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    return (slice(begin, begin + size) for begin in range(0, count, size))
 
 
 def _rows(matrix: Tensor, rows: Ints) -> Tensor:
