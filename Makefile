@@ -45,12 +45,12 @@ lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(LOCK) requirements-uv.in -o requirements-uv.lock
 
 .venv/runtime: requirements.lock pyproject.toml | $(UV)
-	$(UV) pip install --quiet --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/dev: requirements-dev.lock .venv/runtime
-	$(UV) pip install --quiet --require-hashes -r requirements-dev.lock
+	$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements-dev.lock
 	@touch $@
 
 $(UV): requirements-uv.lock

@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from client import store
+
+# No deadline: a loaded machine is slow, and that is no error.
+settings.register_profile("pagewire", deadline=None, print_blob=True)
+settings.load_profile("pagewire")
 
 
 @pytest.fixture(scope="session")
