@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,9 @@ def _render(value: Any, indent: str, name: str = "") -> str:
         return f"{type(value).__name__}({inside})"
     elif isinstance(value, list | tuple):
         parts = [_render(part, indent + "    ") for part in value]
-        opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")")
+        opening, closing = ("[", "]") if isinstance(value, list) else ("(", ",)" if len(value) == 1 else ")")
+    elif isinstance(value, Enum):
+        return f"{type(value).__name__}.{value.name}"
     elif isinstance(value, str) and value.endswith(".gguf"):
         return repr(Path(value).name)
     else:
