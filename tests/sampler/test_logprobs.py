@@ -61,6 +61,11 @@ def test_a_token_that_is_ruled_out_has_no_probability() -> None:
     assert score.top_logprobs == (-math.log(2), -math.log(2), -math.inf)
 
 
+def test_both_zeros_are_one_value() -> None:
+    [score] = scores(np.array([[-0.0, 0.0]], np.float32), [1], [2])
+    assert (score.rank, score.top_ids) == (2, (0, 1))
+
+
 def test_logits_that_are_not_numbers() -> None:
     with pytest.raises(SamplerError):
         scores(np.array([[0.0, math.nan]], np.float32), [0], [0])

@@ -115,6 +115,31 @@ def test_top_k_keeps_the_lowest_of_equals() -> None:
     assert set(sampled(rows)) == {0, 1, 2}
 
 
+def test_top_p_ends_with_the_token_that_reaches_it() -> None:
+    """Two equal tokens of a half each: the first reaches 0.5, and only 0.51 asks for the second."""
+    never = ((token, -1e9) for token in range(2, VOCAB))
+    half = {"max_tokens": 9, "logit_bias": tuple(never)}
+    for top_p, support in [(0.5, {0}), (0.51, {0, 1})]:
+        rows = [context([0, 0], Sampling(**half, seed=seed, top_p=top_p)) for seed in range(40)]  # type: ignore[arg-type]
+        assert set(sampled(rows)) == support
+
+
+def test_both_zeros_are_one_value() -> None:
+    rows = [context([-0.0, 0.0, -0.0], Sampling(9, seed=seed, top_k=1)) for seed in range(20)]
+    assert set(sampled(rows)) == {0}
+
+
+def test_a_slots_next_holder_inherits_nothing() -> None:
+    bench = Bench(VOCAB)
+    first = Sampling(9, temperature=0.0, bad_words=((1,),), repetition_penalty=9.0)
+    logits = np.array([[1, 3, 2] + [0] * (VOCAB - 3)], np.float32)
+    bench.admit(1, [20, 2], [], first)
+    assert bench.step([1], logits).token_ids.tolist() == [0]
+    bench.release(1)
+    bench.admit(1, [0, 1, 20, 20], [], Sampling(9, temperature=0.0, repetition_penalty=9.0))
+    assert bench.step([1], logits).token_ids.tolist() == [2]
+
+
 def test_a_bad_word_is_banned_only_after_its_beginning() -> None:
     sampling = Sampling(9, temperature=0.0, bad_words=((5, 6, 1), (2,)))
     logits: list[float] = [0, 3, 4]
