@@ -217,7 +217,8 @@ class FakeWorker:
     def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:
         limit = min(slot.admit.prompt_len + slot.admit.sampling.max_tokens, self.max_model_len)
         for position, digest in enumerate(digests, start):
-            _demand(position < limit, f"slot {slot.admit.slot} writes position {position}, its limit is {limit}")
+            # The stream's last token is never fed, so its position is not written (R1).
+            _demand(position < limit - 1, f"slot {slot.admit.slot} writes position {position}, its limit is {limit}")
             _demand(
                 position // self.block_size < len(slot.blocks),
                 f"slot {slot.admit.slot} writes position {position} beyond its {len(slot.blocks)} blocks",

@@ -92,8 +92,6 @@ class Planner:
             return -1
         while self.kv.missing(sequence, hi) > pool.available:
             victim = preempted(self.roster.running)
-            if victim is None:
-                return -1
             step.preempted = True
             self.roster.preempt(victim, self.device)
             if victim is sequence or victim.flying:

@@ -39,6 +39,9 @@ class Agenda(Generic[Key]):
         return None
 
 
-def preempted(running: list[Sequence]) -> Sequence | None:
-    """Whoever leaves when blocks are out: lowest priority, youngest; never the oldest. `running` is sorted by key."""
-    return running[-1] if len(running) > 1 else None
+def preempted(running: list[Sequence]) -> Sequence:
+    """Whoever leaves when blocks are out: lowest priority, youngest. `running` is sorted by key.
+
+    Never the oldest: others leave before it, and alone it fits, since no limit is longer than the pool.
+    """
+    return running[-1]

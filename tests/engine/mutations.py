@@ -1,0 +1,193 @@
+"""Breaks a copy of the engine on purpose, one line at a time, and says which tests see it.
+
+    python -m tests.engine.mutations [NAME …]
+
+Exit code 1 if a mutation survives, or if the untouched copy does not pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("protos", "scheduler_svc", "client", "worker_svc", "kernels", "tests")
+ENGINE = "scheduler_svc/engine"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    # The five that the design asks for.
+    Mutation(
+        "an off-by-one in block covering",
+        "planner.py",
+        "if hi + drafts > len(sequence.block_ids) * self.kv.block_size:",
+        "if hi + drafts - 1 > len(sequence.block_ids) * self.kv.block_size:",
+    ),
+    Mutation(
+        "publish too early",
+        "kv_manager.py",
+        "full = min(sequence.computed, sequence.settled) // self.block_size",
+        "full = sequence.settled // self.block_size",
+    ),
+    Mutation("release before the fence", "device.py", "if sequence.flying:", "if False:"),
+    Mutation(
+        "forget to clear on epoch",
+        "roster.py",
+        "        for sequence in self:\n            sequence.forget_device()\n",
+        "        for sequence in self:\n",
+    ),
+    Mutation("wrong settled", "sequence.py", "self.settled += len(token_ids)", "self.settled += 1"),
+    # More of the same kind.
+    Mutation(
+        "hit in the step that fills",
+        "planner.py",
+        "        else:\n            sequence.computed += count\n",
+        "        else:\n            sequence.computed += count\n"
+        "            self.roster.wait_again(self.kv.publish(sequence))\n",
+    ),
+    Mutation(
+        "one row past the limit",
+        "planner.py",
+        "room = sequence.limit - hi - 1",
+        "room = sequence.limit - hi",
+    ),
+    Mutation(
+        "a full-prompt hit",
+        "kv_manager.py",
+        "usable = (sequence.settled - 1) // self.block_size",
+        "usable = sequence.settled // self.block_size",
+    ),
+    Mutation("hits that ignore align", "kv_manager.py", "lcm(block_size, align)", "lcm(block_size, 1)"),
+    Mutation(
+        "chunks that ignore align",
+        "planner.py",
+        "return count if count == missing else count - (computed + count) % self.device.align",
+        "return count",
+    ),
+    Mutation(
+        "a start that nobody knows",
+        "planner.py",
+        "start = -1 if sequence.ahead else sequence.computed",
+        "start = sequence.computed",
+    ),
+    Mutation(
+        "drafts counted once",
+        "scheduler.py",
+        "sequence.ahead -= 1 + row.num_drafts",
+        "sequence.ahead -= len(answer.token_ids)",
+    ),
+    Mutation("tokens after the end", "scheduler.py", "count = sequence.first_end(token_ids)", "count = len(token_ids)"),
+    Mutation(
+        "results of a dead epoch",
+        "scheduler.py",
+        "if device is None or result.epoch != device.epoch:",
+        "if device is None:",
+    ),
+    Mutation(
+        "the preempted are admitted while their results are due",
+        "roster.py",
+        "        sequence.flying = flying  # their results are still delivered\n",
+        "        flying = 0\n",
+    ),
+    Mutation("the oldest is preempted", "policy.py", "return running[-1]", "return running[0]"),
+    Mutation(
+        "preempt and admit in one step",
+        "planner.py",
+        "            if not step.preempted:\n                self._admit_waiting(step)\n",
+        "            self._admit_waiting(step)\n",
+    ),
+    Mutation(
+        "a leader leaves in silence",
+        "roster.py",
+        "        woken = device.kv.cache.stop_leading(sequence)\n",
+        "        device.kv.cache.stop_leading(sequence)\n        woken: list[Sequence] = []\n",
+    ),
+    Mutation(
+        "a salt that nobody tastes",
+        "prefix_cache.py",
+        "return _digest(salt.encode(), adapter.encode())",
+        "return _digest(adapter.encode())",
+    ),
+    Mutation(
+        "an evicted block is still found",
+        "block_pool.py",
+        "        del self.by_hash[self.hashes[block]]\n",
+        "",
+    ),
+    Mutation("suspects in company", "sequence.py", "return self.deaths >= SUSPECT_DEATHS", "return False"),
+    Mutation(
+        "prompt logprobs twice",
+        "sequence.py",
+        "self.prompt_logprobs_from += len(new)",
+        "self.prompt_logprobs_from += 0",
+    ),
+]
+
+
+def copy(to: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", "*.so")
+    for name in COPIED:
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def apply(mutation: Mutation, tree: Path) -> None:
+    path = tree / ENGINE / mutation.file
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.name}: {mutation.file} has {source.count(mutation.old)} times {mutation.old!r}")
+    path.write_text(source.replace(mutation.old, mutation.new))
+
+
+def red_tests(tree: Path) -> list[str]:
+    """The names of the engine tests that fail in `tree`."""
+    command = [sys.executable, "-m", "pytest", "tests/engine", "-q", "-m", "not nightly", "-p", "no:cacheprovider"]
+    command += ["--tb=no", "-rfE", "--timeout=300"]
+    env = {**os.environ, "PAGEWIRE_HYPOTHESIS_PROFILE": "mutation", "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    if ran.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run:\n{ran.stdout}{ran.stderr}")
+    return re.findall(r"^(?:FAILED|ERROR) tests/engine/(\S+)", ran.stdout, re.MULTILINE)
+
+
+def main() -> int:
+    wanted = [m for m in MUTATIONS if not sys.argv[1:] or any(name in m.name for name in sys.argv[1:])]
+    survivors = []
+    with tempfile.TemporaryDirectory() as scratch:
+        clean = Path(scratch, "clean")
+        copy(clean)
+        if red := red_tests(clean):
+            print(f"the untouched copy fails: {red}")
+            return 1
+        print("untouched: all green")
+        for number, mutation in enumerate(wanted):
+            tree = Path(scratch, str(number))
+            copy(tree)
+            apply(mutation, tree)
+            red = red_tests(tree)
+            machine = [name for name in red if "test_state_machine" in name]
+            others = [name for name in red if name not in machine]
+            shown = machine + others[:3] + ([f"… {len(others) - 3} more"] if len(others) > 3 else [])
+            print(f"{mutation.name}: {'red: ' + ', '.join(shown) if red else 'SURVIVED'}", flush=True)
+            shutil.rmtree(tree)
+            survivors += [] if red else [mutation.name]
+    print(f"{len(wanted) - len(survivors)} of {len(wanted)} mutations turned a test red")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
