@@ -40,7 +40,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
     """[n, 32] the bits of the u32 at byte `at`, lowest first, as 0 or 16."""
-    return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
+    return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
 def _q4_0(blocks: Bytes, out: Floats) -> None:
@@ -101,7 +101,7 @@ def _q5_k(blocks: Bytes, out: Floats) -> None:
     low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     # Bit g of byte l is the fifth bit of weight l in run g.
     high = (blocks[:, 16:48][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    _affine_runs(blocks, low | (high << 4), out)
+    _affine_runs(blocks, low | (high << np.uint8(4)), out)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:
