@@ -100,8 +100,8 @@ def _q4_k(blocks: Bytes, out: Floats) -> None:
 def _q5_k(blocks: Bytes, out: Floats) -> None:
     low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     # Bit g of byte l is the fifth bit of weight l in run g.
-    high = (blocks[:, 16:48][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    _affine_runs(blocks, low | (high << np.uint8(4)), out)
+    fifth = (blocks[:, 16:48][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)) << np.uint8(4)
+    _affine_runs(blocks, low | fifth, out)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:
