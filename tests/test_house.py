@@ -1,4 +1,4 @@
-"""The rules of the house that no single room can keep: who imports whom when it runs, what is generated, what is locked."""
+"""Rules that no single room can keep: who imports whom when it runs, what is generated, what is locked."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ SEAM = [
     *("worker_svc.inputs", "worker_svc.results", "worker_svc.backends", "worker_svc.backends.base"),
     *("worker_svc.models.checkpoint", "worker_svc.models.gguf", "worker_svc.models.safetensors_reader"),
 ]
+IO = {"grpc", "zmq", "torch", "numpy", "asyncio", "socket"}
 OUR = {"protos", "pagewire", "kernels", "scheduler_svc", "worker_svc", "client", "tests", "benchmarks"}
 
 
@@ -44,11 +45,11 @@ def loaded(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
     ("modules", "ours", "never"),
     [
-        (["protos.wire", "protos.codec"], {"protos"}, {"grpc", "zmq", "torch", "numpy", "asyncio", "socket"}),
+        (["protos.wire", "protos.codec"], {"protos"}, IO),
         (
             ["scheduler_svc.engine.*"],
             {"protos", "scheduler_svc"},
-            {"grpc", "zmq", "torch", "numpy", "asyncio", "socket"},
+            IO,
         ),
         (["scheduler_svc.*"], {"protos", "pagewire", "scheduler_svc"}, {"torch", "transformers"}),
         (SEAM, {"protos", "worker_svc"}, {"torch", "grpc", "google", "transformers"}),
@@ -102,7 +103,7 @@ def test_the_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
     committed = ROOT / "protos/pagewire/v1"
     names = {path.name for path in committed.iterdir() if "_pb2" in path.name}
     assert names == {path.name for path in (tmp_path / "pagewire/v1").iterdir()}
-    same, different, missing = filecmp.cmpfiles(committed, tmp_path / "pagewire/v1", sorted(names), shallow=False)
+    _, different, missing = filecmp.cmpfiles(committed, tmp_path / "pagewire/v1", sorted(names), shallow=False)
     assert not different + missing, "run make stubs"
 
 
