@@ -27,12 +27,13 @@ def main() -> int:
         return _replay(sys.argv[2:])
     settings = config.parse()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is something to drain
     try:
         loop = EngineLoop(settings.loop, time.monotonic)
     except OSError as error:
         return _fail(str(error))
-    loop.start()  # the worker first: it loads while gRPC and the tokenizer do, and nothing of gRPC lives through a fork
     try:
+        loop.start()  # the worker first: it loads while gRPC and tokenizer do, and nothing of gRPC lives through a fork
         return _serve(settings, loop, began)
     except KeyboardInterrupt:
         return _fail("interrupted before it served")

@@ -150,7 +150,7 @@ class EngineLoop:
         """Each event is fed before the next is looked for."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._bell)
-        while self._mailbox:
+        for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
         for peer, heard in self._socket.hear():
             yield from self._link.hear(peer, heard, self._now)
@@ -244,8 +244,13 @@ class EngineLoop:
             for event in self._link.exited(process.reap(), self._now):
                 self._feed(event)
         if not process.pid and self._clock() >= process.start_at:
-            process.start()
-            poller.register(process.exit_fd, zmq.POLLIN)
+            try:
+                process.start()
+            except OSError as error:  # too many processes, say: another try follows, with patience
+                for event in self._link.exited(f"could not be started: {error}", self._now):
+                    self._feed(event)
+            else:
+                poller.register(process.exit_fd, zmq.POLLIN)
 
     def _close(self) -> None:
         told = self._link.shut_down("the scheduler stops")

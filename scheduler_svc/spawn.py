@@ -18,7 +18,7 @@ class WorkerProcess:
         self._arguments, self._clock = arguments, clock
         self._process: subprocess.Popen[bytes] | None = None
         self._condemned = False  # killed from here
-        self._futile = 0  # deaths in a row before the worker was ready
+        self._futile = 0  # starts since a worker was last ready
         self.started_at = 0.0
         self.start_at = 0.0  # when the next start is due, while there is no process
         self.exit_fd = -1  # readable once the process has ended
@@ -28,15 +28,17 @@ class WorkerProcess:
         return self._process.pid if self._process else 0
 
     def start(self) -> None:
-        """What the worker writes goes to this process's stderr. Raises OSError where no process can be made."""
+        """What the worker writes goes to this process's stderr. Raises OSError where no process can be made now."""
         command = [sys.executable, "-m", "worker_svc", *self._arguments, "--parent-pid", str(os.getpid())]
+        self._futile += 1
+        self._schedule_next()
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         self.exit_fd = os.pidfd_open(self._process.pid)
         self._condemned = False
         self.started_at = self._clock()
 
     def was_ready(self) -> None:
-        self._futile = -1  # its death is one to answer at once
+        self._futile = 0
 
     def has_ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
@@ -47,9 +49,7 @@ class WorkerProcess:
         code = self._process.wait()
         os.close(self.exit_fd)
         self._process, self.exit_fd = None, -1
-        self._futile += 1
-        delay = min(_FIRST_DELAY * 2.0 ** (self._futile - 2), _LONGEST_DELAY) if self._futile > 1 else 0.0
-        self.start_at = self._clock() + delay
+        self._schedule_next()
         return "" if self._condemned else _in_words(code)
 
     def obituary(self, patience: float) -> str:
@@ -58,6 +58,10 @@ class WorkerProcess:
             return _in_words(self._process.wait(patience)) if self._process else ""
         except subprocess.TimeoutExpired:
             return ""
+
+    def _schedule_next(self) -> None:
+        delay = min(_FIRST_DELAY * 2.0 ** (self._futile - 2), _LONGEST_DELAY) if self._futile > 1 else 0.0
+        self.start_at = self._clock() + delay
 
     def kill(self) -> None:
         if self._process:

@@ -61,7 +61,7 @@ class WorkerLink:
         self._since = 0.0  # when the silence began that a deadline measures
         self.serving = False
         self.ready: Ready | None = None  # of the newest epoch, also while no worker lives
-        self.reason = "no worker has come yet"
+        self.reason = "the worker is starting" if process else "no worker has come yet"
         self.fatal = ""
 
     @property
@@ -82,13 +82,17 @@ class WorkerLink:
     def deadline(self) -> float | None:
         """When `expire` has something to do."""
         if self.serving:
-            patience = self._load_deadline if self._status else self._step_deadline
-            return self._since + patience if self._in_flight else None
+            return self._since + self._patience if self._in_flight else None
         if self._epoch:
             return self._since + self._load_deadline
         if self._process is None or self.fatal:
             return None
         return self._process.started_at + self._load_deadline if self._process.pid else self._process.start_at
+
+    @property
+    def _patience(self) -> float:
+        """For a step; a compilation extends it."""
+        return self._load_deadline if self._status else self._step_deadline
 
     def hear(self, peer: bytes, heard: Heard, now: float) -> Iterator[Event]:
         """What a peer's message means to the engine."""
@@ -120,7 +124,7 @@ class WorkerLink:
         if not self._send(self._peer, plan):
             yield from self.lose("its connection broke", now)
 
-    def lose(self, reason: str, now: float, *, blameless: bool = False) -> Iterator[Event]:
+    def lose(self, reason: str, now: float) -> Iterator[Event]:
         """Ends the epoch, if there is one, and whatever process or connection stood behind it."""
         epoch, was_serving = self._epoch, self.serving
         self._epoch, self._status, self.serving = None, None, False
@@ -138,7 +142,7 @@ class WorkerLink:
             self._send(self._peer, Shutdown(reason))
             self._peer = b""
         if epoch and was_serving:
-            yield WorkerLost(epoch, reason, blameless)
+            yield WorkerLost(epoch, reason)
 
     def exited(self, how: str, now: float) -> Iterator[Event]:
         """The spawned process has ended; `how` is empty where it was killed from here."""
@@ -155,7 +159,7 @@ class WorkerLink:
         if deadline is None or now < deadline:
             return
         if self.serving:
-            yield from self.lose(f"step {self._in_flight[0]} took longer than {self._step_deadline:g} s", now)
+            yield from self.lose(f"step {self._in_flight[0]} took longer than {self._patience:g} s", now)
         elif self._epoch or (self._process and self._process.pid):
             yield from self.lose(f"nothing was heard of its start for {self._load_deadline:g} s", now)
 
@@ -188,12 +192,13 @@ class WorkerLink:
 
     def _believe(self, message: FromWorker, now: float) -> Iterator[Event]:
         """Of the worker's current epoch."""
-        self._since = now
         match message:
             case Ready() if not self.serving:
                 if message.num_blocks < 2:
                     yield from self.lose(f"it has {message.num_blocks} KV blocks, one of them null", now)
                     return
+                if self.ready:
+                    _log(f"worker {self.status.pid}: serves again")
                 self.serving, self.ready, self.reason, self._status = True, message, "", None
                 if self._process:
                     self._process.was_ready()
@@ -207,16 +212,18 @@ class WorkerLink:
                 )
             case StepResult() if self._in_flight:
                 self._in_flight.popleft()
-                self._status = None
+                self._since, self._status = now, None
                 yield message
-            case Status():
-                self._status = message if message.phase != Phase.RUNNING else None  # a compilation extends the deadline
+            case Status(phase=Phase.LOADING | Phase.COMPILING):
+                self._since, self._status = now, message
+            case Status(phase=Phase.RUNNING):
+                self._status = None
             case Fault(fatal=True):
                 self.fatal = self.reason = message.reason
                 self._epoch, self.serving = None, False
             case Fault():
                 yield from self.lose(message.reason, now)
-            case Hello() | Ready() | StepResult() | AdapterReady():
+            case Hello() | Ready() | StepResult() | Status() | AdapterReady():
                 pass  # nothing of it was asked for
 
 

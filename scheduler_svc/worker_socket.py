@@ -12,6 +12,7 @@ from protos.codec import DecodeError, decode_from_worker, encode
 from protos.wire import FromWorker, ToWorker
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+_AT_ONCE = 256  # messages heard before the loop does something else
 _LARGEST = 256 << 20  # bytes of a message that is read at all
 
 
@@ -52,20 +53,25 @@ class WorkerSocket:
         self.endpoint: str = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def hear(self) -> Iterator[tuple[bytes, Heard]]:
-        """All that has come; the last words of a peer before its end."""
+        """What has come, up to a bound; a peer's end before any newcomer's words."""
         gone = self._ended()
-        while self.router.poll(0):
+        for _ in range(_AT_ONCE):
+            if not self.router.poll(0):
+                break
             frames = self.router.recv_multipart(copy=False)
             peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
             if self._peers.get(connection) != peer:
-                gone += self._ended()  # a descriptor used again: first hear of the end of whoever had it
+                gone += self._ended()  # perhaps of whoever had this descriptor before
                 self._peers[connection] = peer
+                for ended in gone:
+                    yield ended, Gone()
+                gone.clear()
             try:
                 yield peer, decode_from_worker(b"".join(frame.buffer for frame in frames[1:]))
             except DecodeError as error:
                 yield peer, Garbled(f"{sum(len(frame) for frame in frames[1:])} bytes that are no message: {error}")
-        for peer in gone:
-            yield peer, Gone()
+        for ended in gone:
+            yield ended, Gone()
 
     def _ended(self) -> list[bytes]:
         peers = []

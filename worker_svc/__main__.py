@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from importlib.metadata import version
 
 from protos.wire import PROTOCOL, Hello
 from worker_svc import backends, config
@@ -20,10 +21,11 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     settings = config.parse()
     if settings.parent_pid:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
+        for number in (signal.SIGINT, signal.SIGTERM):  # they reach whole terminals and control groups, and the parent
+            signal.signal(number, signal.SIG_IGN)  # needs its worker while it drains; SIGKILL is how it ends one
         if not _die_with(settings.parent_pid):
             return 1
-    hello = Hello(0, "0.1.0", PROTOCOL, (), settings.device, os.getpid())
+    hello = Hello(0, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
     link = Link(settings.connect, hello, reconnect=not settings.parent_pid)
     create = functools.partial(backends.create, settings.backend, settings.device)
     try:

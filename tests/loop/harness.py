@@ -122,7 +122,9 @@ def submits(count: int, rng: random.Random, max_tokens: int = 40, vocab: int = 5
     made = []
     for i in range(count):
         prompt = shared[: rng.randrange(20)] + [rng.randrange(256, vocab) for _ in range(rng.randrange(1, 40))]
-        sampling = Sampling(max_tokens=rng.randrange(1, max_tokens + 1), seed=rng.getrandbits(64), temperature=float(i % 2))
+        sampling = Sampling(
+            max_tokens=rng.randrange(1, max_tokens + 1), seed=rng.getrandbits(64), temperature=float(i % 2)
+        )
         made.append(Submit(f"r{i}", prompt, len(prompt), sampling))
     return made
 

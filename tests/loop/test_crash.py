@@ -138,7 +138,9 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest() -> None:
         assert observer.streams["late", 0].finish == FinishReason.DRAINING
 
 
-def test_workers_die_with_their_scheduler() -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["hanging", "stopped"])
+def test_workers_die_with_their_scheduler(stopped: bool) -> None:
+    """By the closed link; and by the kernel, where the worker cannot even run."""
     script = (
         "from tests.loop.harness import *\n"
         "with running(loop_config('fake:hang=5')) as o:\n"
@@ -150,7 +152,10 @@ def test_workers_die_with_their_scheduler() -> None:
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     with parent.stdout:
-        worker = os.pidfd_open(int(parent.stdout.readline()))
+        pid = int(parent.stdout.readline())
+    worker = os.pidfd_open(pid)
+    if stopped:
+        os.kill(pid, signal.SIGSTOP)
     parent.kill()
     parent.wait()
     assert select.select([worker], [], [], 6.0)[0], "the worker outlived its parent (2 s are promised)"

@@ -19,6 +19,7 @@ from protos.codec import decode_to_worker, encode
 from protos.wire import PROTOCOL, Epoch, Fault, Hello, Ready, RowResult, Setup, Shutdown, StepPlan, StepResult, ToWorker
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.loop import EngineLoop
+from scheduler_svc.worker_socket import Gone, WorkerSocket
 from tests.loop.harness import assert_undisturbed, loop_config, running, submits
 from worker_svc.backends.fake import FakeBackend
 
@@ -293,3 +294,22 @@ def test_an_endpoint_in_use_is_an_error_in_words(tmp_path: Path) -> None:
         taken = replace(external(tmp_path), listen=observer.loop.endpoint)
         with pytest.raises(OSError, match="cannot listen for workers"):
             EngineLoop(taken, lambda: 0.0)
+
+
+def test_an_end_is_heard_before_the_newcomer_that_follows_it(tmp_path: Path) -> None:
+    """Or a worker that reconnects would be turned away as a second one."""
+    sock = WorkerSocket(f"ipc://{tmp_path}/workers")
+    try:
+        with peer(sock.endpoint) as first:
+            first.say(Hello(0, "first", PROTOCOL))
+            assert sock.router.poll(PATIENCE_MS)
+            ((one, _),) = sock.hear()
+        with peer(sock.endpoint) as second:
+            assert sock.monitor.poll(PATIENCE_MS)
+            second.say(Hello(0, "second", PROTOCOL))
+            assert sock.router.poll(PATIENCE_MS)
+            heard = list(sock.hear())
+        assert [type(message) for _, message in heard] == [Gone, Hello]
+        assert [who == one for who, _ in heard] == [True, False]
+    finally:
+        sock.close()

@@ -14,10 +14,12 @@ class Clock:
         return self.now
 
 
-def _die(process: WorkerProcess) -> float:
+def _die(process: WorkerProcess, *, ready: bool = False) -> float:
     """Starts it, with arguments that it refuses; returns the delay until the next start."""
     process.start()
     assert process.pid
+    if ready:
+        process.was_ready()
     assert select.select([process.exit_fd], [], [], 30)[0]
     assert process.has_ended()
     assert process.reap() == "ended with exit code 2"
@@ -28,8 +30,8 @@ def _die(process: WorkerProcess) -> float:
 def test_patience_grows_with_deaths_before_ready_and_ends_with_ready() -> None:
     process = WorkerProcess(["--no-such-flag"], Clock())
     assert [_die(process) for _ in range(4)] == [0.0, 0.25, 0.5, 1.0]
-    process.was_ready()
-    assert [_die(process) for _ in range(2)] == [0.0, 0.0]
+    assert _die(process, ready=True) == 0.0
+    assert [_die(process) for _ in range(2)] == [0.0, 0.25]
 
 
 def test_a_kill_is_told_from_a_death() -> None:

@@ -181,11 +181,11 @@ def test_a_worker_of_its_own_waits_for_a_scheduler_that_comes_back() -> None:
         assert not end.loads(setup(boot=8)), "the weights are still there"
 
 
-def test_it_leaves_ctrl_c_to_its_parent() -> None:
+def test_it_leaves_signals_to_its_parent() -> None:
     with worker() as (end, process):
         os.kill(process.pid, signal.SIGINT)
         end.until_ready(setup())
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
         end.send(first_plan(PROMPT))
         end.receive(StepResult)
 
