@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protos.wire import FinishReason, StepPlan
+from protos.wire import FinishReason
 from scheduler_svc.engine.block_pool import BlockPool
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import FlushCache
@@ -24,9 +24,9 @@ def world(*, num_blocks: int = 64, align: int = 1, **config: Any) -> World:
     return made
 
 
-def first_row(w: World, plan: StepPlan | None = None) -> tuple[int, int]:
+def last_row(w: World) -> tuple[int, int]:
     """Start and size of the newest plan's last row."""
-    row = (plan or w.plans[-1]).rows[-1]
+    row = w.plans[-1].rows[-1]
     return row.start, row.num_tokens
 
 
@@ -109,7 +109,7 @@ def test_a_hit_leaves_one_token_and_respects_align(prompt: int, align: int, star
     w.submit(request("first", 24, 1))
     w.run()
     w.submit(request("second", prompt, 2, seed=1))
-    assert first_row(w) == (start, prompt - start)
+    assert last_row(w) == (start, prompt - start)
     w.run()
     assert {d.cached_tokens for d in w.streams["second", 0].deltas} == {start}
     w.check_ends()
@@ -121,7 +121,7 @@ def test_generated_tokens_are_shared_too() -> None:
     w.submit(first)
     w.run()
     w.submit(request("second", first.token_ids + w.streams["first", 0].token_ids, 2, seed=1))
-    assert first_row(w)[0] == 16  # 17 of 18 positions are computed: the last token was never fed
+    assert last_row(w)[0] == 16  # 17 of 18 positions are computed: the last token was never fed
     w.run()
     w.check_ends()
 
@@ -134,7 +134,7 @@ def test_who_reads_nothing(field: dict[str, Any]) -> None:
     w.submit(request("first", 24, 1))
     w.run()
     w.submit(request("second", 24, 2, seed=1, **field))
-    assert first_row(w) == (0, 24)
+    assert last_row(w) == (0, 24)
     w.run()
     w.check_ends()
 
@@ -144,7 +144,7 @@ def test_caching_can_be_off() -> None:
     w.submit(request("first", 24, 12))
     w.run()
     w.submit(request("second", 24, 2, seed=1))
-    assert first_row(w) == (0, 24)
+    assert last_row(w) == (0, 24)
     w.run()
     assert w.scheduler.stats().cached_blocks == 0
     w.check_ends()
@@ -158,7 +158,7 @@ def test_a_flushed_cache_hits_nothing() -> None:
     w.send(FlushCache())
     assert w.scheduler.stats().cached_blocks == 0
     w.submit(request("second", 24, 2, seed=1))
-    assert first_row(w) == (0, 24)
+    assert last_row(w) == (0, 24)
     w.run()
     w.check_ends()
 
@@ -170,7 +170,7 @@ def test_a_new_epoch_hits_nothing() -> None:
     w.crash()
     w.ready()
     w.submit(request("second", 24, 2, seed=1))
-    assert first_row(w) == (0, 24)
+    assert last_row(w) == (0, 24)
     w.run()
     w.check_ends()
 
@@ -182,7 +182,7 @@ def test_eviction_takes_the_tail_of_the_oldest() -> None:
     w.submit(request("other", [9] * 18, 1))
     w.run()  # took the blank ones and the last block of `first`
     w.submit(request("second", 17, 2, seed=1))
-    assert first_row(w) == (12, 5)
+    assert last_row(w) == (12, 5)
     w.run()
     w.check_ends()
 
@@ -238,7 +238,7 @@ def test_when_the_leader_leaves_the_first_follower_leads() -> None:
     w.abort("a")
     w.land()
     assert [(s.request_id, s.state.name) for s in w.scheduler.roster] == [("b", "RUNNING"), ("c", "HOLDING")]
-    assert first_row(w)[0] == 16, "what the first leader had filled is not computed again"
+    assert last_row(w)[0] == 16, "what the first leader had filled is not computed again"
     w.run()
     w.check_ends()
 
