@@ -75,9 +75,7 @@ class Sequence:
         self.sampling = sampling
         self.arrival = arrival
         self.prompt_len = submit.prompt_len
-        self.token_ids = array(
-            "I", submit.token_ids
-        )  # not a list: the garbage collector would walk every queued prompt
+        self.token_ids = array("I", submit.token_ids)  # no list: the collector would walk every queued prompt
         self.settled = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
