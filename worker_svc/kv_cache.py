@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 _BITS = {torch.float32: np.int32, torch.bfloat16: np.int16}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token's keys and values take."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def block_bytes(self, block_size: int) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * self.dtype.itemsize
 
 
 class KVCache:
@@ -18,16 +33,16 @@ class KVCache:
     all here would add a second to every start, and a crash is a start.
     """
 
-    def __init__(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
-        self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
-        self.block_size, self.head_dim = block_size, head_dim
-        shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
-        self.pages = torch.from_numpy(np.zeros(shape, _BITS[dtype])).view(dtype)
+    def __init__(self, shape: KVShape, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_kv_heads, self.head_dim = shape.num_kv_heads, shape.head_dim
+        pages = np.zeros(
+            (shape.num_layers, 2, num_blocks, self.num_kv_heads, block_size, self.head_dim), _BITS[shape.dtype]
+        )
+        self.pages = torch.from_numpy(pages).view(shape.dtype)
 
     def rows_of(self, slot_mapping: Tensor) -> Tensor:
-        """[T] block * block_size + offset → [T * kv_heads] rows of `as_rows`, token by token."""
+        """[T] block * block_size + offset → [T * kv_heads] rows of head_dim elements, token by token."""
         blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
         heads = torch.arange(self.num_kv_heads)
         return ((blocks[:, None] * self.num_kv_heads + heads) * self.block_size + offsets[:, None]).flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from worker_svc.attention import cpu as attention
 from worker_svc.inputs import Ints, StepInputs
-from worker_svc.kv_cache import KVCache
+from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.layers.activation import ACTIVATIONS
 from worker_svc.layers.linear import Linear, padded_rows
 from worker_svc.layers.norm import rms_norm
@@ -43,6 +44,8 @@ class ModelRunner:
         spec = self.spec = model.spec
         self._model, self._name, self.max_model_len = model, dtype, max_model_len
         self.dtype = getattr(torch, dtype)
+        self.vocab_size = spec.vocab_size
+        self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype)
         self._activation = ACTIVATIONS[spec.activation]
         cos, sin = spec.rope.tables(max_model_len)
         self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
@@ -61,6 +64,10 @@ class ModelRunner:
         """One of each shape."""
         every = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         return list({(x.in_features, x.out_features): x for x in [*every, self._lm_head]}.values())
+
+    def step(self, inputs: StepInputs, cache: KVCache) -> Callable[[Ints], Tensor]:
+        """Writes the step's K and V; answers with tokens [S] (indices into T) → logits [S, vocab] float32."""
+        return partial(self.logits, self.forward(inputs, cache))
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Writes the step's K and V to their blocks; answers the last layer's output [T, hidden], before the norm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from protos.wire import Mask, RowResult, Setup, StepPlan, TokenLogprobs
 from worker_svc.backends.base import BackendError, Capacity, Progress
 from worker_svc.exactness import exact_steps
 from worker_svc.inputs import Ints, StepInputs, build_inputs
-from worker_svc.kv_cache import KVCache
+from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.model_runner import ModelRunner
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
@@ -24,99 +25,104 @@ from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
 
 KV_BYTES = 1 << 30  # where Setup leaves it open, but never more than a quarter of the machine's memory
-LOGIT_ROWS = 64  # of a prompt's positions scored at once: 64 * 150,000 * 4 bytes
+MAX_SLOTS = 256  # where Setup leaves it open
+LOGIT_ROWS = 64  # a prompt's positions scored at once
+
+Logits = Callable[[Ints], Tensor]  # indices of a step's tokens [S] → [S, vocab] float32
 
 
 class Runner(Protocol):
-    """What executes a model: ours, or transformers'."""
+    """What executes a model: ours for the families that are ours, transformers for others."""
 
-    def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor: ...
+    kv_shape: KVShape
+    vocab_size: int
+    max_model_len: int
 
-    def logits(self, hidden: Tensor, tokens: Ints) -> Tensor: ...
+    def step(self, inputs: StepInputs, cache: KVCache) -> Logits: ...
 
 
 class TorchBackend:
-    """`threads` 0 is one a CPU."""
+    """`threads` 0 is one a CPU. `transformers` runs families of ours by transformers as well."""
 
-    def __init__(self, device: str = "auto", threads: int = 0) -> None:
+    def __init__(self, device: str = "auto", threads: int = 0, transformers: bool = False) -> None:
         if device not in ("auto", "cpu"):
-            raise BackendError(f"device {device!r} is not supported by the torch backend yet, only cpu")
+            raise BackendError(f"device {device!r} is not supported by the torch backend, only 'cpu'")
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         torch.set_grad_enabled(False)
-        self._pending: tuple[StepPlan, StepInputs, Tensor] | None = None
+        self._transformers = transformers
+        self._pending: tuple[StepPlan, StepInputs, Logits] | None = None
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         _refuse_unsupported(setup)
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
         try:
-            model = open_model(path)
-            if model is None:
-                raise BackendError(f"{path}: its architecture is not supported")
-            max_len = _max_model_len(setup, model)
-            self._runner = ModelRunner(model, dtype, max_len, lambda share: progress("reading weights", share))
+            runner = self._open(path, dtype, setup.max_model_len, progress)
+            weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
-            raise BackendError(str(error)) from error
-        spec = model.spec
-        block_bytes = spec.kv_bytes_per_token * setup.block_size * (4 if dtype == "float32" else 2)
-        num_blocks = (setup.kv_bytes or _kv_bytes()) // block_bytes
-        if num_blocks < 2:
+            raise BackendError(f"{setup.model}: {error}") from error
+        self._runner = runner
+        self._cache = _kv_cache(setup, runner.kv_shape)
+        self._max_len = min(runner.max_model_len, (self._cache.num_blocks - 1) * setup.block_size)
+        if setup.max_model_len > self._max_len:
             raise BackendError(
-                f"kv_bytes {setup.kv_bytes} holds no block: one of {setup.block_size} tokens takes {block_bytes}"
+                f"max_model_len {setup.max_model_len} is more than the {self._max_len} tokens of KV memory"
             )
-        max_len = min(max_len, (num_blocks - 1) * setup.block_size)
-        progress("taking KV memory", 0.0)
-        self._cache = KVCache(
-            spec.num_layers, num_blocks, spec.num_kv_heads, setup.block_size, spec.head_dim, self._runner.dtype
-        )
-        self._vocab_size, self._max_len = spec.vocab_size, max_len
-        self._sampler = Sampler(spec.vocab_size)
+        self._sampler = Sampler(runner.vocab_size)
         self.reset(setup)
         progress("warming up", 0.0)
-        exact = exact_steps(self._runner, self._cache) if dtype == "float32" else False
+        backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
+        exact = dtype == "float32" and isinstance(runner, ModelRunner) and exact_steps(runner, self._cache)
         return Capacity(
-            num_blocks=num_blocks,
+            num_blocks=self._cache.num_blocks,
             align=1,
             exact=exact,
             device="cpu",
             dtype=dtype,
-            backend="torch",
-            max_model_len=max_len,
-            vocab_size=spec.vocab_size,
-            fingerprint=_fingerprint(path, dtype, max_len),
+            backend=backend,
+            max_model_len=self._max_len,
+            vocab_size=runner.vocab_size,
+            fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len),
         )
 
     def reset(self, setup: Setup) -> None:
         self._pending = None
         self._slots = SlotTable(
-            max_slots=setup.max_slots or 256,
+            max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
             block_size=setup.block_size,
             num_blocks=self._cache.num_blocks,
-            vocab_size=self._vocab_size,
+            vocab_size=self._runner.vocab_size,
         )
         self._sampler.reset()
 
     def forward(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
-        hidden = self._runner.forward(inputs, self._cache)
-        self._pending = plan, inputs, hidden
+        self._pending = plan, inputs, self._runner.step(inputs, self._cache)
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
         assert self._pending is not None, "forward comes first"
-        plan, inputs, hidden = self._pending
-        self._pending = None
-        logits = self._runner.logits(hidden, inputs.sample_tokens)
-        sampled = self._sampler.sample(logits, plan, inputs, self._slots, mask)
+        (plan, inputs, logits), self._pending = self._pending, None
+        sampled = self._sampler.sample(logits(inputs.sample_tokens), plan, inputs, self._slots, mask)
         scores: list[TokenLogprobs] = []
         for first in range(0, len(inputs.prompt_logprob_tokens), LOGIT_ROWS):
             tokens = inputs.prompt_logprob_tokens[first : first + LOGIT_ROWS]
-            scores += self._sampler.prompt_logprobs(self._runner.logits(hidden, tokens), inputs, self._slots, first)
+            scores += self._sampler.prompt_logprobs(logits(tokens), inputs, self._slots, first)
         return build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
 
     def close(self) -> None:
         self._pending = None
+
+    def _open(self, path: Path, dtype: DType, max_model_len: int, progress: Progress) -> Runner:
+        model = None if self._transformers else open_model(path)
+        if model is not None:
+            longest = _max_model_len(max_model_len, model)
+            return ModelRunner(model, dtype, longest, lambda share: progress("reading weights", share))
+        from worker_svc.models.transformers_model import TransformersRunner
+
+        progress("reading weights", 0.0)
+        return TransformersRunner(path, dtype, max_model_len)
 
 
 def _refuse_unsupported(setup: Setup) -> None:
@@ -136,24 +142,27 @@ def _refuse_unsupported(setup: Setup) -> None:
         raise BackendError(f"block_size {setup.block_size} must be at least 1")
 
 
-def _max_model_len(setup: Setup, model: Model) -> int:
-    if setup.max_model_len > model.spec.max_positions:
-        raise BackendError(f"max_model_len {setup.max_model_len} is over the model's {model.spec.max_positions}")
-    return setup.max_model_len or model.spec.max_model_len
+def _max_model_len(asked: int, model: Model) -> int:
+    if asked > model.spec.max_positions:
+        raise SpecError(f"max_model_len {asked} is over the model's {model.spec.max_positions}")
+    return asked or model.spec.max_model_len
 
 
-def _kv_bytes() -> int:
-    return min(KV_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+def _kv_cache(setup: Setup, shape: KVShape) -> KVCache:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = setup.kv_bytes or min(KV_BYTES, memory // 4)
+    block_bytes = shape.block_bytes(setup.block_size)
+    if size < 2 * block_bytes:
+        raise BackendError(
+            f"kv_bytes {size} must hold two blocks: one of {setup.block_size} tokens takes {block_bytes}"
+        )
+    return KVCache(shape, size // block_bytes, setup.block_size)
 
 
-def _fingerprint(path: Path, dtype: str, max_len: int) -> str:
-    """Digest of all that decides the arithmetic: weights, dtype, torch and the instructions that it chose here."""
-    parts = [
-        weights_digest(path),
-        dtype,
-        "torch",
-        torch.__version__,
-        torch.backends.cpu.get_cpu_capability(),
-        str(max_len),
-    ]
+def _fingerprint(weights: str, dtype: str, backend: str, max_len: int) -> str:
+    """Digest of all that decides the arithmetic: weights, dtype, torch, the instructions it chose here, and the longest
+    context, which settles the rope of some models.
+    """
+    isa = torch.backends.cpu.get_cpu_capability()
+    parts = [weights, dtype, backend, torch.__version__, isa, str(max_len)]
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()

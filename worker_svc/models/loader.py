@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from worker_svc.models import gguf_spec, registry
 from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from worker_svc.models.spec import ModelSpec
+from worker_svc.models.spec import ModelSpec, SpecError
 
 DType = Literal["float32", "bfloat16"]
 _SAMPLE = 1 << 16  # bytes
@@ -72,7 +72,10 @@ def open_model(path: Path) -> Model | None:
     if path.suffix == ".gguf":
         checkpoint = open_checkpoint(path)
         return Model(gguf_spec.spec(checkpoint), checkpoint)
-    spec = registry.spec_of(read_config(path))
+    config = read_config(path)
+    if config.get("quantization_config"):
+        raise SpecError("config.json has a quantization_config: quantized checkpoints are not supported")
+    spec = registry.spec_of(config)
     return Model(spec, open_checkpoint(path)) if spec else None
 
 

@@ -44,24 +44,25 @@ class Rope:
 
     def frequencies(self, max_model_len: int) -> Floats:
         """Radians a position [dim / 2], in the float32 arithmetic of transformers' modeling_rope_utils."""
-        frequencies: Floats
         match self.kind:
             case "linear":
-                frequencies = self._plain() / np.float32(self.factor)
+                frequencies = np.divide(self._plain(), np.float32(self.factor))
             case "dynamic":
                 longest = max(max_model_len, self.original_max_len)
                 stretch = self.factor * longest / self.original_max_len - (self.factor - 1)
-                frequencies = self._plain(self.theta * stretch ** (self.dim / (self.dim - 2)))
+                frequencies = self._plain(self.theta * math.pow(stretch, self.dim / (self.dim - 2)))
             case "llama3":
                 frequencies = self._llama3()
             case "yarn":
                 frequencies = self._yarn()
             case "longrope":
                 factors = self.long_factor if max_model_len > self.original_max_len else self.short_factor
-                frequencies = self._plain() / np.array(factors, np.float32)
+                frequencies = np.divide(self._plain(), np.array(factors, np.float32))
             case _:
                 frequencies = self._plain()
-        return frequencies / np.array(self.divisors, np.float32) if self.divisors else frequencies
+        if self.divisors:
+            frequencies = np.divide(frequencies, np.array(self.divisors, np.float32))
+        return frequencies
 
     def _plain(self, theta: float | None = None) -> Floats:
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
@@ -76,7 +77,8 @@ class Rope:
         share = (self.original_max_len / waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         blended = (1 - share) * stretched + share * plain
         between = np.where(waves > self.original_max_len / self.low_freq_factor, stretched, blended)
-        return np.where(waves < self.original_max_len / self.high_freq_factor, plain, between).astype(np.float32)
+        chosen: Floats = np.where(waves < self.original_max_len / self.high_freq_factor, plain, between)
+        return chosen.astype(np.float32)
 
     def _yarn(self) -> Floats:
         """A ramp over the dimensions, from those that turn often (kept) to those that turn rarely (stretched)."""
@@ -88,7 +90,8 @@ class Rope:
         if low == high:
             high += 0.001
         ramp = np.clip((np.arange(self.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-        return (plain / np.float32(self.factor) * ramp + plain * (1 - ramp)).astype(np.float32)
+        blended: Floats = plain / np.float32(self.factor) * ramp + plain * (1 - ramp)
+        return blended.astype(np.float32)
 
     def _dimension_turning(self, turns: float) -> float:
         """The dimension that turns so many times over the context trained on."""

@@ -71,11 +71,6 @@ class ModelSpec:
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of one byte an element: times the element's size."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 class SpecError(ValueError):
     """A config that says something which no ModelSpec can, in one line for the person who started it."""
