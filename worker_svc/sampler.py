@@ -31,7 +31,7 @@ from worker_svc.slots import SlotTable
 
 GREEDY_BELOW: Final = 1e-5  # a lower temperature is greedy, as in vLLM
 UNIT: Final = 2.0**40  # of integer weights: 2¹⁸ tokens of weight 1 still fit an int64
-LOGITS_AT_ONCE: Final = 1 << 20  # so many of all rows: the temporaries are several times as large
+LOGITS_AT_ONCE: Final = 1 << 19  # so many of all rows: the temporaries are several times as large
 
 
 class SamplerError(ValueError):
