@@ -1,6 +1,7 @@
 """What crosses a process border inside Pagewire, and nothing else: pure messages, no I/O.
 
-Every message is a msgspec array: fields are only ever appended, with defaults, so that a newer peer can read an older one.
+Every message is a msgspec array: fields are only ever appended, with defaults, so that a newer peer can read an older
+one.
 Indices follow `docs/life_of_a_request.md`: slot 0 and block 0 are null, positions count from 0, `−1` means "not set".
 """
 
@@ -53,7 +54,7 @@ class Sampling(Wire, frozen=True):
 
 
 class TokenLogprobs(Wire, frozen=True):
-    """One token's log probability under the raw distribution, its rank (1 is the likeliest), and the likeliest others."""
+    """A token's log probability under the raw distribution, its rank (1 is the likeliest), and the likeliest others."""
 
     token_id: int
     logprob: float

@@ -34,7 +34,7 @@ class BackendError(Exception):
 
 
 class DeviceBackend(Protocol):
-    """Owns weights, KV pages, slots, token tables and the sampler. One call of `forward` and one of `sample` are a step.
+    """Owns weights, KV pages, slots, token tables and sampler. One call of `forward` and one of `sample` are a step.
 
     Neither may keep anything that the Admits of a new epoch could not rebuild.
     """
@@ -49,6 +49,6 @@ class DeviceBackend(Protocol):
         """Applies release, admit, copies and rows, in this order, and computes up to the logits that sampling needs."""
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
-        """Samples the rows of the last `forward`, appends to the slots' token tables, and answers in the plan's row order."""
+        """Samples the rows of the last `forward`, appends to the slots' tables, answers in the plan's row order."""
 
     def close(self) -> None: ...
