@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -77,6 +78,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
             failed.set_result(status.reason)
         if status.serving and not announced:
             announced = True
+            gc.freeze()  # what is here now stays: no collection between two steps need look at it
             took = time.monotonic() - began
             _say(f"ready: {settings.served_name} at {settings.host}:{port}, {took:.1f} s after the start")
 

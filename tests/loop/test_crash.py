@@ -70,6 +70,8 @@ def test_a_step_past_its_deadline_costs_the_worker_its_life_and_the_request_its_
         assert_undisturbed(observer, made)
         assert observer.streams["bad", 0].finish == FinishReason.ERROR
         assert any("longer than 0.2 s" in status.reason for _, status in observer.statuses)
+        observer.until_serving()
+        assert observer.loop._link.deadline is None, "nothing is in flight, so nothing is late"
 
 
 @pytest.mark.parametrize("kind", ["poison", "fault"])
@@ -149,10 +151,14 @@ def test_workers_die_with_their_scheduler(stopped: bool) -> None:
         "    o.loop.send(Submit('r', [5], 1, Sampling(max_tokens=1)))\n"  # in a step that never ends
         "    o.until(lambda: False, 'never', 60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert parent.stdout
-    with parent.stdout:
+    assert parent.stderr
+    with parent.stdout, parent.stderr:
         pid = int(parent.stdout.readline())
+        assert "hangs" in parent.stderr.readline()
     worker = os.pidfd_open(pid)
     if stopped:
         os.kill(pid, signal.SIGSTOP)

@@ -191,9 +191,14 @@ def test_results_of_an_epoch_that_has_ended_are_not_heard(tmp_path: Path) -> Non
         assert isinstance(plan, StepPlan)
         worker.backend.forward(plan)
         rows = worker.backend.sample(None)
-        worker.say(Fault(plan.epoch, plan.step, "a reason"), StepResult(plan.epoch, plan.step, rows))
-        assert isinstance(worker.hear(), Setup)
-        assert observer.tokens == 0
+        old = StepResult(plan.epoch, plan.step, rows)
+        worker.say(Fault(plan.epoch, plan.step, "a reason"), old, Fault(plan.epoch, plan.step, "another"))
+        setup = worker.hear()
+        assert isinstance(setup, Setup)
+        worker.backend.reset(setup)
+        worker.say(old, Ready(setup.epoch, 0, 1024), old, Fault(plan.epoch, plan.step, "a third"))
+        assert worker.step().epoch == setup.epoch
+        assert worker.step().step == 2
 
 
 def test_workers_come_die_and_come_again(tmp_path: Path) -> None:

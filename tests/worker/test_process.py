@@ -164,10 +164,12 @@ def test_shutdown_ends_it_with_one_line() -> None:
 
 @pytest.mark.parametrize("hanging", [False, True])
 def test_a_spawned_worker_ends_with_its_link(hanging: bool) -> None:
-    with worker() as (end, process):
+    with worker(stderr=subprocess.PIPE) as (end, process):
         end.until_ready(setup(model="fake:hang=5"))
         if hanging:
             end.send(first_plan([5, 6]))
+            assert process.stderr
+            assert "hangs" in process.stderr.readline()
         end.hang_up()
         assert process.wait(PATIENCE) == (1 if hanging else 0)
 

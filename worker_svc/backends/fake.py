@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field, fields
@@ -253,6 +254,7 @@ class FakeBackend:
         if options.fault in prompt:
             raise RuntimeError(f"token {options.fault} in a prompt, as asked")
         if options.hang in prompt:
+            print("fake backend: hangs, as asked", file=sys.stderr, flush=True)  # so that a test knows that it does
             threading.Event().wait()
 
     def _allowed(self, mask: Mask | None, row: int) -> memoryview:
