@@ -22,10 +22,10 @@ serve: .venv/runtime ## serve MODEL (default smollm2-135m), flags in ARGS
 	$(BIN)/pagewire serve $(MODEL) $(ARGS)
 
 test: .venv/dev lint ## lint, types, imports, and the default tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 test-full: .venv/dev lint ## the default tests and the slow ones
-	$(BIN)/pytest -m "not nightly and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not nightly and not gpu" $(ARGS)
 
 nightly: .venv/dev ## the long profiles: events, fuzz, soak
 	$(BIN)/pytest -m nightly $(ARGS)

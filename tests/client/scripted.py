@@ -55,6 +55,8 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
                 retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2))
                 _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry)
         request_id = request.request_id or f"r{len(self.requests)}"
+        if words == ["forever"]:
+            context.add_callback(self.cancelled.set)  # before the first word: a client may leave with it
         context.send_initial_metadata((("request-id", request_id), ("seed", str(request.sampling.seed))))
         for word in words:
             yield pb.GenerateResponse(delta=pb.GenerateDelta(text=f"{word} ", token_ids=[self._id(word)]))
@@ -62,10 +64,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
             case ["lost"]:
                 context.abort(grpc.StatusCode.INTERNAL, "the worker is gone")
             case ["forever"]:
-                over = threading.Event()
-                context.add_callback(over.set)
-                assert over.wait(PATIENCE), "nobody cancelled"
-                self.cancelled.set()
+                assert self.cancelled.wait(PATIENCE), "nobody cancelled"
         usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words))
         yield pb.GenerateResponse(
             finished=pb.GenerateFinished(

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,9 +100,19 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert done.stderr
 
 
+@contextmanager
+def running(*arguments: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
+    """The command, which does not outlive a test that fails."""
+    with subprocess.Popen([*CLI, *arguments], text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_ctrl_c_cancels_on_the_server(server: ScriptedServer) -> None:
-    command = [*CLI, "generate", "forever", "--address", server.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = ["generate", "forever", "--address", server.address]
+    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(len("forever ")) == "forever "
@@ -112,8 +124,8 @@ def test_ctrl_c_cancels_on_the_server(server: ScriptedServer) -> None:
 
 def test_a_reader_that_leaves_ends_it_quietly(server: ScriptedServer) -> None:
     prompt = " ".join(["word"] * 2000)
-    command = [*CLI, "generate", prompt, "--address", server.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = ["generate", prompt, "--address", server.address]
+    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
@@ -136,9 +148,7 @@ def test_chat_keeps_the_conversation(server: ScriptedServer) -> None:
 def test_chat_in_a_terminal_survives_ctrl_c(server: ScriptedServer) -> None:
     """Ctrl-C stops the answer, not the conversation."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [*CLI, "chat", "--address", server.address], stdin=theirs, stdout=theirs, stderr=theirs
-    ) as process:
+    with running("chat", "--address", server.address, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         terminal = Terminal(ours)
         terminal.expect("> ")
