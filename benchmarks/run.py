@@ -58,7 +58,8 @@ def main() -> int:
     except (StartError, ServiceError, load.ShortStreamError, store.StoreError, aiohttp.ClientError) as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 1
-    Console().print(_table(runs))
+    console = Console()
+    console.print(_table(runs), width=max(console.width, 110))
     stem = arguments.out / (arguments.name or time.strftime("%Y-%m-%d-%H%M%S"))
     _write(stem, runs, seed)
     print(f"{stem}.json, .png and .svg")
@@ -166,7 +167,11 @@ def _progress() -> Progress:
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    table = Table("contestant", "round", "ready s", "workload", "output tok/s", "total tok/s", "TTFT ms", "ITL ms")
+    table = Table(
+        "who", "round", "ready s", "load", "output tok/s", "total tok/s", "TTFT p50 / p99", "ITL p50 / p99, ms"
+    )
+    for column in table.columns:
+        column.no_wrap = True
     for run in runs:
         for result in run.results:
             table.add_row(
