@@ -58,7 +58,7 @@ def main() -> int:
     except (StartError, ServiceError, load.ShortStreamError, store.StoreError, aiohttp.ClientError) as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 1
-    Console(width=max(Console().width, 110)).print(_table(runs))
+    Console(width=max(Console().width, 120)).print(_table(runs))
     stem = arguments.out / (arguments.name or time.strftime("%Y-%m-%d-%H%M%S"))
     _write(stem, runs, seed)
     print(f"{stem}.json, .png and .svg")
