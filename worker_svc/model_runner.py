@@ -92,6 +92,8 @@ class ModelRunner:
 
     def logits(self, hidden: Tensor, tokens: Ints) -> Tensor:
         """hidden [T, hidden] of `forward`, tokens [S] indices into T → [S, vocab] float32."""
+        if not len(tokens):  # in the middle of a prompt
+            return torch.empty(0, self.vocab_size)
         rows = torch.from_numpy(_padded(tokens, padded_rows(len(tokens))))
         x = rms_norm(hidden.index_select(0, rows), self._final_norm, self.spec.norm_eps)
         logits = self._lm_head(x.to(self.dtype))[: len(tokens)].float()

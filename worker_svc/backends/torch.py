@@ -99,7 +99,9 @@ class TorchBackend:
     def forward(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
-        self._pending = plan, inputs, self._runner.step(inputs, self._cache)
+        vocab_size = self._runner.vocab_size
+        logits = self._runner.step(inputs, self._cache) if plan.rows else lambda tokens: torch.empty(0, vocab_size)
+        self._pending = plan, inputs, logits
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
         assert self._pending is not None, "forward comes first"
