@@ -24,7 +24,8 @@ SMALL: dict[str, Any] = {
 def save(path: Path, config: PretrainedConfig, shard: str = "5GB", seed: int = 0) -> Any:
     """Writes a model whose every weight is random (biases and norms too, which start as 0 and 1); answers with it."""
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
