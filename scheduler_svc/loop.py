@@ -105,6 +105,7 @@ class EngineLoop:
         self._stopping = True
         os.eventfd_write(self._bell, 1)
         self._thread.join()
+        os.close(self._bell)
 
     def _run(self) -> None:
         try:

@@ -26,6 +26,7 @@ from tests.e2e.service import Service, service
 
 WAYS = ("CancelGeneration", "vllm Abort", "dropped call")
 AT_ONCE = 40
+SMALL_KV = ("--kv-cache-gib", "0.25")  # pages become resident when first written: all of these soon are
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ async def _abort(running: Service, request: inference_pb2.GenerateRequest, after
 async def _main(args: argparse.Namespace) -> int:
     print(f"{'round':>5} {'cancelled':>10} {'running':>8} {'waiting':>8} {'blocks':>7} {'slots':>6} {'calls':>6} "
           f"{'scheduler MiB':>14} {'worker MiB':>11}")  # fmt: skip
-    async with service(args.model, "--device", "cpu", "--threads", str(args.threads)) as running:
+    flags = ("--device", "cpu", "--threads", str(args.threads), *SMALL_KV)
+    async with service(args.model, *flags) as running:
         rounds = []
         for seed in range(1, args.rounds + 1):
             left = await cancel_round(running, seed, args.count)

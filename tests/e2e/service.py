@@ -110,8 +110,9 @@ async def service(model: str, *flags: str, until: int | None = SERVING) -> Async
     with tempfile.TemporaryDirectory(prefix="pagewire-e2e-") as directory:
         log = Path(directory) / "stderr"
         command = [sys.executable, "-m", "scheduler_svc", model, "--port", str(port), *flags]
+        environment = {**os.environ, "TMPDIR": directory}  # what a killed service leaves behind goes with it
         with log.open("wb") as stderr:
-            process = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
+            process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, env=environment)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=_OPTIONS) as channel:
             made = Service(process, port, log, channel)
             try:

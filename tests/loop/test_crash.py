@@ -141,7 +141,7 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest() -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["hanging", "stopped"])
-def test_workers_die_with_their_scheduler(stopped: bool) -> None:
+def test_workers_die_with_their_scheduler(stopped: bool, tmp_path: Path) -> None:
     """By the closed link; and by the kernel, where the worker cannot even run."""
     script = (
         "from tests.loop.harness import *\n"
@@ -152,7 +152,12 @@ def test_workers_die_with_their_scheduler(stopped: bool) -> None:
         "    o.until(lambda: False, 'never', 60)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdout
     assert parent.stderr

@@ -20,7 +20,7 @@ from protos.wire import PROTOCOL, Epoch, Fault, Hello, Ready, RowResult, Setup, 
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.loop import EngineLoop
 from scheduler_svc.worker_socket import Gone, WorkerSocket
-from tests.loop.harness import assert_undisturbed, loop_config, running, submits
+from tests.loop.harness import Observer, assert_undisturbed, loop_config, running, submits
 from worker_svc.backends.fake import FakeBackend
 
 ROOT = Path(__file__).parents[2]
@@ -318,3 +318,11 @@ def test_an_end_is_heard_before_the_newcomer_that_follows_it(tmp_path: Path) -> 
         assert [who == one for who, _ in heard] == [True, False]
     finally:
         sock.close()
+
+
+def test_whoever_attaches_hears_the_status_at_once() -> None:
+    with running(loop_config()) as observer:
+        observer.until_serving()
+        late = Observer(observer.loop)
+        late.until(lambda: late.statuses, "a status")
+        assert late.status.serving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 
 from scheduler_svc.spawn import WorkerProcess
@@ -29,9 +30,11 @@ def _die(process: WorkerProcess, *, ready: bool = False) -> float:
 
 def test_patience_grows_with_deaths_before_ready_and_ends_with_ready() -> None:
     process = WorkerProcess(["--no-such-flag"], Clock())
+    open_files = len(os.listdir("/proc/self/fd"))
     assert [_die(process) for _ in range(4)] == [0.0, 0.25, 0.5, 1.0]
     assert _die(process, ready=True) == 0.0
     assert [_die(process) for _ in range(2)] == [0.0, 0.25]
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 def test_a_kill_is_told_from_a_death() -> None:
