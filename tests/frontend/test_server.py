@@ -163,8 +163,11 @@ async def test_a_taken_port_is_one_clear_line(service: Service) -> None:
     link = EngineLink()
     ScriptedEngine(link)
     second = Frontend(link, FrontendConfig(port=service.port), byte_model())
-    with pytest.raises(PortInUseError, match=f"127.0.0.1:{service.port}.*in use") as caught:
-        await second.start()
+    try:
+        with pytest.raises(PortInUseError, match=f"127.0.0.1:{service.port}.*in use") as caught:
+            await second.start()
+    finally:
+        await second.stop()
     assert "\n" not in str(caught.value)
 
 
