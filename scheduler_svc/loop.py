@@ -101,7 +101,9 @@ class EngineLoop:
         os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
-        """Ends workers and thread; what runs is dropped."""
+        """Ends workers and thread; what runs is dropped. A second call does nothing."""
+        if self._stopping:
+            return
         self._stopping = True
         os.eventfd_write(self._bell, 1)
         self._thread.join()
