@@ -326,3 +326,18 @@ def test_whoever_attaches_hears_the_status_at_once() -> None:
         late = Observer(observer.loop)
         late.until(lambda: late.statuses, "a status")
         assert late.status.serving
+
+
+def test_nobody_speaks_for_the_worker(tmp_path: Path) -> None:
+    """Not even who knows its epoch."""
+    made = submits(1, random.Random(8))
+    with running(external(tmp_path)) as observer, peer(observer.loop.endpoint) as worker:
+        epoch = worker.begin().epoch
+        with peer(observer.loop.endpoint) as stranger:
+            stranger.say(Fault(epoch, 0, "not its own", True), Hello(0, "stranger", PROTOCOL))
+            assert isinstance(stranger.hear(), Shutdown)  # so the Fault was heard, too
+        observer.loop.send(made[0])
+        for _ in range(made[0].sampling.max_tokens):
+            assert worker.step().epoch == epoch
+        observer.until_finished(made)
+        assert not observer.status.failed
