@@ -72,7 +72,7 @@ class TorchBackend:
         self.reset(setup)
         progress("warming up", 0.0)
         backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
-        exact = dtype == "float32" and isinstance(runner, ModelRunner) and exact_steps(runner, self._cache)
+        exact = isinstance(runner, ModelRunner) and exact_steps(runner, self._cache) and dtype == "float32"
         return Capacity(
             num_blocks=self._cache.num_blocks,
             align=1,
