@@ -94,10 +94,14 @@ class Link:
             if self._wake in ready:
                 open_ = self._forward(self._wake.recv()) and open_
         if not self._ended.wait(GRACE):
-            print(
-                "pagewire worker: the scheduler is gone, and a step does not end: exiting", file=sys.stderr, flush=True
-            )
-            os._exit(1)
+            try:
+                print(
+                    "pagewire worker: the scheduler is gone, and a step does not end: exiting",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            finally:
+                os._exit(1)  # also where stderr has gone with the scheduler
         self._dealer.disable_monitor()
         for socket in (self._monitor, self._wake, self._dealer):
             socket.close()
