@@ -38,7 +38,7 @@ def test_patience_grows_with_deaths_before_ready_and_ends_with_ready() -> None:
 
 
 def test_a_kill_is_told_from_a_death() -> None:
-    process = WorkerProcess(["--connect", "ipc:///tmp/nobody"], Clock())
+    process = WorkerProcess(["--connect", "tcp://127.0.0.1:9"], Clock())
     process.start()
     assert not process.has_ended()
     process.kill()
@@ -47,7 +47,7 @@ def test_a_kill_is_told_from_a_death() -> None:
 
 
 def test_stop_ends_what_does_not_end_by_itself() -> None:
-    process = WorkerProcess(["--connect", "ipc:///tmp/nobody"], Clock())
+    process = WorkerProcess(["--connect", "tcp://127.0.0.1:9"], Clock())
     process.stop(0)
     process.start()
     process.stop(0)

@@ -193,7 +193,7 @@ def test_it_leaves_signals_to_its_parent() -> None:
 
 
 def test_an_orphan_does_not_start() -> None:
-    command = [sys.executable, "-m", "worker_svc", "--connect", "ipc:///tmp/nobody", "--parent-pid", "1"]
+    command = [sys.executable, "-m", "worker_svc", "--connect", "tcp://127.0.0.1:9", "--parent-pid", "1"]
     assert subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False).returncode == 1
 
 
