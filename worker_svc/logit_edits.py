@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from protos.wire import Sampling
 from worker_svc.inputs import Ints
-from worker_svc.slots import SlotTable
+from worker_svc.slots import MAX_FLOAT, SlotTable, within
 
 NONE: Final = np.zeros(0, np.int64)
 
@@ -64,7 +64,7 @@ class SlotEdits:
                 bias[token] = bias.get(token, 0.0) + value
         self.admission = admission
         self.bias_ids = np.array(list(bias), np.int64)
-        self.bias = np.array(list(bias.values()), np.float32)
+        self.bias = np.array([within(-MAX_FLOAT, value, MAX_FLOAT) for value in bias.values()], np.float32)
         self.single_bans = known(tuple(word[0] for word in sampling.bad_words if len(word) == 1))
         self.long_words = [word for word in sampling.bad_words if len(word) > 1 and 0 <= word[-1] < vocab_size]
         self.min_tokens = sampling.min_tokens

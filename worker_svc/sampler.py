@@ -9,6 +9,9 @@ Ties are broken by the lower token id everywhere: among equal logits the lower i
 
 That a row never depends on its batch follows from the operations used. Elementwise ones and maxima have no order; sums
 of probabilities, which would, are sums of integers: exp(logit − max) in units of 2⁻⁴⁰.
+
+A row fails only for what the model computed or a grammar forbids, never for what a request asks for, since other
+people's streams are in the same step: no edit takes a logit beyond LIMIT, and bans that leave nothing are lifted.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from worker_svc.logit_edits import Edits, LogitEditor
 from worker_svc.slots import SlotTable
 
 GREEDY_BELOW: Final = 1e-5  # a lower temperature is greedy, as in vLLM
+LIMIT: Final = 3e33  # over the least temperature that divides, it is a float32 still
 UNIT: Final = 2.0**40  # of integer weights: 2¹⁸ tokens of weight 1 still fit an int64
 LOGITS_AT_ONCE: Final = 1 << 19  # so many of all rows: the temporaries are several times as large
 
 
 class SamplerError(ValueError):
-    """A row that cannot be sampled: its logits are not numbers, nothing is left of them, or its mask is missing."""
+    """A row that cannot be sampled: its logits are not numbers, its mask leaves none of them, or is missing."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class Sampler:
         ids = inputs.slots[inputs.sample_rows]
         params = slots.params[ids]
         allowed = self._allowed(plan, inputs, mask)
+        _check(logits, ids)
         edited = self._edit(logits, params, self._editor.edits(slots, ids, allowed), allowed)
-        _check_finite(edited, ids)
+        if allowed:
+            _check(edited, ids)
         tokens = np.zeros(len(ids), np.int64)
         greedy = params["temperature"] < GREEDY_BELOW
         chosen = _rows(edited, np.flatnonzero(greedy))
@@ -121,10 +127,13 @@ class Sampler:
         if edits is None and not allowed:
             return logits
         edited = logits.clone(memory_format=torch.contiguous_format)
-        for row, bits in allowed.items():
-            edited[row].masked_fill_(~torch.from_numpy(bits).to(logits.device), -math.inf)
+        forbidden = {row: ~torch.from_numpy(bits).to(logits.device) for row, bits in allowed.items()}
+        for row, bits in forbidden.items():
+            edited[row].masked_fill_(bits, -math.inf)
         if edits is not None:
             _apply(edited.view(-1), params, edits)
+            for row in (edited.amax(-1) == -math.inf).nonzero()[:, 0].tolist():
+                edited[row] = logits[row].masked_fill(forbidden[row], -math.inf) if row in forbidden else logits[row]
         return edited
 
 
@@ -135,15 +144,21 @@ def _apply(flat: Tensor, params: NDArray[np.void], edits: Edits) -> None:
         return torch.from_numpy(values).to(flat.device)
 
     at = put(edits.bias_at)
-    flat[at] += put(edits.bias)
+    flat[at] = _bounded(flat[at] + put(edits.bias))
     flat[put(edits.ban_at)] = -math.inf
     at, counts, of_row = put(edits.penalty_at), put(edits.penalty_counts), params[edits.penalty_rows]
     repetition, frequency, presence = (put(of_row[name].copy()) for name in ("repetition", "frequency", "presence"))
     values = flat[at]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= frequency * counts
-    values -= presence * (counts > 0)
-    flat[at] = values
+    banned = values == -math.inf
+    values = _bounded(torch.where(values > 0, values / repetition, values * repetition))
+    values = _bounded(values - _bounded(frequency * counts))
+    values = _bounded(values - presence * (counts > 0))
+    flat[at] = values.masked_fill_(banned, -math.inf)
+
+
+def _bounded(values: Tensor) -> Tensor:
+    """A ban stays one."""
+    return torch.where(values == -math.inf, values, values.clamp(-LIMIT, LIMIT))
 
 
 def _draw(logits: Tensor, params: NDArray[np.void], positions: Ints) -> Ints:
@@ -302,10 +317,10 @@ def _rows(matrix: Tensor, rows: Ints) -> Tensor:
     return matrix if len(rows) == len(matrix) else matrix[torch.from_numpy(rows).to(matrix.device)]
 
 
-def _check_finite(logits: Tensor, ids: Ints) -> None:
+def _check(logits: Tensor, ids: Ints) -> None:
     top = logits.amax(-1) if len(logits) else logits.new_zeros(0)
-    finite = torch.isfinite(top)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0, 0])
+    sound = top.abs() <= LIMIT
+    if not bool(sound.all()):
+        row = int((~sound).nonzero()[0, 0])
         trouble = "no token is allowed" if float(top[row]) == -math.inf else "the model's logits are not numbers"
         raise SamplerError(f"slot {ids[row]}: {trouble}")

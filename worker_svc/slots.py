@@ -36,6 +36,9 @@ PARAMS = np.dtype(
 )
 
 
+MAX_FLOAT = float(np.finfo(np.float32).max)
+
+
 class SlotError(ValueError):
     """A plan that this worker cannot follow: it and the scheduler disagree about a slot."""
 
@@ -126,13 +129,13 @@ class SlotTable:
         self._add_blocks(slot, admit.block_ids)
         self.params[slot] = (
             sampling.seed,
-            sampling.temperature,
-            sampling.min_p,
+            within(0.0, sampling.temperature, MAX_FLOAT),
+            within(0.0, sampling.min_p, 1.0),
             sampling.top_k,
-            sampling.top_p,
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
+            within(0.0, sampling.top_p, 1.0),
+            within(0.0, sampling.repetition_penalty, MAX_FLOAT),
+            within(-MAX_FLOAT, sampling.presence_penalty, MAX_FLOAT),
+            within(-MAX_FLOAT, sampling.frequency_penalty, MAX_FLOAT),
             sampling.min_tokens,
             sampling.logprobs,
         )
@@ -165,3 +168,10 @@ class SlotTable:
             bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
             raise SlotError(f"slot {slot} gets token {bad}, not in the vocabulary of {self.vocab_size}")
         return tokens
+
+
+def within(least: float, value: float, greatest: float) -> float:
+    """The nearest that is a float32 and has a meaning; NaN is `least`. Frontends refuse what is outside: this keeps a
+    mistake of theirs from ending a worker.
+    """
+    return max(least, min(value, greatest))

@@ -17,6 +17,7 @@ from protos.wire import Sampling
 
 F32 = np.float32
 MASK32 = (1 << 32) - 1
+LIMIT = F32(3e33)
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -59,19 +60,26 @@ class Context:
         return len(self.prompt) + len(self.output)
 
 
+def bounded(x: np.float32) -> np.float32:
+    """No edit takes a logit beyond what any temperature leaves finite; a ban stays one."""
+    return x if x == -math.inf else min(max(x, -LIMIT), LIMIT)
+
+
+@np.errstate(over="ignore")
 def edited(at: Context) -> list[np.float32]:
-    """Mask, bad words, logit_bias, min_tokens, penalties."""
+    """Mask, bad words, logit_bias, min_tokens, penalties. Bans that leave nothing are as if nobody had asked."""
     s = at.sampling
     x = [F32(value) for value in at.logits]
     banned = F32(-math.inf)
     if at.allowed is not None:
         x = [value if ok else banned for value, ok in zip(x, at.allowed, strict=True)]
+    unbanned = list(x)
     for word in s.bad_words:
         *prefix, last = word
         if at.output[len(at.output) - len(prefix) :] == prefix and len(at.output) >= len(prefix):
             x[last] = banned
     for token, bias in s.logit_bias:
-        x[token] += F32(bias)
+        x[token] = bounded(x[token] + F32(bias))
     ends = set(s.eos_token_ids) | set(s.stop_token_ids)
     must_end = at.allowed is not None and {int(t) for t in np.flatnonzero(at.allowed)} <= ends
     if len(at.output) < s.min_tokens and not must_end:
@@ -80,10 +88,10 @@ def edited(at: Context) -> list[np.float32]:
     for token in range(len(x)):
         if token in at.prompt or token in at.output:
             r = F32(s.repetition_penalty)
-            x[token] = x[token] / r if x[token] > 0 else x[token] * r
-            x[token] -= F32(s.frequency_penalty) * F32(at.output.count(token))
-            x[token] -= F32(s.presence_penalty) * F32(token in at.output)
-    return x
+            x[token] = bounded(x[token] / r if x[token] > 0 else x[token] * r)
+            x[token] = bounded(x[token] - bounded(F32(s.frequency_penalty) * F32(at.output.count(token))))
+            x[token] = bounded(x[token] - F32(s.presence_penalty) * F32(token in at.output))
+    return x if max(x) > banned else unbanned
 
 
 def likelier_first(x: list[np.float32], tokens: list[int]) -> list[int]:

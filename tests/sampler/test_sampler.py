@@ -51,6 +51,26 @@ def contexts(draw: Any) -> reference.Context:
     return reference.Context(logits, sampling, prompt, output)
 
 
+# What no validated request asks for: none of it may end a worker, which other people's streams run on.
+EXTREMES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1e-38},
+    {"repetition_penalty": 1e-38, "temperature": 0.0},
+    {"repetition_penalty": 1e38},
+    {"presence_penalty": -3e38, "frequency_penalty": 3e38},
+    {"frequency_penalty": -3e38, "temperature": 1e-5},
+    {"logit_bias": ((1, 3e38), (2, 3e38), (3, -3e38)), "temperature": 1e-5},
+    {"logit_bias": tuple((token, -3e38) for token in range(VOCAB)), "temperature": 1e-5, "top_p": 0.5},
+    {"temperature": 3e38, "min_p": 1.0},
+    {"bad_words": tuple((token,) for token in range(VOCAB)), "top_k": 3},
+    {"bad_words": tuple((token,) for token in range(VOCAB)), "temperature": 0.0},
+]
+BEYOND: list[dict[str, Any]] = [
+    {field: value}
+    for field in ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "min_p", "top_p")
+    for value in (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e300)
+] + [{"logit_bias": ((1, value), (2, 1.0))} for value in (math.nan, math.inf, -math.inf, 1e300)]
+
+
 def sampled(contexts: list[reference.Context]) -> list[int]:
     bench = Bench(VOCAB)
     for slot, at in enumerate(contexts, 1):
@@ -61,7 +81,7 @@ def sampled(contexts: list[reference.Context]) -> list[int]:
 
 @given(contexts())
 def test_equals_the_reference(at: reference.Context) -> None:
-    if max(reference.edited(at)) == -math.inf:
+    if max(at.logits) == -math.inf:
         with pytest.raises(SamplerError, match="slot 1: no token is allowed"):
             sampled([at])
         return
@@ -73,6 +93,31 @@ def test_a_batch_equals_the_reference_row_by_row(batch: list[reference.Context])
     batch = [at for at in batch if max(reference.edited(at)) > -math.inf]
     if batch:
         assert sampled(batch) == [reference.sample(at) for at in batch]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_parameters_equal_the_reference_in_any_company(extreme: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    rows = []
+    for seed in range(8):
+        logits = rng.normal(0, 9, VOCAB).astype(np.float32)
+        logits[30] = -math.inf
+        wish = extreme if seed % 2 == 0 else {}
+        rows.append(reference.Context(logits, Sampling(9, seed=seed, **wish), [1, 2, 30], [3, 2, 2]))
+    expected = [reference.sample(at) for at in rows]
+    assert sampled(rows) == expected
+    assert [sampled([at])[0] for at in rows] == expected
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_no_parameter_ends_a_worker(beyond: dict[str, Any]) -> None:
+    logits = np.array([0.0, -1.0, 2.0, *[0.5] * (VOCAB - 4), -math.inf], np.float32)
+    plain = reference.Context(logits, Sampling(9, seed=5), [1, VOCAB - 1], [0, 2])
+    for more in ({}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}):
+        wild = reference.Context(logits, Sampling(9, **(more | beyond)), [1, VOCAB - 1], [0, 2])
+        tokens = sampled([wild, plain])
+        assert tokens[0] in range(VOCAB)
+        assert tokens[1] == reference.sample(plain)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -183,7 +228,7 @@ def test_tokens_that_the_model_does_not_have_are_no_trouble() -> None:
     assert sampled([context([1, 2], sampling)]) == [0]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e34])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_numbers_are_a_fault(bad: float, temperature: float) -> None:
     with pytest.raises(SamplerError, match="slot 2: the model's logits are not numbers"):
