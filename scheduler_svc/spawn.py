@@ -28,12 +28,21 @@ class WorkerProcess:
         return self._process.pid if self._process else 0
 
     def start(self) -> None:
-        """What the worker writes goes to this process's stderr. Raises OSError where no process can be made now."""
+        """What the worker writes goes to this process's stderr.
+
+        Raises OSError where no process can be made now, or made and not watched: then there is none.
+        """
         command = [sys.executable, "-m", "worker_svc", *self._arguments, "--parent-pid", str(os.getpid())]
         self._futile += 1
         self._schedule_next()
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
-        self.exit_fd = os.pidfd_open(self._process.pid)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        try:
+            self.exit_fd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        self._process = process
         self._condemned = False
         self.started_at = self._clock()
 

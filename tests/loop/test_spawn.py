@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import subprocess
+from typing import Any
+
+import pytest
 
 from scheduler_svc.spawn import WorkerProcess
 
@@ -35,6 +40,32 @@ def test_patience_grows_with_deaths_before_ready_and_ends_with_ready() -> None:
     assert _die(process, ready=True) == 0.0
     assert [_die(process) for _ in range(2)] == [0.0, 0.25]
     assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_process_that_cannot_be_watched_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    made: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    process = WorkerProcess(["--connect", "tcp://127.0.0.1:9"], Clock())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pidfd_open", refuse)
+        patched.setattr(subprocess, "Popen", Noted)
+        for delay in (0.0, 0.25):
+            with pytest.raises(OSError, match="too many open files"):
+                process.start()
+            assert (process.pid, process.has_ended()) == (0, False)
+            assert process.start_at - Clock.now == delay
+    assert [one.returncode for one in made] == [-9, -9], "killed and reaped"
+    process.start()
+    assert process.pid
+    process.stop(0)
 
 
 def test_a_kill_is_told_from_a_death() -> None:
