@@ -98,7 +98,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
 async def _until_ended(
     frontend: Frontend, signals: asyncio.Queue[int], failed: asyncio.Future[str], drain_timeout: float
 ) -> int:
-    """One signal drains, a second one stops at once; a failure stops at once, too."""
+    """One signal drains, a second one stops at once; a failure stops at once, too. Only a whole drain exits with 0."""
     first = asyncio.ensure_future(signals.get())
     first_or_failed: set[asyncio.Future[Any]] = {first, failed}
     await asyncio.wait(first_or_failed, return_when=asyncio.FIRST_COMPLETED)
@@ -109,7 +109,8 @@ async def _until_ended(
         await asyncio.wait(any_end, return_when=asyncio.FIRST_COMPLETED)
         second.cancel()
         if drained.done():
-            drained.result()
+            if not drained.result():
+                return _fail(f"not drained within {drain_timeout:g} s: running calls were dropped")
             _say("drained")
             return 0
         drained.cancel()

@@ -62,14 +62,19 @@ class Frontend:
         await self._server.start()
         return port
 
-    async def drain(self, grace: float) -> None:
-        """NOT_SERVING, no new requests; at most `grace` seconds for those accepted, then stops."""
+    async def drain(self, grace: float) -> bool:
+        """NOT_SERVING, no new requests; at most `grace` seconds for those accepted, then stops.
+
+        False where they had not all ended by then: the rest was cut.
+        """
         self._health.drain()
         try:
             await asyncio.wait_for(self._core.link.ask(Question.DRAIN), grace)
         except TimeoutError:
-            grace = 0.0
+            await self.stop()
+            return False
         await self.stop(min(grace, 1.0))  # what has ended is still being written
+        return True
 
     async def stop(self, grace: float = 0.0) -> None:
         """Takes no more calls; those open after `grace` seconds are cancelled, and so aborted in the engine."""
@@ -87,7 +92,7 @@ def _options(config: FrontendConfig) -> list[tuple[str, Any]]:
         ("grpc.server.max_pending_requests", config.max_pending_calls),
         ("grpc.server.max_pending_requests_hard_limit", config.max_pending_calls),
         # On by default: a second server would silently take half of this one's calls.
-        ("grpc.so_reuseport", int(config.reuse_port)),
+        ("grpc.so_reuseport", 0),
         # Routers ping every 30 s, idle or not; the defaults would kill a silent call after 120 s.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
