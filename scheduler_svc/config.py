@@ -64,6 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
             depth=args.depth,
             max_model_len=args.max_model_len,
             max_waiting=args.max_waiting,
+            max_waiting_tokens=args.max_waiting_tokens,
             prefix_caching=args.enable_prefix_caching,
         )
     except ValueError as error:
@@ -89,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         load_deadline=args.load_deadline,
         record=args.record,
     )
-    name = args.served_model_name or Path(model).stem
+    name = args.served_model_name or Path(model).name.removesuffix(".gguf")
     return ServiceConfig(model, name, args.host, args.port, args.drain_timeout, loop)
 
 
@@ -113,6 +114,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once")
     add("--max-step-tokens", type=_whole(1), default=512, metavar="N", help="positions computed in one step")
     add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
+    add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
     add("--block-size", type=_whole(1, 4096), default=32, metavar="N", help="tokens of a KV block")
     add("--depth", type=_whole(1, 4), default=1, metavar="N", help="plans in flight")
@@ -122,14 +124,14 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--threads", type=_whole(0), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
     add(
         "--step-deadline",
-        type=_number,
+        type=_duration,
         default=60.0,
         metavar="SECONDS",
         help="a worker is replaced if a step takes longer",
     )
     add(
         "--load-deadline",
-        type=_number,
+        type=_duration,
         default=600.0,
         metavar="SECONDS",
         help="… or if its start says nothing for so long",
@@ -181,6 +183,14 @@ def _number(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..1e9")
+    return value
+
+
+def _duration(text: str) -> float:
+    """Of a deadline: one of 0 would end whatever it watches at once."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not over 0 and under 1e9")
     return value
 
 

@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[2]
 def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     flags = (
         "--host 127.0.0.2 --port 1234 --served-model-name m --device cpu --backend torch --dtype float32 "
-        "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --kv-cache-gib 0.5 --block-size 16 "
-        "--depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 --threads 3 --step-deadline 4 "
-        "--load-deadline 5 --drain-timeout 6 --record log --quantization= --kv-cache-dtype auto"
+        "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
+        "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
+        "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --record log --quantization= --kv-cache-dtype auto"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
     assert (parsed.host, parsed.port, parsed.served_name, parsed.drain_timeout) == ("127.0.0.2", 1234, "m", 6)
     loop, engine, setup = parsed.loop, parsed.loop.engine, parsed.loop.setup
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
+    assert engine.max_waiting_tokens == 700
     assert (engine.block_size, engine.depth, engine.prefix_caching) == (16, 2, False)
     assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
@@ -32,6 +33,17 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu")
     assert (loop.listen, loop.spawn, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", True, 4, 5)
     assert loop.record == Path("log")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("Qwen2.5-0.5B-Instruct/", "Qwen2.5-0.5B-Instruct"), ("SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1")]
+)
+def test_a_model_is_served_by_its_name(path: str, name: str, tmp_path: Path) -> None:
+    if path.endswith("/"):
+        (tmp_path / path).mkdir()
+    else:
+        (tmp_path / path).touch()
+    assert config.parse([f"{tmp_path}/{path}"]).served_name == name
 
 
 def test_boot_ids_differ() -> None:
@@ -56,6 +68,11 @@ def test_boot_ids_differ() -> None:
         ("--max-num-seqs 600", "max_step_tokens is 512: must be at least"),
         ("--kv-cache-gib -1", "-1 is not in"),
         ("--kv-cache-gib nan", "nan is not in"),
+        ("--step-deadline 0", "0 is not over 0"),
+        ("--step-deadline -1", "-1 is not over 0"),
+        ("--load-deadline 0", "0 is not over 0"),
+        ("--load-deadline nan", "nan is not over 0"),
+        ("--max-waiting-tokens 0", "0 is not in 1.."),
         ("--listen tcp://0.0.0.0:5", "only loopback"),
         ("--listen tcp://192.0.2.1:5", "only loopback"),
         ("--listen http://localhost:5", "neither ipc"),
