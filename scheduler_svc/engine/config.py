@@ -12,7 +12,6 @@ class EngineConfig:
     block_size: int = 32  # tokens
     max_num_seqs: int = 64  # sequences running at once
     max_step_tokens: int = 512  # positions computed in one step, drafts included
-    max_prefill_chunk: int = 0  # tokens of one sequence in one step; 0: as many as the step has room for
     depth: int = 1  # plans in flight
     num_drafts: int = 0  # drafts a decoding row may verify
     max_model_len: int = 0  # 0: the worker's own
@@ -40,7 +39,6 @@ _LEAST = {
     "block_size": 1,
     "max_num_seqs": 1,
     "max_step_tokens": 1,
-    "max_prefill_chunk": 0,
     "depth": 1,
     "num_drafts": 0,
     "max_model_len": 0,

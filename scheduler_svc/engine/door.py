@@ -50,17 +50,25 @@ class Doorkeeper:
             return None
         if self.draining:
             return Refusal(FinishReason.DRAINING, "the service is draining")
-        return self._overload(submit.num_siblings, len(submit.token_ids), roster)
+        return self._overload(submit, roster)
 
-    def _overload(self, count: int, tokens_each: int, roster: Roster) -> Refusal | None:
-        waiting, tokens, more = roster.num_queued, roster.queued_tokens, count * tokens_each
+    def _overload(self, submit: Submit, roster: Roster) -> Refusal | None:
+        count, more = submit.num_siblings, submit.num_siblings * len(submit.token_ids)
+        if count > self._max_waiting:
+            detail = f"{count} sequences are over max_waiting {self._max_waiting}, even of an empty queue"
+            return Refusal(FinishReason.INVALID, detail)
+        if more > self._max_waiting_tokens:
+            detail = f"{more} tokens are over max_waiting_tokens {self._max_waiting_tokens}, even of an empty queue"
+            return Refusal(FinishReason.INVALID, detail)
+        waiting, tokens = roster.num_queued, roster.queued_tokens
         if waiting + count > self._max_waiting:
             detail = f"{waiting} sequences wait, {count} more are over max_waiting {self._max_waiting}"
         elif tokens + more > self._max_waiting_tokens:
             detail = f"{tokens} tokens wait, {more} more are over max_waiting_tokens {self._max_waiting_tokens}"
         else:
             return None
-        self._refused += count
+        if submit.index == 0:
+            self._refused += count  # once for all siblings, each of which comes here
         return Refusal(FinishReason.REJECTED, f"the queue is full: {detail}", self._retry_after())
 
     def _retry_after(self) -> float:

@@ -10,6 +10,8 @@ from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import Sequence, State
 
+ASIDES = 4  # followers that one step sets aside, in multiples of max_num_seqs: each costs a look at its whole prompt
+
 
 class Step:
     """A plan in the making."""
@@ -32,7 +34,7 @@ class Planner:
         self.device = device
         self.kv = device.kv
         self.roster = roster
-        self.max_chunk = max(config.max_prefill_chunk or config.max_step_tokens, device.align)
+        self.asides = 0  # how many have been set aside in this step
         self.lone: Sequence | None = None  # the suspect that runs alone (R5)
 
     def plan(self) -> Flight | None:
@@ -42,6 +44,7 @@ class Planner:
         token behind go first, chunks of those that are further behind fill the rest, then others are admitted.
         """
         step = Step(self.config.max_step_tokens)
+        self.asides = 0
         if suspect := self._suspect():
             if any(sequence is not suspect for flight in self.device.sent for sequence in flight.sequences):
                 return None  # until they have landed
@@ -61,7 +64,7 @@ class Planner:
 
     def _next_token(self, step: Step, sequence: Sequence) -> None:
         """A row that samples, perhaps while the token that it starts from is still being sampled."""
-        hi = sequence.settled + sequence.ahead
+        hi = sequence.hi
         room = sequence.limit - hi - 1
         if room < 0 or not step.budget or sequence.state is not State.RUNNING:
             return  # what is in flight may be all that it wanted; or it was preempted a moment ago
@@ -116,7 +119,7 @@ class Planner:
 
     def _chunk_size(self, step: Step, computed: int, missing: int) -> int:
         """All that is missing, or as much as ends on a multiple of `align`, where the next chunk starts."""
-        count = min(missing, step.budget, self.max_chunk)
+        count = min(missing, step.budget)
         return count if count == missing else count - (computed + count) % self.device.align
 
     def _admit_waiting(self, step: Step) -> None:
@@ -133,12 +136,13 @@ class Planner:
         roster, device = self.roster, self.device
         if not device.free_slots or len(roster.running) >= self.config.max_num_seqs:
             return None
-        # As many followers as can run at once: more of them set aside would gain nothing, and cost.
-        while self.kv.cache.num_holding < self.config.max_num_seqs and (first := roster.waiting.first()):
+        # The next step goes on behind those that this one has set aside.
+        while self.asides < ASIDES * self.config.max_num_seqs and (first := roster.waiting.first()):
             sequence = first[1]
             hits = self.kv.reusable(sequence)
             if hits is None:
                 roster.hold(sequence)
+                self.asides += 1
                 continue
             # A block to grow for each that runs, or the newcomer would be the next to be preempted.
             return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None

@@ -42,7 +42,6 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
         self.block_size = block_size
-        self.num_holding = 0
         self._leaders: dict[bytes, Sequence] = {}  # by digest of a block being filled
         self._followers: dict[bytes, dict[int, Sequence]] = {}  # by digest, then arrival
 
@@ -79,7 +78,6 @@ class PrefixCache:
     def hold(self, sequence: Sequence, digest: bytes) -> None:
         sequence.holds_on = digest
         self._followers.setdefault(digest, {})[sequence.arrival] = sequence
-        self.num_holding += 1
 
     def let_go(self, sequence: Sequence) -> None:
         """A follower that leaves."""
@@ -87,7 +85,6 @@ class PrefixCache:
         del followers[sequence.arrival]
         if not followers:
             del self._followers[sequence.holds_on]
-        self.num_holding -= 1
 
     def lead(self, sequence: Sequence) -> None:
         """`sequence` is going to fill its full blocks from `published` on."""
@@ -111,6 +108,4 @@ class PrefixCache:
         return self._wake(digest)
 
     def _wake(self, digest: bytes) -> list[Sequence]:
-        woken = list(self._followers.pop(digest, {}).values())
-        self.num_holding -= len(woken)
-        return woken
+        return list(self._followers.pop(digest, {}).values())

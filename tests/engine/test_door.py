@@ -55,7 +55,9 @@ def test_the_queue_is_bounded_in_tokens() -> None:
 
 def test_siblings_come_in_together_or_not_at_all() -> None:
     w = world(max_waiting=3)
-    assert refuse(w, request("four", index=0, num_siblings=4)).finish_reason is FinishReason.REJECTED
+    w.submit(request("before"))
+    assert refuse(w, request("three", index=0, num_siblings=3)).finish_reason is FinishReason.REJECTED
+    w.abort("before")
     for index in range(3):
         w.submit(request("three", seed=index, index=index, num_siblings=3))
     assert w.scheduler.stats().waiting == 3
@@ -119,6 +121,33 @@ def test_retry_after_is_the_time_until_there_should_be_room() -> None:
     w.tick(0.5)
     w.submit(request("came back", 4, 5))
     assert refuse(w, request("late4")).retry_after == pytest.approx(1.5, rel=0.2), "one departed, one more was refused"
+
+
+def test_siblings_are_refused_as_one_request() -> None:
+    w = world(max_waiting=4, max_num_seqs=1)
+    w.ready()
+    for i in range(5):
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    for i in range(5, 20):  # one sequence of five steps leaves the queue each half second
+        w.land(5)
+        w.tick(0.5)
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    assert w.scheduler.stats().waiting == 4
+    told = [refuse(w, request("three", index=i, num_siblings=3)).retry_after for i in range(3)]
+    assert told == [pytest.approx(1.5, rel=0.2)] * 3, "three places, and not three for each of three"
+
+
+@pytest.mark.parametrize(
+    ("submit", "limit"),
+    [(request("r", 5, num_siblings=4), "max_waiting 3"), (request("r", 11, num_siblings=3), "max_waiting_tokens 30")],
+    ids=["sequences", "tokens"],
+)
+def test_what_no_queue_can_hold_is_invalid(submit: Submit, limit: str) -> None:
+    """To come back later would not help, so it is not asked for."""
+    w = world(max_waiting=3, max_waiting_tokens=30)
+    delta = refuse(w, submit)
+    assert (delta.finish_reason, delta.retry_after) == (FinishReason.INVALID, 0.0)
+    assert limit in delta.detail
 
 
 def test_an_agenda_keeps_order_and_forgets_what_left() -> None:

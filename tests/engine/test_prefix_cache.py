@@ -230,23 +230,23 @@ def test_a_chunk_can_be_hit_while_it_is_in_flight() -> None:
 
 
 def test_when_the_leader_leaves_the_first_follower_leads() -> None:
-    w = world(max_prefill_chunk=8)
+    w = world(max_step_tokens=24)
     for name in ("a", "b", "c"):
-        w.submit(request(name, 24, 2, seed=ord(name)))
+        w.submit(request(name, 40, 2, seed=ord(name)))
     w.land()
     assert [s.state.name for s in w.scheduler.roster] == ["RUNNING", "HOLDING", "HOLDING"]
     w.abort("a")
     w.land()
     assert [(s.request_id, s.state.name) for s in w.scheduler.roster] == [("b", "RUNNING"), ("c", "HOLDING")]
-    assert last_row(w)[0] == 16, "what the first leader had filled is not computed again"
+    assert last_row(w)[0] == 24, "what the first leader had filled is not computed again"
     w.run()
     w.check_ends()
 
 
 def test_a_follower_can_leave() -> None:
-    w = world(max_prefill_chunk=8)
+    w = world(max_step_tokens=24)
     for name in ("a", "b"):
-        w.submit(request(name, 24, 2, seed=ord(name)))
+        w.submit(request(name, 40, 2, seed=ord(name)))
     w.land()
     assert w.scheduler.roster.find("b")[0].state.name == "HOLDING"
     w.abort("b")
@@ -256,7 +256,7 @@ def test_a_follower_can_leave() -> None:
 
 
 def test_others_pass_those_who_hold() -> None:
-    w = world(max_prefill_chunk=16)
+    w = world(max_step_tokens=24)
     w.submit(request("a", 40, 2))
     w.submit(request("b", 40, 2, seed=1))
     w.submit(request("c", [9] * 6, 2))
@@ -266,6 +266,31 @@ def test_others_pass_those_who_hold() -> None:
         ("b", "HOLDING"),
         ("c", "RUNNING"),
     ]
+    w.run()
+    w.check_ends()
+
+
+def test_others_pass_however_many_hold() -> None:
+    w = world(max_num_seqs=4, max_step_tokens=24)
+    for i in range(12):
+        w.submit(request(f"same{i}", 40, 2, seed=i))
+    w.submit(request("other", [9] * 6, 2, seed=99))
+    w.land()
+    assert w.scheduler.roster.find("other")[0].state.name == "RUNNING", "slots are free"
+    assert w.scheduler.stats().running == 2
+    w.run()
+    w.check_ends()
+
+
+def test_a_step_sets_aside_no_more_than_so_many() -> None:
+    w = world(max_num_seqs=4, max_step_tokens=16)
+    w.submit(request("first", 12, 2))
+    for i in range(20):
+        w.submit(request(f"r{i}", 12, 2, seed=i))
+    assert [s.state.name for s in w.scheduler.roster].count("HOLDING") == 0
+    w.crash()
+    w.ready()
+    assert [s.state.name for s in w.scheduler.roster].count("HOLDING") == 4 * 4
     w.run()
     w.check_ends()
 

@@ -121,17 +121,6 @@ def test_chunks_start_on_multiples_of_align(align: int, starts: list[int]) -> No
     assert [row.start for plan in w.plans for row in plan.rows] == starts
 
 
-def test_one_prompt_does_not_take_the_whole_step() -> None:
-    w = world(max_prefill_chunk=6, max_step_tokens=16)
-    w.submit(request("warm", 2, 9))
-    w.submit(request("a", 14, 1, seed=1))
-    w.submit(request("b", [9] * 14, 1, seed=2))
-    w.land()
-    assert rows(w.plans[1]) == [(1, 2, 1, 0, True), (2, 0, 6, 0, False), (3, 0, 6, 0, False)]
-    w.run()
-    w.check_ends()
-
-
 def test_those_one_token_behind_go_first() -> None:
     w = world(max_step_tokens=8)
     w.submit(request("short", [3, 4], 9, seed=1))

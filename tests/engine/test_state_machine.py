@@ -50,7 +50,6 @@ class Engine(RuleBasedStateMachine):
                 block_size=block_size,
                 max_num_seqs=max_num_seqs,
                 max_step_tokens=data.draw(st.sampled_from([max(least, 8), max(least, 8) + 9, 64]), "max_step_tokens"),
-                max_prefill_chunk=data.draw(st.sampled_from([0, 0, 5, 8]), "max_prefill_chunk"),
                 depth=data.draw(st.integers(1, 3), "depth"),
                 num_drafts=num_drafts,
                 max_waiting=data.draw(st.sampled_from([6, 50]), "max_waiting"),

@@ -242,6 +242,10 @@ class World:
             case FinishReason.DEADLINE:
                 assert 0 < submit.deadline <= self.now
             case FinishReason.INVALID:
+                if any(name in end.detail for name in ("max_waiting ", "max_waiting_tokens ")):
+                    count, config = submit.num_siblings, self.config
+                    assert count > config.max_waiting or count * len(submit.token_ids) > config.max_waiting_tokens
+                    return
                 assert submit.prompt_len >= self.limit
                 assert str(self.limit) in end.detail or str(self.num_blocks - 1) in end.detail
             case FinishReason.REJECTED:
