@@ -12,6 +12,10 @@ from worker_svc.kv_cache import KVCache
 from worker_svc.model_runner import ModelRunner
 from worker_svc.trial_step import TrialRow, trial_step
 
+# Part of the fingerprint: raised when our own arithmetic gives other bits than before for the same weights (noise,
+# order of sampling, tiles of attention or of a product, rope tables).
+ARITHMETIC = 1
+
 
 def exact_steps(runner: ModelRunner, cache: KVCache) -> bool:
     """Each product by itself in every tile size, then a prompt whole and in pieces. Uses the cache's blocks as scratch:

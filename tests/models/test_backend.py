@@ -122,6 +122,15 @@ def test_capacity_says_what_was_loaded(llama: tuple[Path, Any]) -> None:
     assert exact.fingerprint == Session(setup(llama[0])).capacity.fingerprint
 
 
+def test_the_fingerprint_tells_arithmetics_apart(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8 and 16 tokens fill tiles of the same length, blocks of 48 do not."""
+    plain, same, other = (Session(setup(llama[0], block_size=size)).capacity.fingerprint for size in (8, 16, 48))
+    assert plain == same
+    assert plain != other
+    monkeypatch.setattr("worker_svc.backends.torch.ARITHMETIC", -1)
+    assert Session(setup(llama[0])).capacity.fingerprint != plain
+
+
 def test_the_context_is_cut_to_the_memory(llama: tuple[Path, Any]) -> None:
     assert Session(setup(llama[0], kv_bytes=10 * BLOCK)).capacity.max_model_len == 9 * 8
     with pytest.raises(BackendError, match="max_model_len 73 is more than the 72 tokens"):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from protos.wire import Mask, RowResult, Setup, StepPlan, TokenLogprobs
+from worker_svc.attention.cpu import kv_tile
 from worker_svc.backends.base import BackendError, Capacity, Progress
-from worker_svc.exactness import exact_steps
+from worker_svc.exactness import ARITHMETIC, exact_steps
 from worker_svc.inputs import Ints, StepInputs, build_inputs
 from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.model_runner import ModelRunner
@@ -42,7 +43,9 @@ class Runner(Protocol):
 
 
 class TorchBackend:
-    """`threads` 0 is one a CPU. `transformers` runs families of ours by transformers as well."""
+    """`threads` 0 is one a CPU. `transformers` runs families of ours by transformers as well: with it tests compare the
+    two runners on one model, and nothing else sets it.
+    """
 
     def __init__(self, device: str = "auto", threads: int = 0, transformers: bool = False) -> None:
         if device not in ("auto", "cpu"):
@@ -82,7 +85,7 @@ class TorchBackend:
             backend=backend,
             max_model_len=self._max_len,
             vocab_size=runner.vocab_size,
-            fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len),
+            fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len, kv_tile(setup.block_size)),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -161,10 +164,10 @@ def _kv_cache(setup: Setup, shape: KVShape) -> KVCache:
     return KVCache(shape, size // block_bytes, setup.block_size)
 
 
-def _fingerprint(weights: str, dtype: str, backend: str, max_len: int) -> str:
-    """Digest of all that decides the arithmetic: weights, dtype, torch, the instructions it chose here, and the longest
-    context, which settles the rope of some models.
+def _fingerprint(weights: str, dtype: str, backend: str, max_len: int, tile: int) -> str:
+    """Digest of all that decides the arithmetic: weights, dtype, our version of it, torch, the instructions it chose
+    here, the longest context, which settles the rope of some models, and how many keys attention takes at a time.
     """
     isa = torch.backends.cpu.get_cpu_capability()
-    parts = [weights, dtype, backend, torch.__version__, isa, str(max_len)]
+    parts = [weights, dtype, backend, str(ARITHMETIC), torch.__version__, isa, str(max_len), str(tile)]
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
