@@ -71,14 +71,14 @@ class Setup(Wire, frozen=True):
 
     epoch: Epoch
     model: str  # path as the worker sees it
-    revision: str = ""
+    revision: str = ""  # of the model; every backend refuses one until there are revisions
     dtype: str = "auto"  # auto | float32 | bfloat16
     quantization: str = ""
     kv_dtype: str = "auto"
     block_size: int = 32  # tokens
     max_slots: int = 0  # slots 1..max_slots, null slot aside
     max_model_len: int = 0  # 0: the model's own
-    max_step_tokens: int = 0
+    max_step_tokens: int = 0  # positions of one step at most; no backend sizes anything by it yet
     kv_bytes: int = 0  # memory for KV pages; 0: the worker chooses
     speculation: str = ""
     tp_rank: int = 0
@@ -97,7 +97,7 @@ class Admit(Wire, frozen=True):
     block_ids: list[list[int]]  # per KV group, in position order
     sampling: Sampling
     adapter: str = ""
-    domain: bytes = b""  # opaque digest of tenant and salt
+    domain: bytes = b""  # opaque digest of tenant and salt: for caches that a worker will share; none reads it yet
 
 
 class Row(Wire, frozen=True):
@@ -180,7 +180,7 @@ class Ready(Wire, frozen=True):
     groups: int = 1  # KV groups
     align: int = 1  # chunk starts and cache hits fall on multiples of this many tokens, or results may differ in bits
     exact: bool = False  # R2: the same bits whatever the batch, the chunking, the cache
-    graph_shapes: tuple[int, ...] = ()
+    graph_shapes: tuple[int, ...] = ()  # tokens of the steps captured as graphs; the scheduler plans without them yet
     device: str = ""
     dtype: str = ""
     backend: str = ""
@@ -207,7 +207,7 @@ class RowResult(Wire, frozen=True):
 
 
 class Timings(Wire, frozen=True):
-    """Seconds on the worker's clock."""
+    """Seconds on the worker's clock. Sent with every result; the scheduler does not look at them yet."""
 
     forward: float = 0.0
     sample: float = 0.0
@@ -223,13 +223,18 @@ class StepResult(Wire, frozen=True):
 
 
 class Phase(IntEnum):
+    """LOADING and COMPILING put the load deadline in place of the step deadline, until a result or RUNNING."""
+
     LOADING = 1
-    COMPILING = 2  # extends the step deadline
-    RUNNING = 3
+    COMPILING = 2  # within a step; nothing compiles there yet
+    RUNNING = 3  # a step goes on after COMPILING; not sent yet
 
 
 class Status(Wire, frozen=True):
-    """Pushed by the worker's link thread, so that it arrives while the main thread loads or computes."""
+    """How far the main thread is, said by itself between two pieces of work: the load deadline begins anew.
+
+    The link thread only forwards it, so none comes from the middle of a piece, nor from a main thread that hangs.
+    """
 
     epoch: Epoch
     phase: Phase
@@ -272,6 +277,8 @@ class FrontendHello(Wire, frozen=True):
 
 
 class FrontendLost(Wire, frozen=True):
+    """Ends all requests of a frontend. One in the scheduler's own process cannot be lost without it: none sends it."""
+
     frontend: str
 
 

@@ -27,7 +27,7 @@ class WorkerLost(Happening, frozen=True):
 
     epoch: Epoch
     reason: str
-    blameless: bool = False  # a stop that was asked for
+    blameless: bool = False  # a stop that was asked for; the loop asks for none yet
 
 
 class Tick(Happening, frozen=True):

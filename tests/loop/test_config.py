@@ -18,7 +18,8 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--host 127.0.0.2 --port 1234 --served-model-name m --device cpu --backend torch --dtype float32 "
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
-        "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --record log --quantization= --kv-cache-dtype auto"
+        "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --record log "
+        "--quantization= --kv-cache-dtype auto"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
