@@ -33,9 +33,14 @@ Sink = Callable[[TokenDelta], None]
 
 
 @dataclass(slots=True)
-class _Route:
+class Route:
+    """One call's way. Its id may belong to a newer call once `unfinished` is 0, so what ends a call goes by this."""
+
     sink: Sink | None  # None: nobody listens any more
     unfinished: int  # indices that the engine has not finished
+
+    def forget(self) -> None:
+        self.sink = None
 
 
 class EngineLink:
@@ -48,7 +53,7 @@ class EngineLink:
         self.frontend = frontend
         self.status: ServiceStatus | None = None  # the newest seen
         self._transport: Transport | None = None
-        self._routes: dict[str, _Route] = {}
+        self._routes: dict[str, Route] = {}
         self._futures: dict[int, asyncio.Future[Answer]] = {}
         self._tokens = itertools.count(1)
         self._watchers: list[Callable[[ServiceStatus], None]] = []
@@ -70,18 +75,15 @@ class EngineLink:
     def __len__(self) -> int:
         return len(self._routes)
 
-    def submit(self, submits: Sequence[Submit], sink: Sink) -> None:
+    def submit(self, submits: Sequence[Submit], sink: Sink) -> Route:
         """`sink` gets every TokenDelta of the request until `forget`. The caller checks that the id is new here."""
-        self._routes[submits[0].request_id] = _Route(sink, len(submits))
+        route = self._routes[submits[0].request_id] = Route(sink, len(submits))
         for message in submits:
             self._send(message)
+        return route
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1) -> None:
         self._send(Abort(request_id, reason, index))
-
-    def forget(self, request_id: str) -> None:
-        if route := self._routes.get(request_id):
-            route.sink = None
 
     async def ask(self, question: Question, request_id: str = "") -> Answer:
         token = next(self._tokens)

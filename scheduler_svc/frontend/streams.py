@@ -16,7 +16,7 @@ import grpc
 
 from protos.wire import FinishReason, TokenDelta, TokenLogprobs
 from scheduler_svc.frontend.detokenizer import Detokenizer
-from scheduler_svc.frontend.engine_link import EngineLink
+from scheduler_svc.frontend.engine_link import EngineLink, Route
 from scheduler_svc.frontend.errors import ServiceError, from_finish, internal
 from scheduler_svc.frontend.stops import StopMatcher
 from scheduler_svc.frontend.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class IndexStream:
         if stop := self._extend(delta):
             self._end(FinishReason.STOP, now, stop=stop)
             return delta.finish_reason is None
-        if delta.finish_reason is not None:
+        if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):  # a call that fails sends nothing it held
             stop = self._flush()
             if stop or delta.finish_reason is FinishReason.STOP:
                 self._end(FinishReason.STOP, now, stop=stop, stop_token_id=-1 if stop else delta.stop_token_id)
@@ -170,6 +170,7 @@ class Call:
     link: EngineLink
     clock: Callable[[], float]
     streams: list[IndexStream]
+    _route: Route = field(init=False)
     _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
     _failure: ServiceError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -187,7 +188,7 @@ class Call:
             for i in range(len(prepared.submits))
         ]
         call = cls(prepared, link, clock, streams)
-        link.submit(prepared.submits, call.sink)
+        call._route = link.submit(prepared.submits, call.sink)
         return call
 
     def sink(self, delta: TokenDelta) -> None:
@@ -216,11 +217,13 @@ class Call:
             self._wake.clear()
             while self._changed:
                 stream = self.streams[next(iter(self._changed))]
-                while gain := stream.take():
+                del self._changed[stream.index]
+                if gain := stream.take():
+                    self._changed[stream.index] = None  # behind the others: it may gain faster than the client reads
                     yield gain
+                    continue
                 if self._failure:
                     raise self._failure
-                del self._changed[stream.index]
                 if stream.ending:
                     unfinished -= 1
                     yield stream.ending
@@ -229,8 +232,8 @@ class Call:
         self._over = True
 
     def close(self) -> None:
-        """The client has gone, or has all: whatever still runs ends now."""
+        """The client has gone, or has all: whatever still runs ends now, and nothing of another call with this id."""
         is_duplicate = self._failure is not None and self._failure.code is grpc.StatusCode.ALREADY_EXISTS
-        if not self._over and not is_duplicate:  # or it would end the other request of this id
+        if self._route.unfinished and not self._over and not is_duplicate:
             self.link.abort(self.prepared.request_id)
-        self.link.forget(self.prepared.request_id)
+        self._route.forget()

@@ -17,9 +17,9 @@ async def test_an_id_stays_taken_until_the_engine_ended_every_index() -> None:
     """What the engine had sent for the old request must not reach a new one of the same id."""
     link, old, new = EngineLink(), [], []  # type: ignore[var-annotated]
     ScriptedEngine(link).held = True
-    link.submit(submits("r", 2), old.append)
+    route = link.submit(submits("r", 2), old.append)
     link.abort("r")
-    link.forget("r")
+    route.forget()
     assert "r" in link
     link.deliver(Outputs([TokenDelta("r", 0, [5]), TokenDelta("r", 0, [], finish_reason=FinishReason.ABORTED)]))
     assert "r" in link
