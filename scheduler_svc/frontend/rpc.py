@@ -28,13 +28,14 @@ log = logging.getLogger(__name__)
 
 def unary(request_type: type[Request], method: UnaryMethod[Request]) -> Handler:
     async def handle(data: bytes, context: Context) -> bytes:
-        response: list[bytes] = []
+        response = b""  # stays so if the client left meanwhile: nobody reads it
 
         async def run() -> None:
-            response.append((await method(parse(request_type, data), context)).SerializeToString())
+            nonlocal response
+            response = (await method(parse(request_type, data), context)).SerializeToString()
 
         await _guard(run, context)
-        return response[0]
+        return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
