@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from protos import gguf_header
 from scheduler_svc.frontend import tokenizer
+from scheduler_svc.frontend.limits import DEFAULT_RANGES
 from scheduler_svc.frontend.tokenizer import Tokenizer, TokenizerError
 
 FAKE: Final = "fake:"  # `fake:vocab=512,…` names the fake backend of worker_svc/backends
@@ -100,8 +101,15 @@ def _directory_card(path: Path) -> ModelCard:
 
 
 def _defaults(generation: dict[str, Any]) -> Defaults:
-    """`do_sample` is not asked for: a client who wants greedy says temperature 0, as with vLLM."""
-    return Defaults(**{name: generation.get(name) for name in vars(Defaults())})
+    """`do_sample` is not asked for: a client who wants greedy says temperature 0, as with vLLM.
+
+    Raises ValueError for a default that no request could set itself: a worker could not sample by it.
+    """
+    given = {name: value for name in DEFAULT_RANGES if (value := generation.get(name)) is not None}
+    for name, value in given.items():
+        if value not in (allowed := DEFAULT_RANGES[name]):
+            raise ValueError(f"generation_config.json: {name} is {value!r}; must be in {allowed}")
+    return Defaults(**given)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

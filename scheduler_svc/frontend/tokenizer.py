@@ -71,10 +71,6 @@ class Tokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self.decode, token_ids, skip_special_tokens)
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it."""
-        return self._backend.token_to_id(token)
-
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return self._vocabulary.detokenizer(skip_special_tokens)
 

@@ -18,21 +18,22 @@ from pagewire.v1 import inference_pb2 as pb
 from protos.wire import Sampling, Submit
 from scheduler_svc.frontend.chat_template import TemplateRefusedError
 from scheduler_svc.frontend.errors import Violation, invalid
+from scheduler_svc.frontend.limits import (
+    MAX_BAD_WORDS,
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_ID_BYTES,
+    MAX_PRIORITY,
+    MAX_SALT_BYTES,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    MAX_STRING,
+    RANGES,
+)
 from scheduler_svc.frontend.model import Defaults, ModelCard, ServedModel
 from scheduler_svc.frontend.tokenizer import Tokenizer
 
 GREEDY_BELOW: Final = 1e-5  # a smaller temperature would overflow the logits; vLLM draws the same line
-MAX_ID_BYTES: Final = 256
-MAX_SALT_BYTES: Final = 256
-MAX_STOPS: Final = 16
-MAX_STOP_IDS: Final = 64
-MAX_BAD_WORDS: Final = 64
-MAX_STRING: Final = 1024
-MAX_BIASES: Final = 1024
-MAX_BIAS: Final = 100.0
-MAX_N: Final = 64
-MAX_LOGPROBS: Final = 20
-MAX_PRIORITY: Final = 100
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def child_seed(seed: int, index: int) -> int:
 
 @dataclass(frozen=True)
 class Preparer:
-    """Turns requests into Submits for one model. `max_model_len` is asked anew each time: a worker may lower it."""
+    """Turns requests into Submits for one model. `max_model_len` is asked anew each time: the worker decides."""
 
     model: ServedModel
     max_model_len: Callable[[], int]
@@ -117,7 +118,7 @@ class Preparer:
         _check_sampling(params, card, names.sampling, violations)
         max_model_len = self.max_model_len()
         token_ids = await self._prompt(request, names, max_model_len, violations)
-        bad_words = _bad_words(params, tokenizer, names.sampling, violations)
+        bad_words = _bad_words(params, tokenizer, card.vocab_size, names.sampling, violations)
         defaults = card.defaults if defaults is None else defaults
         room = max(max_model_len - len(token_ids), 0)
         max_tokens = min(params.max_tokens if params.HasField("max_tokens") else defaults.max_new_tokens or room, room)
@@ -198,6 +199,8 @@ class Preparer:
         token_ids = await tokenizer.encode_off_loop(text, add_special_tokens)
         if not token_ids:
             violations.add(field, "holds no token")
+        elif (most := max(token_ids)) >= (vocab_size := self.model.card.vocab_size):  # the tokenizer may have more
+            violations.add(field, f"holds token {most}; the vocabulary has {vocab_size} tokens, from 0")
         return token_ids
 
     async def tokenize_chat(self, chat: pb.ChatMessages, max_tokens: int | None, violations: Violations) -> list[int]:
@@ -258,20 +261,9 @@ def _check_not_served(request: pb.GenerateRequest, violations: Violations) -> No
 
 
 def _check_sampling(params: pb.SamplingParams, card: ModelCard, prefix: str, violations: Violations) -> None:
-    def within(name: str, low: float, high: float, open_low: bool = False) -> None:
-        value = getattr(params, name)
-        if params.HasField(name) and not (low < value <= high if open_low else low <= value <= high):  # NaN fails too
-            violations.add(f"{prefix}.{name}", f"is {value:g}; must be in {'(' if open_low else '['}{low:g}, {high:g}]")
-
-    within("temperature", 0, 100)
-    within("top_p", 0, 1, open_low=True)
-    within("min_p", 0, 1)
-    within("repetition_penalty", 0, 100, open_low=True)
-    within("presence_penalty", -2, 2)
-    within("frequency_penalty", -2, 2)
-    within("n", 1, MAX_N)
-    within("logprobs", 0, MAX_LOGPROBS)
-    within("prompt_logprobs", 0, MAX_LOGPROBS)
+    for name, allowed in RANGES.items():
+        if params.HasField(name) and (value := getattr(params, name)) not in allowed:
+            violations.add(f"{prefix}.{name}", f"is {value:g}; must be in {allowed}")
     if params.HasField("max_tokens") and params.max_tokens == 0:
         violations.add(f"{prefix}.max_tokens", "is 0; must be at least 1")
     elif params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
@@ -306,7 +298,7 @@ def _check_strings(field: str, strings: Sequence[str], most: int, violations: Vi
 
 
 def _bad_words(
-    params: pb.SamplingParams, tokenizer: Tokenizer, prefix: str, violations: Violations
+    params: pb.SamplingParams, tokenizer: Tokenizer, vocab_size: int, prefix: str, violations: Violations
 ) -> tuple[tuple[int, ...], ...]:
     """Each word's tokens as it stands at the beginning of a text, and behind a space."""
     sequences: dict[tuple[int, ...], None] = {}
@@ -318,6 +310,8 @@ def _bad_words(
         variants = [tuple(tokenizer.encode(lead + word.lstrip(), False)) for lead in ("", " ") if word.strip()]
         if not any(variants):
             violations.add(f"{prefix}.bad_words[{i}]", "holds no token")
+        for variant in variants:
+            check_vocabulary(f"{prefix}.bad_words[{i}]", variant, vocab_size, violations)
         sequences.update(dict.fromkeys(variant for variant in variants if variant))
     return tuple(sequences)
 

@@ -86,10 +86,16 @@ def test_digits_stand_alone(real_model: ServedModel) -> None:
     assert len(real_model.tokenizer.encode("1234567890")) == 10
 
 
+@pytest.fixture(scope="session")
+def missing(real_model: ServedModel) -> set[int]:
+    """Bytes without a token: the model's own vocabulary lacks some that UTF-8 rarely or never uses."""
+    vocabulary = json.loads(real_model.tokenizer.files["tokenizer.json"])["model"]["vocab"]
+    return {byte for character, byte in byte_characters().items() if character not in vocabulary}
+
+
 @given(st.text(max_size=50))
-def test_any_text_survives(real_model: ServedModel, text: str) -> None:
-    """Any whose bytes the vocabulary has: the model's own lacks some that UTF-8 rarely or never uses."""
-    missing = {byte for c, byte in byte_characters().items() if real_model.tokenizer.token_id(c) is None}
+def test_any_text_survives(real_model: ServedModel, missing: set[int], text: str) -> None:
+    """Any whose bytes the vocabulary has."""
     assert len(missing) == 21
     assume(not missing.intersection(text.encode()))
     assert real_model.tokenizer.decode(real_model.tokenizer.encode(text), False) == text
@@ -259,6 +265,18 @@ def test_a_directory_without_generation_config(tmp_path: Path) -> None:
         ({"config__json": {"vocab_size": 3}}, "max_position_embeddings"),
         ({"config__json": "[1"}, "Expecting"),
         ({"chat_template__jinja": "{% for %}"}, "chat template cannot be parsed"),
+        *[
+            ({"generation_config__json": {name: value}}, rf"generation_config\.json: {name} is .*; must be in {limits}")
+            for name, value, limits in (
+                ("repetition_penalty", 1e-38, r"\[0\.01, 100\]"),
+                ("temperature", -1, r"\[0, 100\]"),
+                ("temperature", float("nan"), r"\[0, 100\]"),
+                ("top_p", 0, r"\(0, 1\]"),
+                ("min_p", "0.1", r"\[0, 1\]"),
+                ("top_k", 2.5, r"\[-1, 4294967295\], whole"),
+                ("max_new_tokens", 0, r"\[1, 4294967295\], whole"),
+            )
+        ],
     ],
 )
 def test_a_broken_directory_is_one_clear_line(tmp_path: Path, files: dict[str, Any], words: str) -> None:

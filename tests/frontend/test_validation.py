@@ -14,9 +14,11 @@ from pagewire.v1 import inference_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[import-untyped]
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
-from tests.frontend.conftest import Service
+from scheduler_svc.frontend.model import load_model
+from tests.frontend.conftest import Service, open_service
 
 NAN, INF = math.nan, math.inf
+PENALTIES = (0, 1e-38, 0.0099, -1, 101, NAN, INF)
 CHAT = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
 
 
@@ -33,7 +35,7 @@ NATIVE: list[tuple[pb.GenerateRequest, list[str], str]] = [
     *[(sampled(temperature=v), ["sampling.temperature"], "[0, 100]") for v in (-0.1, 100.5, NAN, INF, -INF)],
     *[(sampled(top_p=v), ["sampling.top_p"], "(0, 1]") for v in (0, -1, 1.1, NAN, INF)],
     *[(sampled(min_p=v), ["sampling.min_p"], "[0, 1]") for v in (-0.1, 1.1, NAN, INF)],
-    *[(sampled(repetition_penalty=v), ["sampling.repetition_penalty"], "(0, 100]") for v in (0, -1, 101, NAN, INF)],
+    *[(sampled(repetition_penalty=v), ["sampling.repetition_penalty"], "[0.01, 100]") for v in PENALTIES],
     *[(sampled(presence_penalty=v), ["sampling.presence_penalty"], "[-2, 2]") for v in (-2.1, 2.1, NAN, INF)],
     *[(sampled(frequency_penalty=v), ["sampling.frequency_penalty"], "[-2, 2]") for v in (-2.1, 2.1, NAN, -INF)],
     *[(sampled(logit_bias={5: v}), ["sampling.logit_bias[5]"], "[-100, 100]") for v in (-100.5, 101, NAN, INF)],
@@ -109,7 +111,7 @@ VLLM: list[tuple[vllm.GenerateRequest, list[str], str]] = [
     *[(vsampled(temperature=v), ["sampling_params.temperature"], "[0, 100]") for v in (-1, NAN)],
     *[(vsampled(top_p=v), ["sampling_params.top_p"], "(0, 1]") for v in (-0.5, 2, NAN)],
     (vsampled(min_p=2), ["sampling_params.min_p"], "[0, 1]"),
-    (vsampled(repetition_penalty=-1), ["sampling_params.repetition_penalty"], "(0, 100]"),
+    (vsampled(repetition_penalty=-1), ["sampling_params.repetition_penalty"], "[0.01, 100]"),
     (vsampled(presence_penalty=3), ["sampling_params.presence_penalty"], "[-2, 2]"),
     (vsampled(max_tokens=0), ["sampling_params.max_tokens"], "at least 1"),
     (vsampled(n=65), ["sampling_params.n"], "[1, 64]"),
@@ -178,6 +180,31 @@ async def test_vllm(service: Service, request_: vllm.GenerateRequest, fields: li
     assert sorted(found) == sorted(fields)
     assert word in found[fields[0]]
     assert not service.engine.submits
+
+
+async def test_limits_are_within(service: Service) -> None:
+    """As float32, the type of the field: 0.01 itself is a little less there."""
+    request = sampled(repetition_penalty=0.01, temperature=100, min_p=1, presence_penalty=-2, max_tokens=1)
+    assert [response async for response in service.inference.Generate(request)]
+
+
+async def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
+    """Nothing beyond the embedding's rows may reach a worker, however it was written."""
+    service = await open_service(load_model("fake:vocab=110,context=256"))  # bytes have tokens up to 255
+    generate = service.inference.Generate
+    said = pb.ChatMessages(messages=[pb.ChatMessage(role="a", content="so")])
+    words = pb.SamplingParams(bad_words=["fad", "fast"])
+    found = [
+        await refused(generate(pb.GenerateRequest(text="fast"))),
+        await refused(generate(pb.GenerateRequest(chat=said))),
+        await refused(generate(pb.GenerateRequest(text="fad", sampling=words))),
+        await refused(service.inference.Tokenize(pb.TokenizeRequest(text="fast"))),
+    ]
+    assert [next(iter(one)) for one in found] == ["text", "chat.messages", "sampling.bad_words[1][2]", "text"]
+    assert found[0]["text"] == "holds token 116; the vocabulary has 110 tokens, from 0"
+    assert not service.engine.submits
+    await service.channel.close()
+    await service.frontend.stop()
 
 
 async def test_other_methods(service: Service) -> None:
