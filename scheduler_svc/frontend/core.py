@@ -27,11 +27,8 @@ class FrontendConfig:
     max_model_len: int = 0
     max_num_seqs: int = 0
     block_size: int = 32
-    kv_dtype: str = "auto"
     max_message_bytes: int = 16 << 20  # of one received message
     max_pending_calls: int = 100_000  # calls that gRPC may hold before a handler has them: beyond, it answers CANCELLED
-    reuse_port: bool = False  # several frontends share the port
-    frontend: str = ""  # this frontend's name, among several
 
 
 class Core:
@@ -43,7 +40,7 @@ class Core:
         self.link, self.config, self.model, self.clock = link, config, model, clock
         self.calls = 0
         self.started = clock()
-        self.preparer = Preparer(model, self.max_model_len, config.frontend)
+        self.preparer = Preparer(model, self.max_model_len, link.frontend)
 
     @property
     def name(self) -> str:
@@ -55,13 +52,9 @@ class Core:
         return self.link.status.ready if self.link.status else None
 
     def max_model_len(self) -> int:
-        """Tokens, prompt and output: the least of what operator, model and worker can do."""
-        known = (
-            self.config.max_model_len,
-            self.model.card.max_model_len,
-            self.ready.max_model_len if self.ready else 0,
-        )
-        return min(limit for limit in known if limit)
+        """Tokens, prompt and output. The worker's word replaces the card's: it may scale positions further."""
+        served = (self.ready.max_model_len if self.ready else 0) or self.model.card.max_model_len
+        return min(self.config.max_model_len or served, served)
 
     def deadline(self, context: Context) -> float:
         """As in Submit: on our clock; 0 where the client set none."""

@@ -86,11 +86,11 @@ class InferenceService:
             vocab_size=card.vocab_size,
             eos_token_ids=card.eos_token_ids,
             quantization=card.quantization,
-            kv_cache_dtype=core.config.kv_dtype,
             has_chat_template=core.model.tokenizer.chat_template is not None,
         )
         if ready := core.ready:
             response.dtype, response.backend, response.device = ready.dtype, ready.backend, ready.device
+            response.kv_cache_dtype = ready.dtype
             response.fingerprint, response.exact = ready.fingerprint, ready.exact
         return response
 

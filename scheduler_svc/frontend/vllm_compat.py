@@ -126,7 +126,7 @@ class VllmEngine:
             uptime_seconds=core.clock() - core.started,
             server_type="vllm-grpc",
             data_parallel_size=1,
-            kv_cache_dtype=core.config.kv_dtype,
+            kv_cache_dtype="auto",  # vLLM's word for: as the model's
             block_size=core.config.block_size,
             model_dtype=core.ready.dtype if core.ready else "",
             max_num_seqs=core.config.max_num_seqs,

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+import msgspec
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
@@ -18,8 +19,9 @@ from pagewire.v1 import inference_pb2 as pb
 
 from protos.wire import FinishReason, Outputs, TokenDelta
 from scheduler_svc.frontend.model import ServedModel
+from scheduler_svc.frontend.server import FrontendConfig
 from scheduler_svc.frontend.validation import child_seed
-from tests.frontend.conftest import EOS, Service
+from tests.frontend.conftest import EOS, Service, byte_model, open_service
 from tests.frontend.scripted import READY, spelling
 
 
@@ -436,6 +438,19 @@ async def test_get_model(real_service: Service) -> None:
     assert (model.architecture, model.max_model_len, model.vocab_size) == ("llama", 8192, 49152)
     assert (list(model.eos_token_ids), model.has_chat_template, model.exact) == ([2], True, True)
     assert (model.fingerprint, model.backend, model.dtype) == ("f00d", "script", "float32")
+    assert model.kv_cache_dtype == "float32"
+
+
+@pytest.mark.parametrize(("chosen", "limit"), [(0, 512), (300, 300), (600, 512)])
+async def test_the_workers_context_replaces_the_cards(chosen: int, limit: int) -> None:
+    """A worker may scale positions beyond what the model's configuration says: 256 here."""
+    service = await open_service(byte_model(), FrontendConfig(port=0, max_model_len=chosen))
+    service.engine.say(True, msgspec.structs.replace(READY, max_model_len=512))
+    assert (await service.inference.GetModel(pb.GetModelRequest())).max_model_len == limit
+    await run(service, ask("x" * (limit - 1)))
+    assert service.engine.submits[0].sampling.max_tokens == 1
+    await service.channel.close()
+    await service.frontend.stop()
 
 
 async def test_flush_and_drain(service: Service) -> None:
