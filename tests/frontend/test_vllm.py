@@ -82,6 +82,13 @@ async def test_zero_means_default(service: Service) -> None:
     assert len(service.engine.submits) == 1
 
 
+async def test_spaces_between_special_tokens_change_nothing(service: Service) -> None:
+    """False cannot be told from unset, so neither is refused."""
+    either = [await run(service, ask(spaces_between_special_tokens=value)) for value in (False, True)]
+    assert either[0] == either[1]
+    assert bytes(either[0][0][0]) == b"fghij"
+
+
 async def test_the_models_defaults_are_the_routers_business() -> None:
     model = byte_model()
     card = dataclasses.replace(model.card, defaults=Defaults(temperature=0.5, top_k=3))
