@@ -38,6 +38,7 @@ from scheduler_svc.worker_socket import WorkerSocket
 
 TICK = 0.05  # seconds at most between two Ticks while somebody runs or waits
 _FINEST_TICK = 0.005
+_AUDIT_AFTER = 1.0  # seconds without anybody to serve, so that the next request hardly ever waits for the recount
 _LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
 
 Deliver = Callable[[list[ToFrontend]], None]
@@ -76,6 +77,7 @@ class EngineLoop:
         self._drains: list[Ask] = []
         self._draining = False
         self._now = self._ticked = clock()
+        self._audit_at: float | None = None  # None: nobody was served since the last audit
         self._stopping = False
         self._failure = ""
         self._begun = threading.Event()
@@ -137,6 +139,15 @@ class EngineLoop:
                 self._feed(event)
             self._keep_worker(poller)
             self._post()
+            self._audit()
+
+    def _audit(self) -> None:
+        """Recounts the engine's books, 0.1 ms for 1,000 blocks. Raises IntegrityError, which ends the service."""
+        if not self._engine.idle:
+            self._audit_at = self._now + _AUDIT_AFTER
+        elif self._audit_at is not None and self._now >= self._audit_at:
+            self._audit_at = None
+            self._engine.check_integrity()
 
     def _patience(self) -> int | None:
         """Milliseconds until something is due by the clock alone."""
@@ -145,6 +156,8 @@ class EngineLoop:
             return 0
         if not self._engine.idle:
             due.append(self._ticked + TICK)
+        elif self._audit_at is not None:
+            due.append(self._audit_at)
         if (deadline := self._link.deadline) is not None:
             due.append(deadline)
         return int(max(0.0, min(due) - now) * 1000) + 1 if due else None

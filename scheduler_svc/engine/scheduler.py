@@ -277,7 +277,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError where the books do not add up. For tests, and when idle."""
+        """Raises IntegrityError where the books do not add up. The loop asks when it has been idle, tests always."""
         check(self.roster, self.device)
 
 

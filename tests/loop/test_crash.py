@@ -8,12 +8,14 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from protos.wire import Abort, FinishReason, Question, Sampling, Submit
+from scheduler_svc.engine.scheduler import Scheduler
 from tests.loop.harness import Observer, assert_undisturbed, loop_config, running, submits
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +140,32 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest() -> None:
         observer.loop.send(late)
         observer.until_finished([late])
         assert observer.streams["late", 0].finish == FinishReason.DRAINING
+
+
+def test_the_books_are_audited_when_nobody_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    audits = threading.Semaphore(0)
+    check = Scheduler.check_integrity
+
+    def noted(engine: Scheduler) -> None:
+        audits.release()
+        check(engine)
+
+    monkeypatch.setattr(Scheduler, "check_integrity", noted)
+    with running(loop_config()) as observer:
+        observer.until_serving()
+        for name in ("a", "b"):
+            made = Submit(name, [300, 301], 2, Sampling(max_tokens=3))
+            observer.loop.send(made)
+            observer.until_finished([made])
+            assert audits.acquire(timeout=10), "once after each time"
+        assert not observer.status.failed
+        device = observer.loop._engine.device
+        assert device
+        device.free_slots.pop(0)
+        last = Submit("last", [300, 301], 2, Sampling(max_tokens=3))
+        observer.loop.send(last)
+        observer.until(lambda: observer.status.failed, "the failure")
+        assert observer.streams["last", 0].finish == FinishReason.LENGTH, "served first, audited later"
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["hanging", "stopped"])
