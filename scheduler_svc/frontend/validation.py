@@ -118,7 +118,7 @@ class Preparer:
         _check_sampling(params, card, names.sampling, violations)
         max_model_len = self.max_model_len()
         token_ids = await self._prompt(request, names, max_model_len, violations)
-        bad_words = _bad_words(params, tokenizer, card.vocab_size, names.sampling, violations)
+        bad_words = _bad_words(params, tokenizer, names.sampling, violations)
         defaults = card.defaults if defaults is None else defaults
         room = max(max_model_len - len(token_ids), 0)
         max_tokens = min(params.max_tokens if params.HasField("max_tokens") else defaults.max_new_tokens or room, room)
@@ -298,7 +298,7 @@ def _check_strings(field: str, strings: Sequence[str], most: int, violations: Vi
 
 
 def _bad_words(
-    params: pb.SamplingParams, tokenizer: Tokenizer, vocab_size: int, prefix: str, violations: Violations
+    params: pb.SamplingParams, tokenizer: Tokenizer, prefix: str, violations: Violations
 ) -> tuple[tuple[int, ...], ...]:
     """Each word's tokens as it stands at the beginning of a text, and behind a space."""
     sequences: dict[tuple[int, ...], None] = {}
@@ -310,8 +310,6 @@ def _bad_words(
         variants = [tuple(tokenizer.encode(lead + word.lstrip(), False)) for lead in ("", " ") if word.strip()]
         if not any(variants):
             violations.add(f"{prefix}.bad_words[{i}]", "holds no token")
-        for variant in variants:
-            check_vocabulary(f"{prefix}.bad_words[{i}]", variant, vocab_size, violations)
         sequences.update(dict.fromkeys(variant for variant in variants if variant))
     return tuple(sequences)
 
