@@ -43,8 +43,8 @@ def translate(request: vllm.GenerateRequest) -> tuple[pb.GenerateRequest, list[V
 
 
 def _sampling(theirs: vllm.SamplingParams, violations: Violations) -> pb.SamplingParams:
-    """`spaces_between_special_tokens` is taken at either value: it shapes text only, and this service returns ids. False
-    could not be refused anyway: proto3 cannot tell it from unset, which means true in vLLM.
+    """`spaces_between_special_tokens` is taken at either value: it shapes text only, and this service returns ids.
+    False could not be refused anyway: proto3 cannot tell it from unset, which means true in vLLM.
     """
     if constraint := theirs.WhichOneof("constraint"):
         violations.add(f"{PREFIX}.{constraint}", "is not served yet; leave it unset")
