@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except UnicodeError as error:
+        return _failed(f"the input is not UTF-8: {error}", 2)
     except Exception as error:
         failure = _code(error)
         if failure is None:

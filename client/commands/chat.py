@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from client.api import ChatMessage, GenerateDelta, SamplingParams
 from client.client import Client
 from client.commands import flags
+from client.errors import InvalidRequestError
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -41,8 +42,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
                 case "/reset":
                     messages = list(opening)
                 case said:
-                    messages.append(ChatMessage(role="user", content=said))
-                    messages.append(ChatMessage(role="assistant", content=_answer(client, messages, sampling)))
+                    _exchange(client, messages, said, sampling)
     return 0
 
 
@@ -55,6 +55,17 @@ def _ask(interactive: bool) -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+
+
+def _exchange(client: Client, messages: list[ChatMessage], said: str, sampling: SamplingParams) -> None:
+    """One message and its answer, added to `messages`; what the service refuses is said, and forgotten."""
+    asked = ChatMessage(role="user", content=said)
+    try:
+        answer = _answer(client, [*messages, asked], sampling)
+    except InvalidRequestError as error:
+        print(f"pagewire: {error}", file=sys.stderr)
+    else:
+        messages += [asked, ChatMessage(role="assistant", content=answer)]
 
 
 def _answer(client: Client, messages: list[ChatMessage], sampling: SamplingParams) -> str:

@@ -145,6 +145,21 @@ def test_chat_keeps_the_conversation(server: ScriptedServer) -> None:
     ]
 
 
+def test_chat_goes_on_after_a_refused_message(server: ScriptedServer) -> None:
+    done = pagewire("chat", "--address", server.address, stdin="hello\nbad\nagain\n")
+    assert (done.returncode, done.stdout) == (0, "hello \nagain \n")
+    assert done.stderr.startswith("pagewire: sampling.")
+    assert [m.content for m in server.requests[-1].chat.messages] == ["hello", "hello ", "again"]
+
+
+def test_bytes_that_are_no_text_are_wrong_usage(server: ScriptedServer) -> None:
+    command = [*map(os.fsencode, CLI), b"generate", b"\xff", b"--address", server.address.encode()]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"pagewire: the input is not UTF-8")
+    assert done.stderr.count(b"\n") == 1
+
+
 def test_chat_in_a_terminal_survives_ctrl_c(server: ScriptedServer) -> None:
     """Ctrl-C stops the answer, not the conversation."""
     ours, theirs = pty.openpty()
