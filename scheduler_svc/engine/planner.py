@@ -10,7 +10,7 @@ from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import Sequence, State
 
-ASIDES = 4  # followers that one step sets aside, in multiples of max_num_seqs: each costs a look at its whole prompt
+MAX_ASIDE = 8192  # blocks of the followers that one step sets aside: to hash and look up so many takes some 10 ms
 
 
 class Step:
@@ -34,7 +34,7 @@ class Planner:
         self.device = device
         self.kv = device.kv
         self.roster = roster
-        self.asides = 0  # how many have been set aside in this step
+        self.aside = 0  # blocks of those that were set aside in this step
         self.lone: Sequence | None = None  # the suspect that runs alone (R5)
 
     def plan(self) -> Flight | None:
@@ -44,7 +44,7 @@ class Planner:
         token behind go first, chunks of those that are further behind fill the rest, then others are admitted.
         """
         step = Step(self.config.max_step_tokens)
-        self.asides = 0
+        self.aside = 0
         if suspect := self._suspect():
             if any(sequence is not suspect for flight in self.device.sent for sequence in flight.sequences):
                 return None  # until they have landed
@@ -137,12 +137,12 @@ class Planner:
         if not device.free_slots or len(roster.running) >= self.config.max_num_seqs:
             return None
         # The next step goes on behind those that this one has set aside.
-        while self.asides < ASIDES * self.config.max_num_seqs and (first := roster.waiting.first()):
+        while self.aside < MAX_ASIDE and (first := roster.waiting.first()):
             sequence = first[1]
             hits = self.kv.reusable(sequence)
             if hits is None:
                 roster.hold(sequence)
-                self.asides += 1
+                self.aside += 1 + len(sequence.hashes)
                 continue
             # A block to grow for each that runs, or the newcomer would be the next to be preempted.
             return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None

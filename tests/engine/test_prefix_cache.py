@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from protos.wire import FinishReason
+from scheduler_svc.engine import planner
 from scheduler_svc.engine.block_pool import BlockPool
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import FlushCache
@@ -282,7 +283,8 @@ def test_others_pass_however_many_hold() -> None:
     w.check_ends()
 
 
-def test_a_step_sets_aside_no_more_than_so_many() -> None:
+def test_a_step_sets_aside_no_more_than_so_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "MAX_ASIDE", 10)
     w = world(max_num_seqs=4, max_step_tokens=16)
     w.submit(request("first", 12, 2))
     for i in range(20):
@@ -290,7 +292,7 @@ def test_a_step_sets_aside_no_more_than_so_many() -> None:
     assert [s.state.name for s in w.scheduler.roster].count("HOLDING") == 0
     w.crash()
     w.ready()
-    assert [s.state.name for s in w.scheduler.roster].count("HOLDING") == 4 * 4
+    assert [s.state.name for s in w.scheduler.roster].count("HOLDING") == 3, "1 + 3 blocks each"
     w.run()
     w.check_ends()
 
