@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from protos.wire import Epoch, Setup
+from tests.formats import builders
+from worker_svc.backends.base import BackendError
+from worker_svc.backends.torch import TorchBackend
+from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.decoder import rope_of
 from worker_svc.models.loader import open_model, split_halves, weights_digest
 from worker_svc.models.registry import spec_of
@@ -81,12 +87,104 @@ def test_the_older_spelling_of_rope_is_read() -> None:
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"hidden_act": "relu6"}, "hidden_act 'relu6' is not supported"),
         ({"rope_scaling": {"type": "xpos"}}, "rope type 'xpos' is not supported"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope type 'llama3' needs low_freq_factor"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0}},
+            "rope: low_freq_factor must be a number above 0",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_of({**BASE, **change})
+
+
+GGUF = {
+    "general.architecture": (builders.STRING, "llama"),
+    "llama.embedding_length": (builders.U32, 64),
+    "llama.attention.head_count": (builders.U32, 4),
+    "llama.attention.head_count_kv": (builders.U32, 2),
+    "llama.attention.layer_norm_rms_epsilon": (builders.F32, 1e-5),
+    "llama.context_length": (builders.U32, 128),
+    "llama.feed_forward_length": (builders.U32, 96),
+    "llama.block_count": (builders.U32, 2),
+}
+
+
+def gguf(path: Path, pairs: dict[str, Any]) -> Path:
+    file = path / "model.gguf"
+    embedding = ("token_embd.weight", (3, 64), 0, bytes(3 * 64 * 4))
+    file.write_bytes(builders.gguf([builders.pair(key, *value) for key, value in pairs.items()], [embedding]))
+    return file
+
+
+@pytest.mark.parametrize("key", list(GGUF))
+@pytest.mark.parametrize("trouble", ["missing", "a list", "a string", "zero"])
+def test_a_malformed_gguf_is_refused_by_key(tmp_path: Path, key: str, trouble: str) -> None:
+    assert open_model(gguf(tmp_path, GGUF)) is not None
+    bad: dict[str, Any] = {
+        "missing": {},
+        "a list": {key: ((builders.ARRAY, builders.U32), [2, 2])},
+        "a string": {key: (builders.STRING, "x")},
+        "zero": {key: (builders.U32, 0)},
+    }[trouble]
+    pairs = {**{k: v for k, v in GGUF.items() if k != key}, **bad}
+    if (key, trouble) == ("llama.attention.head_count_kv", "missing"):
+        assert open_model(gguf(tmp_path, pairs)) is not None
+        return
+    with pytest.raises(BackendError, match=r"^[^\n]*model.gguf: GGUF [^\n]*") as caught:
+        TorchBackend(threads=1).load(Setup(Epoch(1, 1), str(gguf(tmp_path, pairs))), lambda what, share: None)
+    assert key.rpartition(".")[2] in str(caught.value)
+
+
+def test_kv_heads_that_do_not_divide_the_heads_of_a_gguf_are_refused(tmp_path: Path) -> None:
+    file = gguf(tmp_path, {**GGUF, "llama.attention.head_count_kv": (builders.U32, 3)})
+    with pytest.raises(SpecError, match=r"head_count_kv must be a divisor of the 4 heads, not 3"):
+        open_model(file)
+
+
+WRONG = ("x", [], [1], {"a": 1}, True, -1, 0.5, float("nan"), 10**400)
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "dynamic", "longrope"])
+def test_a_malformed_config_is_a_spec_error_and_nothing_else(family: str, kind: str, tmp_path: Path) -> None:
+    """Every field with every wrong value. Some still mean something: those are followed."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, **SCALED[kind]}
+    more = {"head_dim": 64, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    config = {**BASE, **more, "architectures": [family], "rms_norm_eps": 1e-6, "rope_parameters": rope}
+    changes: list[dict[str, Any]] = [{key: wrong} for key in config for wrong in WRONG]
+    changes += [{"rope_parameters": {**rope, key: wrong}} for key in rope for wrong in WRONG]
+    refused = 0
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        try:
+            model = open_model(tmp_path)
+        except SpecError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        except CheckpointError:
+            pass  # it was followed, and there are no weights to go on with
+        else:
+            assert model is None, "another architecture"
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": "x"}, "config.json: head_dim must be a positive integer, not 'x'"),
+        ({"rms_norm_eps": "tiny"}, "config.json: rms_norm_eps must be a number above 0, not 'tiny'"),
+        ({"rope_theta": [1]}, r"config.json, rope: rope_theta must be a number above 0, not \[1\]"),
+        ({"rope_scaling": "linear"}, "config.json: rope_scaling must be an object, not 'linear'"),
+        ({"architectures": "LlamaForCausalLM"}, "config.json: architectures must be a list of strings"),
+        ({"partial_rotary_factor": 0.01}, "rope of 0 dimensions in heads of 16"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "config.json cannot be followed: Zero"),
+    ],
+)
+def test_the_field_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **change}))
+    with pytest.raises(BackendError, match=message):
+        TorchBackend(threads=1).load(Setup(Epoch(1, 1), str(tmp_path)), lambda what, share: None)
 
 
 def test_an_unknown_architecture_is_no_family() -> None:

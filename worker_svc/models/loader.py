@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from worker_svc.models import gguf_spec, registry
 from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from worker_svc.models.fields import described_by
 from worker_svc.models.spec import ModelSpec, SpecError
 
 DType = Literal["float32", "bfloat16"]
@@ -71,12 +72,22 @@ def open_model(path: Path) -> Model | None:
     """
     if path.suffix == ".gguf":
         checkpoint = open_checkpoint(path)
-        return Model(gguf_spec.spec(checkpoint), checkpoint)
+        with described_by("GGUF metadata"):
+            return Model(_followed(gguf_spec.spec(checkpoint)), checkpoint)
     config = read_config(path)
     if config.get("quantization_config"):
         raise SpecError("config.json has a quantization_config: quantized checkpoints are not supported")
-    spec = registry.spec_of(config)
-    return Model(spec, open_checkpoint(path)) if spec else None
+    with described_by("config.json"):
+        spec = registry.spec_of(config)
+        return Model(_followed(spec), open_checkpoint(path)) if spec else None
+
+
+def _followed(spec: ModelSpec) -> ModelSpec:
+    """The spec, if its rope can be computed: the one part of it that is arithmetic."""
+    dim, frequencies = spec.rope.dim, spec.rope.frequencies(spec.max_model_len)
+    if frequencies.shape != (dim // 2,) or not 0 < dim <= spec.head_dim or not np.isfinite(frequencies).all():
+        raise SpecError(f"rope of {dim} dimensions in heads of {spec.head_dim} gives no {dim // 2} finite frequencies")
+    return spec
 
 
 def weights_digest(path: Path) -> str:

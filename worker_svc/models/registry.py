@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from worker_svc.models import llama, mistral, qwen2, qwen3
-from worker_svc.models.decoder import Config
+from worker_svc.models.decoder import FILE, Config
+from worker_svc.models.fields import Fields
 from worker_svc.models.spec import ModelSpec
 
 FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
@@ -18,8 +19,7 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
 
 def architecture(config: Config) -> str:
     """The first name in `architectures`, or "" where the config has none."""
-    names = config.get("architectures") or [""]
-    return str(names[0])
+    return (Fields(FILE, config).texts("architectures") or [""])[0]
 
 
 def spec_of(config: Config) -> ModelSpec | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from worker_svc.attention import cpu as attention
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache, KVShape
+from worker_svc.models.fields import described_by
 from worker_svc.models.loader import DType
 from worker_svc.models.spec import SpecError
 from worker_svc.trial_step import TrialRow, trial_step
@@ -52,12 +53,13 @@ class TransformersRunner:
         """Reads safetensors only, from `path` only, and never code. `max_model_len` 0: the model's own."""
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self._model = _load(path, self.dtype)
-        config = self._model.config.get_text_config()
-        self.max_model_len = _max_len(config, max_model_len)
-        self.vocab_size = int(config.vocab_size)
-        self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self.kv_shape = self._look(config)
-        self._try_out()
+        with described_by("config.json"):
+            config = self._model.config.get_text_config()
+            self.max_model_len = _max_len(config, max_model_len)
+            self.vocab_size = int(config.vocab_size)
+            self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+            self.kv_shape = self._look(config)
+            self._try_out()
 
     def step(self, inputs: StepInputs, cache: KVCache) -> Callable[[Ints], Tensor]:
         """Writes the step's K and V; answers with tokens [S] → logits [S, vocab] float32, where tokens are indices into
@@ -146,8 +148,9 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
         model.set_attn_implementation(_NAME)
     except SpecError:
         raise
-    except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
-        raise SpecError(f"transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # its classes check their configs each in its own way, with errors of their own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise SpecError(f"transformers cannot load it: {type(error).__name__}: {reason}") from error
     return model  # from_pretrained leaves it in eval mode
 
 
