@@ -129,7 +129,7 @@ class WorkerLink:
         epoch, was_serving = self._epoch, self.serving
         self._epoch, self._status, self.serving = None, None, False
         self._in_flight.clear()
-        if epoch or self._hello:
+        if epoch or self._hello or self.status.pid:  # the last: of a process that has not said hello
             self.reason = f"the worker was lost: {reason}"
             _log(f"worker {self.status.pid}: lost: {reason}")
         hello, self._hello = self._hello, None

@@ -282,8 +282,9 @@ def test_a_status_tells_of_the_start() -> None:
         assert all(status.reason for _, status in observer.statuses if not status.serving)
 
 
-def test_a_start_that_says_nothing_is_given_up() -> None:
-    with running(loop_config("fake:load_ms=4000000", load_deadline=0.5)) as observer:
+@pytest.mark.parametrize("deadline", [0.01, 0.5], ids=["before its hello", "after it"])
+def test_a_start_that_says_nothing_is_given_up(deadline: float) -> None:
+    with running(loop_config("fake:load_ms=4000000", load_deadline=deadline)) as observer:
         observer.until(lambda: any("nothing was heard" in s.reason for _, s in observer.statuses), "impatience")
 
 
