@@ -27,6 +27,7 @@ from worker_svc.backends.base import BackendError, Capacity, DeviceBackend
 from worker_svc.link import Closed, Garbled, Link, Received
 
 _NO_EPOCH = Epoch(0, 0)
+_DOING = {Phase.LOADING: "reading weights", Phase.COMPILING: "warming up", Phase.RUNNING: "running"}
 
 
 class Worker:
@@ -143,9 +144,8 @@ class Worker:
             self._set_aside.append(message)
         return None
 
-    def _progress(self, what: str, share: float) -> None:
-        phase = Phase.COMPILING if what.startswith("compil") else Phase.LOADING
-        self._link.send(Status(self._epoch, phase, progress=share, detail=what))
+    def _progress(self, phase: Phase, share: float) -> None:
+        self._link.send(Status(self._epoch, phase, progress=share, detail=_DOING[phase]))
 
     def _fault(self, reason: str, *, fatal: bool = False) -> None:
         """Ends the epoch from this side: its later plans are not taken."""

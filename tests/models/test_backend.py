@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from protos.wire import Admit, Epoch, Row, RowResult, Sampling, Setup, StepPlan
+from protos.wire import Admit, Epoch, Phase, Row, RowResult, Sampling, Setup, StepPlan
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.stepping import tokens
@@ -129,6 +129,13 @@ def test_the_fingerprint_tells_arithmetics_apart(llama: tuple[Path, Any], monkey
     assert plain != other
     monkeypatch.setattr("worker_svc.backends.torch.ARITHMETIC", -1)
     assert Session(setup(llama[0])).capacity.fingerprint != plain
+
+
+def test_progress_tells_loading_from_warming_up(llama: tuple[Path, Any]) -> None:
+    said: list[tuple[Phase, float]] = []
+    TorchBackend(threads=1).load(setup(llama[0]), lambda phase, share: said.append((phase, share)))
+    assert [phase for phase, _ in said] == [Phase.LOADING] * 3 + [Phase.COMPILING]
+    assert [share for _, share in said] == [0.25, 0.5, 0.75, 0.0]
 
 
 def test_the_context_is_cut_to_the_memory(llama: tuple[Path, Any]) -> None:

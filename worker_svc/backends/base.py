@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from protos.wire import Mask, RowResult, Setup, StepPlan
+from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
 
-Progress = Callable[
-    [str, float], None
-]  # (what is being done, share of it done 0..1); called from the worker's main thread
+# (LOADING or COMPILING, share of it done 0..1); called from the worker's main thread.
+Progress = Callable[[Phase, float], None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import dataclass, field, fields
 
-from protos.wire import Admit, Mask, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
+from protos.wire import Admit, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
 from worker_svc.backends.base import BackendError, Capacity, Progress
 
 PREFIX = "fake:"
@@ -136,7 +136,7 @@ class FakeBackend:
         if options.load_fails == 2:
             os._exit(3)
         for part in range(4):
-            progress("weights", part / 4)
+            progress(Phase.LOADING, part / 4)
             time.sleep(options.load_ms / 4000)
         self._block_size, self._max_slots = setup.block_size, setup.max_slots
         num_blocks = setup.kv_bytes // (setup.block_size * _BYTES_PER_TOKEN) if setup.kv_bytes else options.blocks

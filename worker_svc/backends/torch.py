@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from protos.wire import Mask, RowResult, Setup, StepPlan, TokenLogprobs
+from protos.wire import Mask, Phase, RowResult, Setup, StepPlan, TokenLogprobs
 from worker_svc.attention.cpu import kv_tile
 from worker_svc.backends.base import BackendError, Capacity, Progress
 from worker_svc.exactness import ARITHMETIC, exact_steps
@@ -73,7 +73,7 @@ class TorchBackend:
             )
         self._sampler = Sampler(runner.vocab_size)
         self.reset(setup)
-        progress("warming up", 0.0)
+        progress(Phase.COMPILING, 0.0)
         backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
         exact = isinstance(runner, ModelRunner) and exact_steps(runner, self._cache) and dtype == "float32"
         return Capacity(
@@ -123,10 +123,10 @@ class TorchBackend:
         model = None if self._transformers else open_model(path)
         if model is not None:
             longest = _max_model_len(max_model_len, model)
-            return ModelRunner(model, dtype, longest, lambda share: progress("reading weights", share))
+            return ModelRunner(model, dtype, longest, lambda share: progress(Phase.LOADING, share))
         from worker_svc.models.transformers_model import TransformersRunner
 
-        progress("reading weights", 0.0)
+        progress(Phase.LOADING, 0.0)
         return TransformersRunner(path, dtype, max_model_len)
 
 
