@@ -121,13 +121,13 @@ def gguf(path: Path, pairs: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("trouble", ["missing", "a list", "a string", "zero"])
 def test_a_malformed_gguf_is_refused_by_key(tmp_path: Path, key: str, trouble: str) -> None:
     assert open_model(gguf(tmp_path, GGUF)) is not None
-    bad: dict[str, Any] = {
+    troubles: dict[str, dict[str, Any]] = {
         "missing": {},
         "a list": {key: ((builders.ARRAY, builders.U32), [2, 2])},
         "a string": {key: (builders.STRING, "x")},
         "zero": {key: (builders.U32, 0)},
-    }[trouble]
-    pairs = {**{k: v for k, v in GGUF.items() if k != key}, **bad}
+    }
+    pairs = {**{k: v for k, v in GGUF.items() if k != key}, **troubles[trouble]}
     if (key, trouble) == ("llama.attention.head_count_kv", "missing"):
         assert open_model(gguf(tmp_path, pairs)) is not None
         return

@@ -71,7 +71,8 @@ class Checkpoint(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]: ...
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Every tensor there is. A model asks for those of its spec alone: this is for tests and tools."""
 
     def tensor(self, name: str) -> RawTensor:
         """Raises CheckpointError where there is no such tensor."""
