@@ -121,7 +121,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     add("--workers", type=_whole(0), default=1, metavar="N", help="0: workers come by themselves, see --listen")
     add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")
-    add("--threads", type=_whole(0), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
+    add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
     add(
         "--step-deadline",
         type=_duration,

@@ -29,7 +29,8 @@ from protos.wire import (
     ToFrontend,
 )
 from scheduler_svc.config import LoopConfig
-from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
+from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerReady
+from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.record import Header, Recorder
 from scheduler_svc.spawn import WorkerProcess
@@ -39,6 +40,7 @@ from scheduler_svc.worker_socket import WorkerSocket
 TICK = 0.05  # seconds at most between two Ticks while somebody runs or waits
 _FINEST_TICK = 0.005
 _AUDIT_AFTER = 1.0  # seconds without anybody to serve, so that the next request hardly ever waits for the recount
+_FUTILE_STARTS = 5  # of workers, before the first was ever ready: then the service says why, and ends
 _LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
 
 Deliver = Callable[[list[ToFrontend]], None]
@@ -142,12 +144,16 @@ class EngineLoop:
             self._audit()
 
     def _audit(self) -> None:
-        """Recounts the engine's books, 0.1 ms for 1,000 blocks. Raises IntegrityError, which ends the service."""
+        """Recounts the engine's books, 0.1 ms for 1,000 blocks. Books that are wrong go with the epoch they are of."""
         if not self._engine.idle:
             self._audit_at = self._now + _AUDIT_AFTER
         elif self._audit_at is not None and self._now >= self._audit_at:
             self._audit_at = None
-            self._engine.check_integrity()
+            try:
+                self._engine.check_integrity()
+            except IntegrityError as error:
+                for event in self._link.lose(f"the engine's books do not add up: {error}", self._now):
+                    self._feed(event)
 
     def _patience(self) -> int | None:
         """Milliseconds until something is due by the clock alone."""
@@ -203,8 +209,7 @@ class EngineLoop:
         while events:
             event = events.popleft()
             instructions = self._engine.handle(event)
-            if self._recorder:
-                self._recorder.write(event, instructions)
+            self._record(event, instructions)
             for instruction in instructions:
                 match instruction:
                     case StepPlan():
@@ -217,6 +222,22 @@ class EngineLoop:
                         events.extend(self._link.lose(reason, self._now))
                     case EndEpoch():
                         pass  # it has ended already
+
+    def _record(self, event: Event, instructions: list[Instruction]) -> None:
+        """A log that cannot be written ends the log, not the service."""
+        if self._recorder is None:
+            return
+        try:
+            self._recorder.write(event, instructions)
+        except OSError as error:
+            print(f"pagewire: recording stops: {error}", file=sys.stderr, flush=True)
+            self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder:
+            with contextlib.suppress(OSError):  # what is buffered cannot be written, either
+                recorder.close()
 
     def _post(self) -> None:
         """All that this iteration has for the frontend, in one call."""
@@ -259,6 +280,9 @@ class EngineLoop:
             poller.unregister(process.exit_fd)
             for event in self._link.exited(process.reap(), self._now):
                 self._feed(event)
+            if self._link.ready is None and process.futile_starts >= _FUTILE_STARTS:
+                self._link.fatal = f"gave up after {process.futile_starts} starts: {self._link.reason}"
+                return
         if not process.pid and self._clock() >= process.start_at:
             try:
                 process.start()
@@ -273,7 +297,6 @@ class EngineLoop:
         if self._process:
             self._process.stop(_LAST_WORDS if told else 0.0)
         self._socket.close()
-        if self._recorder:
-            self._recorder.close()
+        self._stop_recording()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)

@@ -49,6 +49,11 @@ class WorkerProcess:
     def was_ready(self) -> None:
         self._futile = 0
 
+    @property
+    def futile_starts(self) -> int:
+        """In a row, the present one included."""
+        return self._futile
+
     def has_ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
@@ -89,4 +94,9 @@ class WorkerProcess:
 
 
 def _in_words(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"was killed by signal {-code}"

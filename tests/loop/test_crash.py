@@ -164,8 +164,32 @@ def test_the_books_are_audited_when_nobody_is_served(monkeypatch: pytest.MonkeyP
         device.free_slots.pop(0)
         last = Submit("last", [300, 301], 2, Sampling(max_tokens=3))
         observer.loop.send(last)
-        observer.until(lambda: observer.status.failed, "the failure")
+        observer.until(lambda: any("do not add up" in status.reason for _, status in observer.statuses), "the doubt")
         assert observer.streams["last", 0].finish == FinishReason.LENGTH, "served first, audited later"
+        observer.until_serving()
+        again = Submit("again", [300, 301], 2, Sampling(max_tokens=3))
+        observer.loop.send(again)
+        observer.until_finished([again])
+        assert not observer.status.failed, "a new epoch has new books"
+
+
+@pytest.mark.parametrize("option", ["load_fails=1", "load_fails=2"])
+def test_a_service_whose_first_worker_never_comes_up_gives_up(option: str) -> None:
+    with running(loop_config(f"fake:{option}")) as observer:
+        observer.until(lambda: observer.statuses and observer.status.failed, "giving up")
+        assert "gave up after 5 starts" in observer.status.reason
+
+
+def test_a_worker_killed_by_a_signal_without_a_name_is_replaced() -> None:
+    made = submits(4, random.Random(3))
+    with running(loop_config("fake:delay_ms=2")) as observer:
+        observer.until_serving()
+        for submit in made:
+            observer.loop.send(submit)
+        observer.until_tokens(5)
+        os.kill(observer.status.workers[0].pid, signal.SIGRTMIN + 6)
+        observer.until_finished(made)
+        assert_undisturbed(observer, made)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["hanging", "stopped"])

@@ -42,6 +42,16 @@ def test_the_log_holds_everything_that_the_engine_heard(log: Path) -> None:
     assert sum(isinstance(event, WorkerLost) for event in events) >= 1
 
 
+def test_a_full_disk_ends_the_log_and_not_the_service(capfd: pytest.CaptureFixture[str]) -> None:
+    made = submits(60, random.Random(2))
+    with running(loop_config(record=Path("/dev/full"))) as observer:
+        for submit in made:
+            observer.loop.send(submit)
+        observer.until_finished(made)
+        assert not observer.status.failed
+    assert capfd.readouterr().err.count("recording stops: ") == 1
+
+
 def test_a_replay_gives_the_same_instructions_under_another_hash_seed(log: Path) -> None:
     for seed in ("1", "2"):
         done = subprocess.run(
