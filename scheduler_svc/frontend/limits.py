@@ -17,6 +17,9 @@ MAX_N: Final = 64
 MAX_LOGPROBS: Final = 20
 MAX_PRIORITY: Final = 100
 MAX_UINT32: Final = 2**32 - 1
+MAX_MESSAGES: Final = 4096
+MAX_CHARACTERS: Final = 2**20  # to Tokenize; to Generate it is the context that bounds a prompt
+MAX_DETOKENIZE: Final = 2**20
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from protos.wire import FinishReason, Question, TokenLogprobs, WorkerStatus
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found
+from scheduler_svc.frontend.limits import MAX_DETOKENIZE
 from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.validation import Violations, check_request_id, check_vocabulary
 
@@ -71,6 +72,8 @@ class InferenceService:
 
     async def detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         violations, model = Violations(), self.core.model
+        if (count := len(request.token_ids)) > MAX_DETOKENIZE:
+            violations.add("token_ids", f"has {count} ids; at most {MAX_DETOKENIZE}")
         check_vocabulary("token_ids", request.token_ids, model.card.vocab_size, violations)
         violations.check()
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True

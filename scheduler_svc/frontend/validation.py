@@ -22,7 +22,9 @@ from scheduler_svc.frontend.limits import (
     MAX_BAD_WORDS,
     MAX_BIAS,
     MAX_BIASES,
+    MAX_CHARACTERS,
     MAX_ID_BYTES,
+    MAX_MESSAGES,
     MAX_PRIORITY,
     MAX_SALT_BYTES,
     MAX_STOP_IDS,
@@ -188,10 +190,16 @@ class Preparer:
     async def tokenize(
         self, field: str, text: str, add_special_tokens: bool, max_tokens: int | None, violations: Violations
     ) -> list[int]:
-        """[] with a violation for an empty text, and for one that must be longer than `max_tokens`."""
+        """[] with a violation for an empty text, and for one that must be longer than `max_tokens`.
+
+        Where `max_tokens` is None, MAX_CHARACTERS is the bound.
+        """
         tokenizer = self.model.tokenizer
         if not text:
             violations.add(field, "is empty")
+            return []
+        if max_tokens is None and len(text) > MAX_CHARACTERS:
+            violations.add(field, f"has {len(text)} characters; at most {MAX_CHARACTERS}")
             return []
         if max_tokens and len(text) > max_tokens * tokenizer.longest_token:
             violations.add(field, f"has {len(text)} characters, more than {max_tokens} tokens can hold")
@@ -210,6 +218,9 @@ class Preparer:
             return []
         if not chat.messages:
             violations.add("chat.messages", "is empty; give at least 1 message")
+            return []
+        if len(chat.messages) > MAX_MESSAGES:
+            violations.add("chat.messages", f"has {len(chat.messages)} messages; at most {MAX_MESSAGES}")
             return []
         unnamed = [i for i, message in enumerate(chat.messages) if not message.role]
         for i in unnamed:

@@ -216,6 +216,25 @@ async def test_other_methods(service: Service) -> None:
     assert list(await refused(stub.CancelGeneration(pb.CancelGenerationRequest()))) == ["request_id"]
 
 
+async def test_how_long_an_input_may_be(service: Service) -> None:
+    """Also where no context bounds it. The chat has too many messages to be rendered at all."""
+    stub = service.inference
+    many = pb.ChatMessages(messages=[pb.ChatMessage(role="user")] * 4097)
+    long = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x" * 2**19)] * 2)
+    ids = [0] * 2**20
+    assert await refused(stub.Tokenize(pb.TokenizeRequest(text="x" * (2**20 + 1)))) == {
+        "text": "has 1048577 characters; at most 1048576"
+    }
+    assert "at most 1048576" in (await refused(stub.Tokenize(pb.TokenizeRequest(chat=long))))["chat.messages"]
+    assert len((await stub.Tokenize(pb.TokenizeRequest(text="x" * 2**20))).token_ids) == 2**20
+    for call in (stub.Tokenize(pb.TokenizeRequest(chat=many)), stub.Generate(pb.GenerateRequest(chat=many))):
+        assert await refused(call) == {"chat.messages": "has 4097 messages; at most 4096"}
+    assert await refused(stub.Detokenize(pb.DetokenizeRequest(token_ids=[*ids, 0]))) == {
+        "token_ids": "has 1048577 ids; at most 1048576"
+    }
+    assert len((await stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text) == 2**20
+
+
 async def test_many_violations_still_fit_into_the_trailers(service: Service) -> None:
     request = sampled(logit_bias=dict.fromkeys(range(500), NAN), stop=["x" * 2000] * 16)
     request.request_id = "é" * 100_000
