@@ -42,7 +42,7 @@ class VllmEngine:
             SERVICE,
             {
                 "Generate": rpc.server_stream(vllm.GenerateRequest, self.generate),
-                "Embed": rpc.unary(vllm.EmbedRequest, self._unimplemented("Embed: this model generates text")),
+                "Embed": rpc.unary(vllm.EmbedRequest, self._unimplemented("Embed")),
                 "HealthCheck": rpc.unary(vllm.HealthCheckRequest, self.health_check),
                 "FlushCache": rpc.unary(common_pb2.FlushCacheRequest, self.flush_cache),
                 "StartProfile": rpc.unary(common_pb2.StartProfileRequest, self._unimplemented("StartProfile")),
@@ -177,7 +177,7 @@ class VllmEngine:
     @staticmethod
     def _unimplemented(what: str) -> Callable[[Message, Context], Awaitable[Message]]:
         async def method(request: Message, context: Context) -> Message:
-            raise unimplemented(f"{what} is not served")
+            raise unimplemented(f"{what} is not served: this service generates text")
 
         return method
 

@@ -221,6 +221,7 @@ async def test_what_is_not_served_says_so(service: Service, method: str, request
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read() if method == "SubscribeKvEvents" else await call
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert str(caught.value.details()).startswith(f"{method} is not served: ")
 
 
 async def test_flush_cache(service: Service) -> None:
