@@ -16,9 +16,9 @@ from scheduler_svc.frontend import detokenizer, gguf_tokenizer
 from scheduler_svc.frontend.chat_template import ChatTemplate
 from scheduler_svc.frontend.detokenizer import Detokenizer, Vocabulary
 
-# Encoding costs about 1 µs a character, and `tokenizers` gives up the GIL meanwhile: longer texts go to a thread, so
-# that no stream waits for somebody's long prompt.
+# Encoding costs about 1 µs a character: longer texts go to a thread, so that no stream waits for a stranger's prompt.
 INLINE_CHARACTERS: Final = 2_000
+INLINE_TOKENS: Final = 2_000
 BUNDLE_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,16 +60,25 @@ class Tokenizer:
         if len(text) <= INLINE_CHARACTERS:
             return self.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self.encode, text, add_special_tokens)
+        return await loop.run_in_executor(self._threads, self._encode_without_gil, text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     async def decode_off_loop(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        if len(token_ids) <= INLINE_CHARACTERS:
+        """`decode`, in a thread where the ids are many."""
+        if len(token_ids) <= INLINE_TOKENS:
             return self.decode(token_ids, skip_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self.decode, token_ids, skip_special_tokens)
+        return await loop.run_in_executor(self._threads, self._decode_without_gil, token_ids, skip_special_tokens)
+
+    # `tokenizers` holds the GIL while it encodes or decodes one, and gives it up only for batches.
+
+    def _encode_without_gil(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _decode_without_gil(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return self._vocabulary.detokenizer(skip_special_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from scheduler_svc.frontend import gguf_tokenizer
 from scheduler_svc.frontend.chat_template import ChatTemplate, TemplateRefusedError
 from scheduler_svc.frontend.detokenizer import byte_characters
 from scheduler_svc.frontend.model import ModelError, ServedModel, load_model
-from scheduler_svc.frontend.tokenizer import byte_tokenizer
+from scheduler_svc.frontend.tokenizer import byte_tokenizer, from_gguf
 
 TEXTS = [
     "Hello, world!",
@@ -199,19 +200,41 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, str], named:
         gguf_tokenizer.build(metadata(**change))
 
 
-def test_long_texts_are_encoded_off_the_loop(real_model: ServedModel) -> None:
-    """While a thread encodes, the loop turns."""
+async def longest_stall(task: asyncio.Future[Any]) -> float:
+    """Of the loop's turns while `task` runs, the longest: as a share of all the time that it took."""
+    longest, began = 0.0, time.perf_counter()
+    last = began
+    while not task.done():
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest / (last - began)
 
-    async def turns() -> tuple[list[int], int]:
-        count, task = 0, asyncio.ensure_future(real_model.tokenizer.encode_off_loop("many words " * 50_000))
-        while not task.done():
-            await asyncio.sleep(0)
-            count += 1
-        return await task, count
 
-    ids, count = asyncio.run(turns())
-    assert ids == real_model.tokenizer.encode("many words " * 50_000)
-    assert count > 10
+async def test_long_texts_stall_nobody(real_model: ServedModel) -> None:
+    """A thread that holds the GIL would stall the loop for nearly all the time that it takes."""
+    text, tokenizer = "many words " * 50_000, real_model.tokenizer
+    encoding = asyncio.ensure_future(tokenizer.encode_off_loop(text))
+    assert await longest_stall(encoding) < 0.5
+    assert encoding.result() == tokenizer.encode(text)
+
+
+async def test_many_ids_stall_nobody(real_model: ServedModel) -> None:
+    ids, tokenizer = list(range(17, 10_017)) * 60, real_model.tokenizer
+    decoding = asyncio.ensure_future(tokenizer.decode_off_loop(ids))
+    assert await longest_stall(decoding) < 0.5
+    assert decoding.result() == tokenizer.decode(ids)
+
+
+async def test_off_the_loop_the_result_is_the_same() -> None:
+    """Special tokens and ends, for a text that goes to a thread."""
+    model = from_gguf(metadata(add_bos_token=True, add_eos_token=True), {})
+    for add in (True, False):
+        ids = await model.encode_off_loop("x<eos>" * 1000, add)
+        assert ids == model.encode("x<eos>" * 1000, add)
+        assert len(ids) == 2000 + 2 * add
+        for skip in (True, False):
+            assert await model.decode_off_loop(ids * 2, skip) == model.decode(ids * 2, skip)
 
 
 # ---------------------------------------------------------------- model directories
