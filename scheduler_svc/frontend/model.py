@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,15 @@ from typing import Any, Final
 
 from protos import gguf_header
 from scheduler_svc.frontend import tokenizer
+from scheduler_svc.frontend.config_fields import METADATA, optional, parse_object, positive, token_ids
 from scheduler_svc.frontend.limits import DEFAULT_RANGES
 from scheduler_svc.frontend.tokenizer import Tokenizer, TokenizerError
 
 FAKE: Final = "fake:"  # `fake:vocab=512,…` names the fake backend of worker_svc/backends
 FAKE_VOCAB: Final = 512
 FAKE_CONTEXT: Final = 8192
+CONFIG: Final = "config.json"
+GENERATION: Final = "generation_config.json"
 
 
 class ModelError(ValueError):
@@ -72,32 +74,46 @@ def load_model(path: str | Path) -> ServedModel:
         raise ModelError(f"{path}: {error}") from error
     except gguf_header.GGUFError as error:
         raise ModelError(str(error)) from error
-    except KeyError as error:
-        raise ModelError(f"{path}: the model's configuration has no {error.args[0]!r}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
     raise ModelError(f"{path} is neither a directory nor a .gguf file")
 
 
 def _directory_card(path: Path) -> ModelCard:
-    config = json.loads((path / "config.json").read_text())
-    text = config.get("text_config", config)
-    generation_path = path / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
-    architectures = config.get("architectures") or [""]
+    config = parse_object(CONFIG, (path / CONFIG).read_bytes())
+    text = optional(config, CONFIG, "text_config", dict) or config
+    generation_path = path / GENERATION
+    generation = parse_object(GENERATION, generation_path.read_bytes()) if generation_path.is_file() else {}
+    vocab_size = positive(text, CONFIG, "vocab_size")
+    ends, ends_file = (generation, GENERATION) if "eos_token_id" in generation else (text, CONFIG)
+    quantization = optional(config, CONFIG, "quantization_config", dict) or {}
     return ModelCard(
         name=path.name,
         path=str(path),
-        architecture=architectures[0],
-        model_type=config.get("model_type", ""),
-        vocab_size=text["vocab_size"],
-        max_model_len=text["max_position_embeddings"],
-        eos_token_ids=_ids(generation.get("eos_token_id", text.get("eos_token_id"))),
-        bos_token_id=generation.get("bos_token_id", text.get("bos_token_id")),
-        pad_token_id=generation.get("pad_token_id", text.get("pad_token_id")),
-        quantization=config.get("quantization_config", {}).get("quant_method", ""),
+        architecture=_architecture(config),
+        model_type=optional(config, CONFIG, "model_type", str) or "",
+        vocab_size=vocab_size,
+        max_model_len=positive(text, CONFIG, "max_position_embeddings"),
+        eos_token_ids=token_ids(ends, ends_file, "eos_token_id", vocab_size),
+        bos_token_id=_named_id(generation, text, "bos_token_id"),
+        pad_token_id=_named_id(generation, text, "pad_token_id"),
+        quantization=optional(quantization, f"{CONFIG}: quantization_config", "quant_method", str) or "",
         defaults=_defaults(generation),
     )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    first, *_ = optional(config, CONFIG, "architectures", list) or [""]
+    if not isinstance(first, str):
+        raise ValueError(f"{CONFIG}: architectures[0] is {first!r}; must be a string")
+    return first
+
+
+def _named_id(generation: dict[str, Any], text: dict[str, Any], key: str) -> int | None:
+    """Only told to routers, nothing is sampled by it. None for the −1 that some models write for none."""
+    values, file = (generation, GENERATION) if key in generation else (text, CONFIG)
+    value = optional(values, file, key, int)
+    return value if value is not None and value >= 0 else None
 
 
 def _defaults(generation: dict[str, Any]) -> Defaults:
@@ -108,36 +124,31 @@ def _defaults(generation: dict[str, Any]) -> Defaults:
     given = {name: value for name in DEFAULT_RANGES if (value := generation.get(name)) is not None}
     for name, value in given.items():
         if value not in (allowed := DEFAULT_RANGES[name]):
-            raise ValueError(f"generation_config.json: {name} is {value!r}; must be in {allowed}")
+            raise ValueError(f"{GENERATION}: {name} is {value!r}; must be in {allowed}")
     return Defaults(**given)
-
-
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    match value:
-        case None:
-            return ()
-        case int(one):
-            return (one,)
-        case _:
-            return tuple(value)
 
 
 def _gguf_model(path: Path) -> ServedModel:
     header = gguf_header.read(path)
     metadata = header.metadata
-    architecture = metadata["general.architecture"]
-    end_names = ("eos", "eot", "eom")
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in end_names)
+    architecture = optional(metadata, METADATA, "general.architecture", str)
+    if not architecture:
+        raise ValueError(f"{METADATA} has no 'general.architecture'")
+    size_key = f"{architecture}.vocab_size"
+    tokens = optional(metadata, METADATA, "tokenizer.ggml.tokens", list) or []
+    vocab_size = positive(metadata, METADATA, size_key) if size_key in metadata else len(tokens)
+    end_keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ends = (i for key in end_keys for i in token_ids(metadata, METADATA, key, vocab_size))
     card = ModelCard(
         name=path.stem,
         path=str(path),
         architecture=architecture,
         model_type=architecture,
-        vocab_size=metadata.get(f"{architecture}.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
-        max_model_len=metadata[f"{architecture}.context_length"],
-        eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        vocab_size=vocab_size,
+        max_model_len=positive(metadata, METADATA, f"{architecture}.context_length"),
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        bos_token_id=optional(metadata, METADATA, "tokenizer.ggml.bos_token_id", int),
+        pad_token_id=optional(metadata, METADATA, "tokenizer.ggml.padding_token_id", int),
         quantization=_gguf_quantization(header),
     )
     config = {

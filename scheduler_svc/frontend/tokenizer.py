@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,13 @@ import tokenizers
 
 from scheduler_svc.frontend import detokenizer, gguf_tokenizer
 from scheduler_svc.frontend.chat_template import ChatTemplate
+from scheduler_svc.frontend.config_fields import METADATA, optional, parse_object, token_ids
 from scheduler_svc.frontend.detokenizer import Detokenizer, Vocabulary
 
 # Encoding costs about 1 µs a character: longer texts go to a thread, so that no stream waits for a stranger's prompt.
 INLINE_CHARACTERS: Final = 2_000
 INLINE_TOKENS: Final = 2_000
+NAMED_TEMPLATE: Final = "must be an object with the strings name and template"
 BUNDLE_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -85,7 +88,10 @@ class Tokenizer:
 
 
 def from_directory(path: Path) -> Tokenizer:
-    """From tokenizer.json, tokenizer_config.json and, where it is, chat_template.jinja. Raises TokenizerError."""
+    """From tokenizer.json, tokenizer_config.json and, where it is, chat_template.jinja.
+
+    Raises TokenizerError, and ValueError for a file that is no JSON object.
+    """
     files = {name: (path / name).read_bytes() for name in BUNDLE_FILES if (path / name).is_file()}
     if "tokenizer.json" not in files:
         raise TokenizerError(f"{path} has no tokenizer.json")
@@ -95,25 +101,29 @@ def from_directory(path: Path) -> Tokenizer:
         raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read: {error}") from error
     backend.no_padding()
     backend.no_truncation()
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config = parse_object("tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
     return Tokenizer(backend, _template(_directory_template(files, config), _special_names(config)), files)
 
 
 def from_gguf(metadata: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
-    """`config` is the model's, in Hugging Face's words, for the routers that ask for it. Raises TokenizerError."""
+    """`config` is the model's, in Hugging Face's words, for the routers that ask for it.
+
+    Raises TokenizerError, and ValueError for a field of the wrong kind.
+    """
     try:
         backend = gguf_tokenizer.build(metadata)
     except gguf_tokenizer.UnsupportedTokenizerError as error:
         raise TokenizerError(str(error)) from error
     except KeyError as error:
         raise TokenizerError(f"the GGUF file's metadata has no {error.args[0]!r}") from error
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(f"the GGUF file's tokenizer cannot be rebuilt: {_one_line(error)}") from error
     tokens = metadata["tokenizer.ggml.tokens"]
-    special = {
-        f"{short}_token": tokens[i]
-        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
-        if (i := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
-    }
-    source = metadata.get("tokenizer.chat_template")
+    special: dict[str, str] = {}
+    for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        for i in token_ids(metadata, METADATA, f"tokenizer.ggml.{name}_token_id", len(tokens)):
+            special[f"{short}_token"] = tokens[i]
+    source = optional(metadata, METADATA, "tokenizer.chat_template", str)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -160,14 +170,29 @@ def _template(source: str | None, special_tokens: dict[str, str]) -> ChatTemplat
 def _directory_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
-    template = json.loads(files["chat_template.json"]) if "chat_template.json" in files else config
+    name = "chat_template.json" if "chat_template.json" in files else "tokenizer_config.json"
+    template = parse_object(name, files[name]) if name in files else config
     match template.get("chat_template"):
+        case None:
+            return None
         case str(source):
             return source
         case list(named):  # several templates by name
-            return next((entry["template"] for entry in named if entry["name"] == "default"), None)
-        case _:
+            for i, entry in enumerate(named):
+                match entry:
+                    case {"name": "default", "template": str(source)}:
+                        return source
+                    case {"name": str(), "template": str()}:
+                        pass
+                    case _:
+                        raise TokenizerError(f"{name}: chat_template[{i}] is {reprlib.repr(entry)}; {NAMED_TEMPLATE}")
             return None
+        case other:
+            raise TokenizerError(f"{name}: chat_template is {reprlib.repr(other)}; must be a string or a list")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _special_names(config: dict[str, Any]) -> dict[str, str]:

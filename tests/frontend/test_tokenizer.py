@@ -237,6 +237,26 @@ async def test_off_the_loop_the_result_is_the_same() -> None:
             assert await model.decode_off_loop(ids * 2, skip) == model.decode(ids * 2, skip)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"merges": ["a zz"]}, "`zz` out of vocabulary"),
+        ({"merges": [5]}, "tokenizer cannot be rebuilt"),
+        ({"merges": ["ab"]}, "tokenizer cannot be rebuilt"),
+        ({"tokens": [1, 2]}, "tokenizer cannot be rebuilt"),
+        ({"tokens": []}, "tokenizer cannot be rebuilt"),
+        ({"token_type": [1]}, "tokenizer cannot be rebuilt"),
+        ({"bos_token_id": 9999, "add_bos_token": True}, "tokenizer cannot be rebuilt"),
+        ({"bos_token_id": 9999}, r"tokenizer\.ggml\.bos_token_id is 9999; must be in \[0, 257\]"),
+        ({"padding_token_id": "x"}, r"tokenizer\.ggml\.padding_token_id is 'x'; must be in \[0, 257\]"),
+    ],
+)
+def test_a_damaged_vocabulary_is_one_clear_line(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        from_gguf(metadata(**change), {})
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- model directories
 
 
@@ -287,12 +307,51 @@ def test_a_directory_without_generation_config(tmp_path: Path) -> None:
         ({"tokenizer__json": "{"}, "tokenizer.json cannot be read"),
         ({"config__json": {"vocab_size": 3}}, "max_position_embeddings"),
         ({"config__json": "[1"}, "Expecting"),
+        ({"config__json": []}, r"config\.json is \[\]; must be an object"),
+        ({"config__json": "[" * 100_000}, r"config\.json is not JSON"),
+        *[
+            (
+                {"config__json": {"vocab_size": 300, "max_position_embeddings": 128, key: value}},
+                rf"config\.json: {words}",
+            )
+            for key, value, words in (
+                ("architectures", 5, "architectures is 5; must be a list"),
+                ("architectures", [5], r"architectures\[0\] is 5; must be a string"),
+                ("model_type", [], r"model_type is \[\]; must be a string"),
+                ("text_config", 5, "text_config is 5; must be an object"),
+                ("quantization_config", 5, "quantization_config is 5; must be an object"),
+                (
+                    "quantization_config",
+                    {"quant_method": 5},
+                    "quantization_config: quant_method is 5; must be a string",
+                ),
+                ("vocab_size", "x", "vocab_size is 'x'; must be a whole number"),
+                ("vocab_size", 0, "vocab_size is 0; must be at least 1"),
+                ("eos_token_id", 300, r"eos_token_id is 300; must be in \[0, 299\], whole"),
+            )
+        ],
+        ({"generation_config__json": []}, r"generation_config\.json is \[\]; must be an object"),
+        *[
+            (
+                {"generation_config__json": {"eos_token_id": value}},
+                r"generation_config\.json: eos_token_id is .*; must be in \[0, 299\], whole",
+            )
+            for value in json.loads('["x", -1, 300, 99999, 1.5, true, {}, [1, "x"], [1, 300]]')
+        ],
+        ({"tokenizer_config__json": []}, r"tokenizer_config\.json is \[\]; must be an object"),
+        (
+            {"tokenizer_config__json": {"chat_template": [5]}},
+            r"tokenizer_config\.json: chat_template\[0\] is 5; must be",
+        ),
+        ({"tokenizer_config__json": {"chat_template": 5}}, r"tokenizer_config\.json: chat_template is 5; must be"),
+        ({"chat_template__json": []}, r"chat_template\.json is \[\]; must be an object"),
         ({"chat_template__jinja": "{% for %}"}, "chat template cannot be parsed"),
         *[
             ({"generation_config__json": {name: value}}, rf"generation_config\.json: {name} is .*; must be in {limits}")
             for name, value, limits in (
                 ("repetition_penalty", 1e-38, r"\[0\.01, 100\]"),
                 ("temperature", -1, r"\[0, 100\]"),
+                ("temperature", "hot", r"\[0, 100\]"),
                 ("temperature", float("nan"), r"\[0, 100\]"),
                 ("top_p", 0, r"\(0, 1\]"),
                 ("min_p", "0.1", r"\[0, 1\]"),
@@ -306,6 +365,21 @@ def test_a_broken_directory_is_one_clear_line(tmp_path: Path, files: dict[str, A
     with pytest.raises(ModelError, match=words) as caught:
         load_model(write_directory(tmp_path, **files))
     assert "\n" not in str(caught.value)
+
+
+def test_null_is_as_good_as_unset(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(["architectures", "model_type", "text_config", "quantization_config", "eos_token_id"])
+    config = {"vocab_size": 300, "max_position_embeddings": 128, "pad_token_id": -1, **nulls}
+    card = load_model(write_directory(tmp_path, config__json=config)).card
+    assert (card.architecture, card.model_type, card.quantization) == ("", "", "")
+    assert (card.vocab_size, card.eos_token_ids, card.pad_token_id) == (300, (), None)
+
+
+def test_the_default_of_several_templates(tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]
+    model = load_model(write_directory(tmp_path, tokenizer_config__json={"chat_template": named}))
+    assert model.tokenizer.chat_template is not None
+    assert model.tokenizer.chat_template.source == "D"
 
 
 def test_what_is_no_model_at_all(tmp_path: Path) -> None:
