@@ -219,6 +219,17 @@ def test_no_block_is_hit_in_the_step_that_fills_it(depth: int) -> None:
     w.check_ends()
 
 
+def test_a_chunk_is_not_hit_in_the_step_that_fills_it() -> None:
+    w = World(EngineConfig(block_size=4, max_num_seqs=4, max_step_tokens=20), align=8)
+    w.submit(request("a", 40, 2))
+    w.submit(request("b", 18, 2, seed=1))
+    w.ready()  # a's first chunk is 16, so that 4 are left of the step; b lacks 2 behind it
+    assert [(row.start, row.num_tokens) for row in w.plans[0].rows] == [(0, 16)]
+    w.run()
+    assert w.streams["b", 0].deltas[0].cached_tokens == 16
+    w.check_ends()
+
+
 def test_a_chunk_can_be_hit_while_it_is_in_flight() -> None:
     w = world(depth=2, max_step_tokens=16)
     w.submit(request("a", 40, 2))

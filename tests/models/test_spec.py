@@ -79,6 +79,17 @@ def test_the_older_spelling_of_rope_is_read() -> None:
     )
 
 
+def test_the_older_spelling_wins_as_in_transformers() -> None:
+    both = {
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "rope_theta": 7000.0,
+    }
+    theirs = LlamaConfig.from_dict(both).rope_parameters
+    rope = rope_of(both, 8, 64)
+    assert {"rope_type": rope.kind, "factor": rope.factor, "rope_theta": rope.theta} == theirs
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

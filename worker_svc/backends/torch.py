@@ -157,6 +157,8 @@ def _kv_cache(setup: Setup, shape: KVShape) -> KVCache:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = setup.kv_bytes or min(KV_BYTES, memory // 4)
     block_bytes = shape.block_bytes(setup.block_size)
+    if size > memory:
+        raise BackendError(f"kv_bytes {size} is more than this machine's memory, {memory}")
     if size < 2 * block_bytes:
         raise BackendError(
             f"kv_bytes {size} must hold two blocks: one of {setup.block_size} tokens takes {block_bytes}"

@@ -72,10 +72,10 @@ def decoder_spec(
 
 
 def rope_of(config: Config, head_dim: int, max_len: int) -> Rope:
-    """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    """From `rope_scaling` (before transformers 5) or else `rope_parameters`; what they leave out stands beside them."""
     fields, said = Fields(FILE, config), {}
     beside = {key: config.get(key) for key in _BESIDE_SCALING}
-    for group in (beside, fields.group("rope_scaling"), fields.group("rope_parameters")):
+    for group in (beside, fields.group("rope_scaling") or fields.group("rope_parameters")):
         said.update({key: value for key, value in group.items() if value is not None})
     scaling = Fields(f"{FILE}, rope", said)
     kind = scaling.text("rope_type", scaling.text("type", "default"))
