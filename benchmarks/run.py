@@ -188,7 +188,12 @@ def _table(runs: Sequence[Run]) -> Table:
 
 def _write(stem: Path, runs: Sequence[Run], seed: int) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    record = {**machine.describe(), "command": sys.argv, "seed": seed, "runs": [asdict(run) for run in runs]}
+    record = {
+        **machine.describe(),
+        "command": ["benchmarks/run.py", *sys.argv[1:]],
+        "seed": seed,
+        "runs": [asdict(run) for run in runs],
+    }
     Path(f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n")
     plot.draw(stem, [(run.contestant, result) for run in runs for result in run.results])
 
