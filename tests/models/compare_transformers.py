@@ -21,8 +21,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from client import english as prose
 from client import store
 from protos.wire import Admit, Epoch, Row, Sampling, Setup, StepPlan
+from scheduler_svc.frontend.model import load_model
 from worker_svc.backends.torch import TorchBackend
 from worker_svc.models.loader import Model, open_model
 
@@ -116,15 +118,15 @@ def stream(
 
 @torch.no_grad()
 def compare(path: Path, lengths: list[int], count: int, seed: int = 0) -> tuple[int, list[Difference]]:
-    """Tokens compared, and all differences, over one random text of each length."""
+    """Tokens compared, and all differences, over one passage of each length."""
     theirs = oracle(path)
     backend = TorchBackend(threads=torch.get_num_threads())
     setup = Setup(EPOCH, str(path), dtype="float32", block_size=BLOCK, max_slots=2, kv_bytes=1 << 28)
     backend.load(setup, lambda what, share: None)
     rng, compared, differences = random.Random(seed), 0, []
     steps = iter(range(1, sys.maxsize))
-    for length in lengths:
-        prompt = sample_text(theirs, length, rng)
+    for prompt in english(path, lengths, rng):
+        length = len(prompt)
         ours = stream(backend, steps, prompt, count, chunk=rng.choice([64, 100, 512, 2048]))
         token = next(ours)
         for i, (right, gap) in enumerate(greedy(theirs, prompt, count)):
@@ -139,16 +141,11 @@ def compare(path: Path, lengths: list[int], count: int, seed: int = 0) -> tuple[
     return compared, differences
 
 
-def sample_text(model: Any, length: int, rng: random.Random) -> list[int]:
-    """Text that the model itself might write, after a random beginning: greedy margins are narrow on it as in use."""
-    head = [rng.randrange(3, 49152) for _ in range(min(8, length))]
-    if length <= 8:
-        return head
-    torch.manual_seed(rng.randrange(1 << 30))
-    ids = model.generate(
-        torch.tensor([head]), max_new_tokens=length - 8, do_sample=True, eos_token_id=None, pad_token_id=2
-    )
-    return [int(token) for token in ids[0]]
+def english(path: Path, lengths: list[int], rng: random.Random) -> list[list[int]]:
+    """A passage of each length from real text, each from a place of its own."""
+    text = load_model(path).tokenizer.encode(prose.text(rng.randrange(1 << 30)), False)
+    starts = [rng.randrange(len(text) - length) for length in lengths]
+    return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> Iterator[tuple[int, float]]:
