@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -200,29 +199,26 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, str], named:
         gguf_tokenizer.build(metadata(**change))
 
 
-async def longest_stall(task: asyncio.Future[Any]) -> float:
-    """Of the loop's turns while `task` runs, the longest: as a share of all the time that it took."""
-    longest, began = 0.0, time.perf_counter()
-    last = began
+async def turns_beside(task: asyncio.Future[Any]) -> int:
+    """How often the loop came round while `task` ran: a thread that holds the GIL lets it a time or two."""
+    turns = 0
     while not task.done():
         await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    return longest / (last - began)
+        turns += 1
+    return turns
 
 
 async def test_long_texts_stall_nobody(real_model: ServedModel) -> None:
-    """A thread that holds the GIL would stall the loop for nearly all the time that it takes."""
     text, tokenizer = "many words " * 50_000, real_model.tokenizer
     encoding = asyncio.ensure_future(tokenizer.encode_off_loop(text))
-    assert await longest_stall(encoding) < 0.5
+    assert await turns_beside(encoding) > 10
     assert encoding.result() == tokenizer.encode(text)
 
 
 async def test_many_ids_stall_nobody(real_model: ServedModel) -> None:
     ids, tokenizer = list(range(17, 10_017)) * 60, real_model.tokenizer
     decoding = asyncio.ensure_future(tokenizer.decode_off_loop(ids))
-    assert await longest_stall(decoding) < 0.5
+    assert await turns_beside(decoding) > 10
     assert decoding.result() == tokenizer.decode(ids)
 
 

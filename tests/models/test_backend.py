@@ -156,6 +156,7 @@ def test_the_context_is_cut_to_the_memory(llama: tuple[Path, Any]) -> None:
         ({"host_blocks": 3}, "host_blocks 3 is not supported"),
         ({"block_size": 0}, "block_size 0 must be at least 1"),
         ({"kv_bytes": 100}, "kv_bytes 100 must hold two blocks"),
+        ({"kv_bytes": 1 << 60}, "more than this machine's memory"),
         ({"max_model_len": 513}, "max_model_len 513 is over the model's 512"),
         ({"model": "/nowhere"}, "no config.json"),
     ],
