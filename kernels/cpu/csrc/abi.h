@@ -1,0 +1,132 @@
+// The plain C ABI of the CPU step: one call of pw_step (or pw_forward, then pw_sample) is one step of a worker.
+//
+// Everything that is passed in stays the caller's. Every function that returns int answers 0, or −1 with a reason in
+// pw_error(). A model is used by one thread at a time. Fields are only ever appended, and PW_ABI raised where one is.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PW_ABI 1
+#define PW_PANEL 48     // columns of a packed panel
+#define PW_GROUP 32     // weights that share a scale in PW_INT4
+#define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
+#define PW_KV_TILE 64   // tokens that attention takes at a time, at absolute positions: multiples of this
+
+// A matrix W[n, k] of y = x Wᵀ, in panels of 48 columns n. np = n rounded up to 48, kp = k rounded up to 32; what is
+// beyond n and k weighs nothing. One layout serves every instruction set.
+//   PW_BF16  uint16 [np/48][kp/2][48][2]                       bfloat16 bits
+//   PW_INT8  uint8  [np/48][kp/4][48][4]                       q + 128;   w = scale[n] · q
+//   PW_INT4  [np/48][kp/32] of { uint16 d[48], m[48]; uint8 q[4][48][4] }   float16 d and m;   w = d · q + m
+//            q[t][n][i]: low nibble is k = 4 t + i of the group, high nibble is k = 16 + 4 t + i
+enum { PW_BF16 = 0, PW_INT8 = 1, PW_INT4 = 2 };
+enum { PW_KV_BF16 = 0, PW_KV_INT8 = 1 };
+enum { PW_SILU = 0, PW_GELU = 1, PW_GELU_TANH = 2 };
+
+typedef struct {
+  int32_t kind, n, k;
+  const void *data;    // 64-byte aligned
+  const float *scale;  // PW_INT8: [np], else null
+  const float *bias;   // [np] or null
+} pw_weight;
+
+typedef struct {
+  pw_weight qkv;      // rows: all q heads, then all k heads, then all v heads
+  pw_weight o;
+  pw_weight gate_up;  // panels alternate: 48 columns of gate, the same 48 of up; n = 2 · intermediate rounded up to 48
+  pw_weight down;
+  const float *attn_norm, *mlp_norm;  // [hidden]
+  const float *q_norm, *k_norm;       // [head_dim] or null
+  int32_t window;                     // positions seen, the token's own included; 0 is all
+} pw_layer;
+
+typedef struct {
+  int32_t abi;  // PW_ABI
+  int32_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
+  int32_t rotary_dim, max_model_len, activation;
+  int32_t kv_kind, block_size, num_blocks;  // blocks of `block_size` tokens; block 0 is the null block
+  float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;  // a softcap of 0 is off
+  const float *cos, *sin;     // [max_model_len, rotary_dim / 2]; dimensions (j, j + rotary_dim / 2) turn together
+  const uint16_t *embed;      // bfloat16 [vocab, hidden]; null: rows of lm_head, which is PW_BF16 then
+  const float *final_norm;    // [hidden]
+  pw_weight lm_head;
+  const pw_layer *layers;
+} pw_spec;
+
+typedef struct pw_model pw_model;
+
+int32_t pw_abi(void);
+const char *pw_error(void);                                  // of this thread's last failure
+const char *pw_isas(void);                                   // names this host can run, best first: "avx512_bf16 …"
+pw_model *pw_open(const pw_spec *, int32_t threads, const char *isa);  // null: failed. isa "auto" is the best
+void pw_close(pw_model *);
+const char *pw_isa(const pw_model *);
+int64_t pw_kv_block_bytes(const pw_spec *);                  // of one block, all layers
+
+// One step's tokens, as worker_svc.inputs.StepInputs has them. Rows are of distinct sequences.
+typedef struct {
+  int32_t num_rows, num_tokens;
+  const int64_t *cu;            // [R + 1] row i is tokens cu[i] … cu[i + 1] − 1
+  const int64_t *context_lens;  // [R] tokens seen by the row's last token, itself included
+  const int64_t *token_ids, *positions, *slot_mapping;  // [T]; slot_mapping = block · block_size + offset
+  const int64_t *block_tables;  // [R, table_stride]
+  int64_t table_stride;
+  const int32_t *adapters;      // [R] or null; anything but null is refused until adapters are built
+} pw_batch;
+
+// Outputs wanted of the last forward. S of them, each for one of its tokens, in any order, repeats allowed.
+typedef struct {
+  float temperature, min_p, repetition, presence, frequency;
+  int32_t logprobs;   // how many alternatives; −1: no logprobs at all
+  int64_t top_k;      // ≤ 0 is off
+  double top_p;
+  uint64_t seed;
+  int64_t position;   // absolute, of the token to be sampled: the counter of its noise
+} pw_params;
+
+typedef struct {
+  int32_t num;
+  const int64_t *tokens;       // [S] indices into T
+  const pw_params *params;     // [S]
+  // Edits as worker_svc.logit_edits.Edits has them: flat indices are output · vocab_size + token.
+  int64_t num_bias, num_bans, num_penalties;
+  const int64_t *bias_at;      const float *bias;
+  const int64_t *ban_at;
+  const int64_t *penalty_at, *penalty_counts;
+  const int32_t *mask_rows;    // [S] row of `bitmask`, −1 is unmasked; null: none is masked
+  const uint32_t *bitmask;     // [rows, ceil(vocab / 32)] bit i of word w is token 32 w + i
+  int32_t max_top;             // columns of top_*
+  int64_t *token_ids;          // out [S]
+  double *logprobs;            // out [S], for those that asked; null where none did
+  int64_t *ranks;              // out [S]
+  int64_t *top_ids;            // out [S, max_top]
+  double *top_logprobs;        // out [S, max_top]
+} pw_samples;
+
+int pw_forward(pw_model *, const pw_batch *);
+int pw_sample(pw_model *, const pw_samples *);
+int pw_step(pw_model *, const pw_batch *, const pw_samples *);  // both, where no row is masked
+// Of the last forward, for any of its tokens [count]: raw logits [count, vocab]; hidden states after the final norm
+// [count, hidden]; scores of given tokens under the raw distribution, as the logprobs of pw_sample.
+int pw_logits(pw_model *, const int64_t *tokens, int32_t count, float *out);
+int pw_hidden(pw_model *, const int64_t *tokens, int32_t count, float *out);
+int pw_score(pw_model *, const int64_t *tokens, const int64_t *token_ids, const int32_t *num_top, int32_t count,
+             int32_t max_top, double *logprobs, int64_t *ranks, int64_t *top_ids, double *top_logprobs);
+
+// Where the last step's time went, seconds by phase, on thread 0. Names: pw_phases(), space separated.
+const char *pw_phases(void);
+int pw_timings(const pw_model *, double *out);
+
+// Packing, from row-major matrices; `threads` of them at work. Sizes: pw_packed_bytes(kind, n, k).
+int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k);
+int pw_pack_bf16(const uint16_t *w, int32_t n, int32_t k, void *out);
+int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, float *scale);  // chooses q and scale [np]
+// Codes 0…15 [n, k], float16 bits of d and m [n, ceil(k/32)]; keeps them as they are.
+int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint16_t *m, int32_t n, int32_t k, void *out);
+uint64_t pw_checksum(const void *data, int64_t bytes);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,77 @@
+// What each instruction set implements, and how a step reaches it: one table of functions, chosen once by cpuid.
+//
+// gemm.inc, rows.inc, attention.inc and sampling.inc are compiled once for each set, inside a namespace of its own, by
+// isa_*.cpp. They use no templates of the standard library: a linker may keep any one copy of those, and the kept one
+// could hold instructions that this host lacks.
+#pragma once
+#include <cstdint>
+
+#include "abi.h"
+#include "team.h"
+
+namespace pw {
+
+constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// Rows of activations in the form that a kind of weight multiplies: `data` bfloat16 bits (PW_BF16) or int8, of rows
+// `stride` elements apart (k rounded up to 32, zeros beyond k).
+struct Operand {
+  int32_t kind;    // of the weights it is for
+  int64_t stride;  // elements
+  void *data;
+  float *scale;    // [rows] PW_INT8 and PW_INT4: x = scale · q, one scale a token
+  int32_t *sums;   // PW_INT8 [rows]: Σ q; PW_INT4 [rows][kp / 32]: Σ q of each group
+};
+
+enum class Then { store, add, glu };  // what becomes of y = x Wᵀ + b
+
+struct Output {
+  Then then;
+  float *c;         // store: c = y; add: c += y; glu: c = act(gate) · up, float32 [rows, ldc]
+  int64_t ldc;
+  uint16_t *c_bf16; // glu: where not null, instead of c: the same as bfloat16 bits, [rows, ldc]
+  int32_t activation;
+};
+
+struct Best { float value; int32_t index; };  // of a row: greatest logit, lowest index among equals
+
+// Everything about one layer's attention that does not change within a step.
+struct AttentionShape {
+  int32_t num_heads, num_kv_heads, head_dim, rotary_dim, kv_kind, block_size, num_blocks;
+  float norm_eps, scale, softcap;
+  const float *cos, *sin;  // [max_model_len, rotary_dim / 2]
+};
+
+// The functions marked "team" are called by every thread of the team inside Team::run, share the work among them, and
+// may return before the others have done their part: the caller puts a barrier where the next phase reads it.
+struct Kernels {
+  const char *name;
+  bool (*supported)();
+
+  // gemm.inc
+  void (*gemm)(Team &, int thread, const pw_weight &, const Operand &, int rows, const Output &);            // team
+  void (*gemm_argmax)(Team &, int thread, const pw_weight &, const Operand &, int rows, float softcap,
+                      Best *best /* [threads][rows]: this thread's own, written whole */);                    // team
+  // rows.inc: one row each, alone
+  void (*embed)(const pw_spec &, int64_t token, float *x /* [hidden] */);
+  void (*normalize)(const float *x, const float *weight, float eps, int k, float *y);
+  void (*prepare)(const float *x, const float *norm_weight /* or null: as it is */, float eps, int k,
+                  const Operand &, int row);  // norm, then rounding or quantizing into the operand's row
+  // attention.inc
+  int64_t (*page_bytes)(const AttentionShape &);  // of one layer, one kv head, PW_PAGE tokens
+  // One token: QK norm and rope on its q heads in place, K and V (after norm and rope) into its page.
+  // qkv float32 [(heads + 2 kv heads) · dim]; pages: this layer's, page (block · block_size/32 + i) · kv_heads + head.
+  void (*write_kv)(const AttentionShape &, const pw_layer &, float *qkv, int64_t position, int64_t slot, char *pages);
+  // Every row of the batch: q from qkv [T, ld], out float32 [T, heads · dim].
+  void (*attend)(Team &, int thread, const AttentionShape &, int window, const pw_batch &, const float *qkv, int64_t ld,
+                 const char *pages, float *out);                                                              // team
+  // sampling.inc: one output each, alone. `logits` float32 [vocab] may be written to; scratch: sampling_scratch bytes.
+  int64_t (*sampling_scratch)(int vocab);
+  int (*sample)(float *logits, int vocab, const pw_samples &, int output, char *scratch);  // −1: not numbers, or all banned
+  int (*score)(const float *logits, int vocab, int64_t token, int num_top, int max_top, double *logprob, int64_t *rank,
+               int64_t *top_ids, double *top_logprobs, char *scratch);
+};
+
+extern const Kernels kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx2, kernels_generic;
+
+}  // namespace pw

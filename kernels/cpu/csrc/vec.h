@@ -1,0 +1,172 @@
+// Sixteen lanes, on every instruction set: GCC's vector types, which the compiler cuts to the registers that there are.
+// Only what the language cannot say (fused multiply-add, dot products, float16) is written for each set.
+//
+// Compiled with -ffp-contract=off: a product and a sum are one rounding where fma() says so and two elsewhere, so a
+// row's bits do not depend on which loop the compiler met it in.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define PW_INLINE static inline __attribute__((always_inline))
+
+namespace pw {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+
+PW_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+PW_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
+PW_INLINE u32x16 splat(uint32_t x) { return u32x16{} + x; }
+template <class V>
+PW_INLINE V load_as(const void *p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PW_INLINE f32x16 load(const float *p) { return load_as<f32x16>(p); }
+PW_INLINE void store(float *p, f32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class V>
+PW_INLINE V max(V a, V b) { return a > b ? a : b; }
+template <class V>
+PW_INLINE V min(V a, V b) { return a < b ? a : b; }
+PW_INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7FFFFFFFu); }
+
+// a · b + c, rounded once where the set can.
+PW_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  union { f32x16 v; __m256 h[2]; } x{a}, y{b}, z{c};
+  z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
+  z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
+  return z.v;
+#else
+  return a * b + c;
+#endif
+}
+
+// Sums and maxima of the lanes, always in the same order.
+PW_INLINE float sum(f32x16 v) {
+  float a[16];
+  store(a, v);
+  for (int step = 8; step; step >>= 1)
+    for (int i = 0; i < step; i++) a[i] += a[i + step];
+  return a[0];
+}
+PW_INLINE float max_lane(f32x16 v) {
+  float a[16];
+  store(a, v);
+  for (int step = 8; step; step >>= 1)
+    for (int i = 0; i < step; i++) a[i] = a[i] > a[i + step] ? a[i] : a[i + step];
+  return a[0];
+}
+
+PW_INLINE f32x16 load_bf16(const uint16_t *p) {
+  return (f32x16)(__builtin_convertvector(load_as<u16x16>(p), u32x16) << 16);
+}
+// To the nearest, ties to even. NaN may become an infinity: nobody rounds one here.
+PW_INLINE u32x16 to_bf16(f32x16 v) {
+  u32x16 b = (u32x16)v;
+  return (b + 0x7FFFu + ((b >> 16) & 1u)) >> 16;
+}
+PW_INLINE void store_bf16(uint16_t *p, f32x16 v) {
+  u16x16 h = __builtin_convertvector(to_bf16(v), u16x16);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+PW_INLINE float bf16_to_float(uint16_t h) {
+  uint32_t b = uint32_t(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &b, 4);
+  return f;
+}
+PW_INLINE uint16_t float_to_bf16(float f) {
+  uint32_t b;
+  __builtin_memcpy(&b, &f, 4);
+  return uint16_t((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16);
+}
+
+PW_INLINE f32x16 load_f16(const uint16_t *p) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+  union { f32x16 v; __m256 h[2]; } r;
+  r.h[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+  r.h[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
+  return r.v;
+#else
+  // Exponent and mantissa moved up, then scaled by 2^112: subnormals come out right, infinities by a comparison.
+  u32x16 b = __builtin_convertvector(load_as<u16x16>(p), u32x16);
+  u32x16 body = (b & 0x7FFFu) << 13;
+  f32x16 scaled = (f32x16)body * splat(0x1p112f);
+  u32x16 special = (b & 0x7C00u) == 0x7C00u ? splat(0x7F800000u) | body : (u32x16)scaled;
+  return (f32x16)(special | ((b & 0x8000u) << 16));
+#endif
+}
+
+// acc[i] += w[i][0] · a[0] + w[i][1] · a[1]: 16 columns of bfloat16 pairs times one pair, which every lane of `a` holds.
+PW_INLINE f32x16 dot_bf16(f32x16 acc, u32x16 w, u32x16 a) {
+#if defined(__AVX512BF16__)
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)a);
+#else
+  acc = fma((f32x16)(w << 16), (f32x16)(a << 16), acc);
+  return fma((f32x16)(w & 0xFFFF0000u), (f32x16)(a & 0xFFFF0000u), acc);
+#endif
+}
+
+// acc[i] += Σ w[i][0..3] · a[0..3]: 16 columns of four unsigned bytes times four signed ones, which every lane holds.
+PW_INLINE i32x16 dot_u8s8(i32x16 acc, u32x16 w, u32x16 a) {
+#if defined(__AVX512VNNI__)
+  // In assembler, for GCC 12 copies an accumulator that the intrinsic takes.
+  __m512i c = (__m512i)acc;
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"((__m512i)w), "v"((__m512i)a));
+  return (i32x16)c;
+#elif defined(__AVX2__)
+  union { u32x16 v; __m256i h[2]; } x{w}, y{a};
+  union { i32x16 v; __m256i h[2]; } z{acc};
+  for (int i = 0; i < 2; i++) {  // as 16-bit pairs: bytes 0 and 2, bytes 1 and 3, so that nothing saturates
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(y.h[i], 8), 8), odd = _mm256_srai_epi16(y.h[i], 8);
+    z.h[i] = _mm256_add_epi32(z.h[i], _mm256_madd_epi16(_mm256_and_si256(x.h[i], _mm256_set1_epi16(0xFF)), even));
+    z.h[i] = _mm256_add_epi32(z.h[i], _mm256_madd_epi16(_mm256_srli_epi16(x.h[i], 8), odd));
+  }
+  return z.v;
+#else
+  for (int i = 0; i < 4; i++) {
+    i32x16 wi = (i32x16)((w >> (8 * i)) & 0xFFu), ai = ((i32x16)(a << (24 - 8 * i))) >> 24;
+    acc += wi * ai;
+  }
+  return acc;
+#endif
+}
+
+PW_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+PW_INLINE i32x16 to_int(f32x16 v) { return __builtin_convertvector(v, i32x16); }  // toward zero
+// To the nearest, ties to even, for |v| < 2^22.
+PW_INLINE f32x16 round(f32x16 v) {
+  const f32x16 magic = splat(12582912.0f);  // 1.5 · 2^23
+  return (v + magic) - magic;
+}
+
+// e^x to 1 ulp or two; 0 below −87.3, infinite above 88.7. Coefficients: minimax on [−ln 2 / 2, ln 2 / 2].
+PW_INLINE f32x16 exp(f32x16 x) {
+  f32x16 clamped = min(max(x, splat(-88.0f)), splat(88.72f));
+  f32x16 n = round(clamped * splat(1.44269504f));
+  f32x16 r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  f32x16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  i32x16 e = to_int(n);
+  i32x16 half = e >> 1;  // in two factors: 2^128 is no float
+  f32x16 a = (f32x16)((half + 127) << 23), b = (f32x16)((e - half + 127) << 23);
+  f32x16 y = p * a * b;
+  y = x < splat(-87.33f) ? splat(0.0f) : y;
+  return x > splat(88.72283f) ? splat(__builtin_inff()) : y;
+}
+
+}  // namespace pw
