@@ -89,7 +89,7 @@ PW_INLINE uint16_t float_to_bf16(float f) {
 
 PW_INLINE f32x16 load_f16(const uint16_t *p) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+  return (f32x16)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
   union { f32x16 v; __m256 h[2]; } r;
   r.h[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));

@@ -1,0 +1,86 @@
+// Matrices into panels, as abi.h describes them; and the checksum of what is kept in files.
+#include <cmath>
+#include <cstring>
+
+#include "abi.h"
+
+namespace {
+
+int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+
+extern "C" int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k) {
+  const int64_t np = up(n, PW_PANEL), kp = up(k, 32);
+  if (kind == PW_BF16) return np * kp * 2;
+  if (kind == PW_INT8) return np * kp;
+  return np / PW_PANEL * (kp / PW_GROUP) * PW_PANEL * (2 + 2 + PW_GROUP / 2);
+}
+
+extern "C" int pw_pack_bf16(const uint16_t *w, int32_t n, int32_t k, void *out) {
+  const int64_t kp = up(k, 32);
+  auto *panel = static_cast<uint16_t *>(out);
+  memset(out, 0, pw_packed_bytes(PW_BF16, n, k));
+  for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
+    for (int64_t c = 0; c < PW_PANEL && first + c < n; c++)
+      for (int64_t j = 0; j < k; j++) panel[(j / 2 * PW_PANEL + c) * 2 + j % 2] = w[(first + c) * k + j];
+  return 0;
+}
+
+extern "C" int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, float *scale) {
+  const int64_t kp = up(k, 32), np = up(n, PW_PANEL);
+  auto *panel = static_cast<uint8_t *>(out);
+  memset(out, 128, pw_packed_bytes(PW_INT8, n, k));
+  for (int64_t i = n; i < np; i++) scale[i] = 0;
+  for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
+    for (int64_t c = 0; c < PW_PANEL && first + c < n; c++) {
+      const float *row = w + (first + c) * k;
+      float greatest = 0;
+      for (int64_t j = 0; j < k; j++) greatest = fmaxf(greatest, fabsf(row[j]));
+      const float s = greatest / 127, divisor = s > 0 ? s : 1;
+      scale[first + c] = s;
+      for (int64_t j = 0; j < k; j++)
+        panel[(j / 4 * PW_PANEL + c) * 4 + j % 4] = uint8_t(int(nearbyintf(row[j] / divisor)) + 128);
+    }
+  return 0;
+}
+
+extern "C" int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint16_t *m, int32_t n, int32_t k, void *out) {
+  const int64_t groups = up(k, PW_GROUP) / PW_GROUP;
+  struct Group {
+    uint16_t d[PW_PANEL], m[PW_PANEL];
+    uint8_t q[4][PW_PANEL][4];
+  };
+  auto *panel = static_cast<Group *>(out);
+  memset(out, 0, pw_packed_bytes(PW_INT4, n, k));
+  for (int64_t first = 0; first < n; first += PW_PANEL, panel += groups)
+    for (int64_t c = 0; c < PW_PANEL && first + c < n; c++)
+      for (int64_t g = 0; g < groups; g++) {
+        panel[g].d[c] = d[(first + c) * groups + g];
+        panel[g].m[c] = m[(first + c) * groups + g];
+        for (int64_t j = 0; j < PW_GROUP && g * PW_GROUP + j < k; j++)
+          panel[g].q[j % 16 / 4][c][j % 4] |= uint8_t(codes[(first + c) * k + g * PW_GROUP + j] << (j / 16 * 4));
+      }
+  return 0;
+}
+
+extern "C" uint64_t pw_checksum(const void *data, int64_t bytes) {
+  constexpr uint64_t prime = 0x9E3779B185EBCA87;
+  uint64_t lanes[8], words[8];
+  for (uint64_t i = 0; i < 8; i++) lanes[i] = (i + 1) * prime;
+  const char *at = static_cast<const char *>(data);
+  for (int64_t left = bytes; left > 0; left -= 64, at += 64) {
+    memset(words, 0, left < 64 ? sizeof words : 0);
+    memcpy(words, at, left < 64 ? left : 64);
+    for (int i = 0; i < 8; i++) {
+      const uint64_t x = (lanes[i] ^ words[i]) * prime;
+      lanes[i] = x << 29 | x >> 35;
+    }
+  }
+  uint64_t h = uint64_t(bytes) * prime;
+  for (uint64_t lane : lanes) {
+    h = (h ^ lane) * prime;
+    h ^= h >> 32;
+  }
+  return h;
+}
