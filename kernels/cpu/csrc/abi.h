@@ -8,6 +8,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 #define PW_ABI 1
 #define PW_PANEL 48     // columns of a packed panel
@@ -60,7 +61,9 @@ typedef struct pw_model pw_model;
 int32_t pw_abi(void);
 const char *pw_error(void);                                  // of this thread's last failure
 const char *pw_isas(void);                                   // names this host can run, best first: "avx512_bf16 …"
-pw_model *pw_open(const pw_spec *, int32_t threads, const char *isa);  // null: failed. isa "auto" is the best
+// Null: failed. `isa` "auto" is the best. `cpus`: how many this process may use at once; more threads than those never
+// spin. Holds on to everything that the spec points to, until pw_close.
+pw_model *pw_open(const pw_spec *, int32_t threads, int32_t cpus, const char *isa);
 void pw_close(pw_model *);
 const char *pw_isa(const pw_model *);
 int64_t pw_kv_block_bytes(const pw_spec *);                  // of one block, all layers
@@ -127,6 +130,7 @@ int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, float *scale);
 int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint16_t *m, int32_t n, int32_t k, void *out);
 uint64_t pw_checksum(const void *data, int64_t bytes);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -74,4 +74,7 @@ struct Kernels {
 
 extern const Kernels kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx2, kernels_generic;
 
+const Kernels *find_kernels(const char *isa);  // "auto": the best this host can run. Null: none that it can run
+const char *kernel_names();                    // those this host can run, best first, space separated
+
 }  // namespace pw

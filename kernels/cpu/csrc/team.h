@@ -7,12 +7,15 @@ namespace pw {
 
 class Team {
  public:
-  explicit Team(int threads);  // throws std::system_error where a thread cannot be made
+  // `spin`: threads wait for each other awake, which is for as many as there are CPUs to run them at once. Throws
+  // std::system_error where a thread cannot be made.
+  Team(int threads, bool spin);
   ~Team();
   Team(const Team &) = delete;
   Team &operator=(const Team &) = delete;
 
   int size() const;
+  bool alive() const;  // false in the child of a fork: the threads stayed with the parent
 
   // Runs body(argument, thread) on every thread; returns when all have.
   void run(void (*body)(void *, int), void *argument);
@@ -20,9 +23,9 @@ class Team {
   // Inside a body, by every thread: waits until all are here.
   void barrier(int thread);
 
-  // Inside a body, by every thread, between two barriers at most one share: calls item(argument, thread, i) once for
-  // each i < count. Each thread begins with a range of its own, contiguous and the same in every step, and when that is
-  // done takes from the back of another's.
+  // Inside a body, by every thread: calls item(argument, thread, i) once for each i < count. Each thread begins with a
+  // range of its own, contiguous and the same in every step, and when that is done takes from the back of another's.
+  // Returns when no item is left to begin: others may still be at work on theirs. At most 2²⁴ − 1 items.
   void share(int thread, int count, void (*item)(void *, int thread, int i), void *argument);
 
   template <class F>

@@ -1,0 +1,2 @@
+#define PW_ISA avx2
+#include "isa.inc"

@@ -1,0 +1,2 @@
+#define PW_ISA avx512_vnni
+#include "isa.inc"

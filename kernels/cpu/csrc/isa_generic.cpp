@@ -1,0 +1,2 @@
+#define PW_ISA generic
+#include "isa.inc"

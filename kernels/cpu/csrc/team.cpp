@@ -1,0 +1,221 @@
+// Threads, barriers and shared work. Linux: what sleeps, sleeps on a futex.
+#include "team.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <climits>
+#include <memory>
+#include <system_error>
+#include <vector>
+
+namespace pw {
+namespace {
+
+constexpr int64_t SPIN_NS = 50'000;  // between steps, before a thread goes to sleep
+constexpr int LOOKS = 2'000;         // at a barrier, before the CPU is offered to others after each
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
+
+void sleep_while(std::atomic<uint32_t> &word, uint32_t value) {
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void wake_all(std::atomic<uint32_t> &word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// What is left of a thread's range in the share of number `phase`: items begin … end − 1. One word, so that its owner
+// (from the front) and thieves (from the back) agree on it; numbered, so that nobody clears it between shares.
+struct Range {
+  uint16_t phase;
+  uint32_t begin, end;  // 24 bits each
+
+  static Range of(uint64_t word) {
+    return {uint16_t(word >> 48), uint32_t(word >> 24) & 0xFFFFFF, uint32_t(word) & 0xFFFFFF};
+  }
+  uint64_t word() const { return uint64_t(phase) << 48 | uint64_t(begin) << 24 | end; }
+};
+
+struct alignas(64) Seat {
+  std::atomic<uint64_t> range{0};
+  alignas(64) uint16_t phase = 0;  // of its last share: its owner's alone
+};
+
+std::atomic<uint32_t> forks{0};
+void count_fork() { forks.fetch_add(1, std::memory_order_relaxed); }
+uint32_t count_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, count_fork);
+  return registered == 0 ? forks.load(std::memory_order_relaxed) : 0;
+}
+
+}  // namespace
+
+struct Team::State {
+  struct Start {
+    State *state;
+    int thread;
+  };
+
+  int threads;
+  bool spin;
+  uint32_t born;  // after so many forks
+  std::vector<Seat> seats;
+  std::vector<Start> starts;
+  std::vector<pthread_t> handles;
+  void (*body)(void *, int) = nullptr;
+  void *argument = nullptr;
+  bool closing = false;
+  alignas(64) std::atomic<uint32_t> step{0};    // raised to begin one
+  alignas(64) std::atomic<uint32_t> asleep{0};  // threads that sleep until then
+  alignas(64) std::atomic<uint32_t> here{0};    // threads that have come to the barrier
+  alignas(64) std::atomic<uint32_t> passed{0};  // raised when all have
+
+  State(int threads, bool spin) : threads(threads), spin(spin), born(count_forks()), seats(threads), starts(threads) {}
+
+  void create_threads();
+  void await_step(uint32_t seen);
+  void begin_step();
+  void close();
+  void meet();
+  bool take(int owner, bool front, uint16_t phase, int count, int *item);
+  static void *main(void *);
+};
+
+void Team::State::create_threads() {
+  // Signals are for the threads of the program.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  int error = 0;
+  for (int i = 1; i < threads && !error; i++) {
+    pthread_t handle;
+    starts[i] = {this, i};
+    error = pthread_create(&handle, nullptr, main, &starts[i]);
+    if (!error) handles.push_back(handle);
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (error) {
+    close();
+    throw std::system_error(error, std::generic_category(), "a thread cannot be made");
+  }
+}
+
+void *Team::State::main(void *argument) {
+  auto [state, thread] = *static_cast<Start *>(argument);
+  pthread_setname_np(pthread_self(), "pagewire-step");
+  for (uint32_t seen = 0;; seen++) {
+    state->await_step(seen);
+    if (state->closing) return nullptr;
+    state->body(state->argument, thread);
+    state->meet();
+  }
+}
+
+void Team::State::await_step(uint32_t seen) {
+  if (spin)
+    for (int64_t until = now_ns() + SPIN_NS; now_ns() < until;)
+      for (int i = 0; i < 32; i++) {
+        if (step.load(std::memory_order_acquire) != seen) return;
+        relax();
+      }
+  asleep.fetch_add(1);  // before the futex looks at `step`, as begin_step raises it before it looks at `asleep`
+  while (step.load() == seen) sleep_while(step, seen);
+  asleep.fetch_sub(1);
+}
+
+void Team::State::begin_step() {
+  step.fetch_add(1);
+  if (asleep.load()) wake_all(step);
+}
+
+void Team::State::close() {
+  closing = true;
+  begin_step();
+  for (pthread_t handle : handles) pthread_join(handle, nullptr);
+}
+
+void Team::State::meet() {
+  if (threads == 1) return;
+  const uint32_t seen = passed.load(std::memory_order_relaxed);
+  if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(threads)) {
+    here.store(0, std::memory_order_relaxed);
+    passed.store(seen + 1, std::memory_order_release);
+    if (!spin) wake_all(passed);
+    return;
+  }
+  for (int looks = 0; passed.load(std::memory_order_acquire) == seen; looks++) {
+    if (!spin)
+      sleep_while(passed, seen);
+    else if (looks < LOOKS)
+      relax();
+    else
+      sched_yield();  // whoever is awaited may be waiting for this very CPU
+  }
+}
+
+bool Team::State::take(int owner, bool front, uint16_t phase, int count, int *item) {
+  std::atomic<uint64_t> &word = seats[owner].range;
+  for (uint64_t before = word.load(std::memory_order_relaxed);;) {
+    Range range = Range::of(before);
+    const int ahead = int16_t(range.phase - phase);
+    if (ahead > 0) return false;  // it went on: nothing of this share is left
+    // An owner that has not come yet finds its range begun by whoever came first.
+    if (ahead < 0) range = {phase, uint32_t(int64_t(count) * owner / threads), uint32_t(int64_t(count) * (owner + 1) / threads)};
+    const bool empty = range.begin == range.end;
+    if (empty && ahead == 0) return false;
+    if (!empty) *item = front ? int(range.begin++) : int(--range.end);
+    if (word.compare_exchange_weak(before, range.word(), std::memory_order_relaxed)) return !empty;
+  }
+}
+
+Team::Team(int threads, bool spin) {
+  auto state = std::make_unique<State>(threads, spin);
+  state->create_threads();
+  state_ = state.release();
+}
+
+Team::~Team() {
+  if (alive()) state_->close();
+  delete state_;
+}
+
+int Team::size() const { return state_->threads; }
+bool Team::alive() const { return state_->born == count_forks(); }
+
+void Team::run(void (*body)(void *, int), void *argument) {
+  state_->body = body;
+  state_->argument = argument;
+  if (state_->threads > 1) state_->begin_step();
+  body(argument, 0);
+  state_->meet();
+}
+
+void Team::barrier(int) { state_->meet(); }
+
+void Team::share(int thread, int count, void (*item)(void *, int thread, int i), void *argument) {
+  State &state = *state_;
+  const uint16_t phase = ++state.seats[thread].phase;
+  int i;
+  while (state.take(thread, true, phase, count, &i)) item(argument, thread, i);
+  for (int other = 1; other < state.threads; other++)
+    while (state.take((thread + other) % state.threads, false, phase, count, &i)) item(argument, thread, i);
+}
+
+}  // namespace pw
