@@ -57,17 +57,25 @@ struct Kernels {
   void (*normalize)(const float *x, const float *weight, float eps, int k, float *y);
   void (*prepare)(const float *x, const float *norm_weight /* or null: as it is */, float eps, int k,
                   const Operand &, int row);  // norm, then rounding or quantizing into the operand's row
-  // attention.inc
+  void (*soften)(float *logits, int count, float cap);  // isa.inc: the softcap that gemm_argmax applies
+  // attention.inc and kv.inc
+  bool (*attention_fits)(const AttentionShape &);  // head_dim a multiple of 16, at most 256; whole groups of heads; …
   int64_t (*page_bytes)(const AttentionShape &);  // of one layer, one kv head, PW_PAGE tokens
   // One token: QK norm and rope on its q heads in place, K and V (after norm and rope) into its page.
   // qkv float32 [(heads + 2 kv heads) · dim]; pages: this layer's, page (block · block_size/32 + i) · kv_heads + head.
   void (*write_kv)(const AttentionShape &, const pw_layer &, float *qkv, int64_t position, int64_t slot, char *pages);
+  // A step's work, the same for all of its layers, planned once by one thread into `scratch`: attend_bytes, 64-byte
+  // aligned, kept until the step's last attend.
+  int64_t (*attend_bytes)(const AttentionShape &, const pw_batch &, int threads);
+  void (*attend_plan)(const AttentionShape &, const pw_batch &, int threads, char *scratch);
   // Every row of the batch: q from qkv [T, ld], out float32 [T, heads · dim].
   void (*attend)(Team &, int thread, const AttentionShape &, int window, const pw_batch &, const float *qkv, int64_t ld,
-                 const char *pages, float *out);                                                              // team
-  // sampling.inc: one output each, alone. `logits` float32 [vocab] may be written to; scratch: sampling_scratch bytes.
+                 const char *pages, float *out, char *scratch);                                               // team
+  // sampling.inc: one output each, alone; `logits` float32 [vocab], after the softcap; scratch: sampling_scratch bytes,
+  // 64-byte aligned. −1 for a row that is not numbers or has nothing allowed: −1 or −2 stands for its token id then
+  // (−1 for its rank, of score).
   int64_t (*sampling_scratch)(int vocab);
-  int (*sample)(float *logits, int vocab, const pw_samples &, int output, char *scratch);  // −1: not numbers, or all banned
+  int (*sample)(const float *logits, int vocab, const pw_samples &, int output, char *scratch);
   int (*score)(const float *logits, int vocab, int64_t token, int num_top, int max_top, double *logprob, int64_t *rank,
                int64_t *top_ids, double *top_logprobs, char *scratch);
 };

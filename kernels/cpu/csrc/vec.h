@@ -19,6 +19,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 PW_INLINE f32x16 splat(float x) { return f32x16{} + x; }
 PW_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
@@ -54,6 +55,11 @@ PW_INLINE float sum(f32x16 v) {
   for (int step = 8; step; step >>= 1)
     for (int i = 0; i < step; i++) a[i] += a[i + step];
   return a[0];
+}
+PW_INLINE int32_t sum(i32x16 v) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
 }
 PW_INLINE float max_lane(f32x16 v) {
   float a[16];
