@@ -9,7 +9,7 @@ from pathlib import Path
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """The least of the CPUs of our affinity and the quota of our cgroup (rounded up): more never run at once."""
-    return max(1, min(len(os.sched_getaffinity(0)), math.ceil(_quota(root))))
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota(root))))
 
 
 def usable_threads(root: Path = Path("/")) -> int:

@@ -1,0 +1,133 @@
+// Opening a model: what it holds, and memory.
+#include "model.h"
+
+#include <sys/mman.h>
+#include <time.h>
+
+#include <cstdarg>
+#include <cstdio>
+#if defined(__x86_64__)
+#include <x86intrin.h>
+#endif
+
+namespace pw {
+namespace {
+
+constexpr size_t HUGE_PAGE = 2 << 20;
+
+const Kernels &choose(const char *isa) {
+  const Kernels *found = find_kernels(isa);
+  if (!found) fail("isa '%s' is none that this host can run: %s", isa, kernel_names());
+  return *found;
+}
+
+const pw_spec &checked(const pw_spec &spec) {
+  check_spec(spec);
+  return spec;
+}
+
+int positive(int threads) {
+  if (threads < 1 || threads > 1024) fail("threads %d must be 1 to 1024", threads);
+  return threads;
+}
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
+
+size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+void fail(const char *format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  throw Error(text);
+}
+
+Memory::~Memory() {
+  if (data_) munmap(data_, bytes_);
+}
+
+void Memory::reserve(size_t bytes, const char *what) {
+  if (bytes <= bytes_) return;
+  if (data_) munmap(data_, bytes_);
+  data_ = nullptr, bytes_ = 0;
+  const size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE, whole = (bytes + page - 1) / page * page;
+  void *data = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) fail("no memory for the %s: %zu bytes", what, bytes);
+  madvise(data, whole, MADV_HUGEPAGE);  // small pages serve as well, more slowly
+  data_ = data, bytes_ = whole;
+}
+
+// One copy: data, then scales, then sums.
+void Rows::reserve(const pw_weight &w, int rows, int copies) {
+  if (rows > rows_) rows_ = rows;
+  const size_t kp = round_up(w.k, 32);
+  bytes_ = align(rows_ * kp * 2) + align(rows_ * sizeof(float)) + align(rows_ * (kp / PW_GROUP) * sizeof(int32_t));
+  memory_.reserve(bytes_ * copies, "rows of a step");
+}
+
+Operand Rows::operand(const pw_weight &w, int copy) const {
+  const size_t kp = round_up(w.k, 32);
+  char *data = memory_.as<char>() + copy * bytes_;
+  char *scale = data + align(rows_ * kp * 2), *sums = scale + align(rows_ * sizeof(float));
+  return {w.kind, int64_t(kp), data, reinterpret_cast<float *>(scale), reinterpret_cast<int32_t *>(sums)};
+}
+
+#if defined(__x86_64__)
+uint64_t Clock::ticks() { return __rdtsc(); }
+#else
+uint64_t Clock::ticks() { return uint64_t(now_ns()); }
+#endif
+
+void Clock::start() {
+  *this = {};
+  start_again();
+}
+
+void Clock::start_again() {
+  begun_ns_ = now_ns();
+  begun_ = last_ = ticks();
+}
+
+void Clock::stop() {
+  total_ticks_ += ticks() - begun_;
+  total_ns_ += now_ns() - begun_ns_;
+}
+
+void Clock::seconds(double *out) const {
+  const double tick = total_ticks_ ? 1e-9 * double(total_ns_) / double(total_ticks_) : 0;
+  for (int i = 0; i < int(Phase::count); i++) out[i] = tick * double(spent_[i]);
+}
+
+AttentionShape attention_shape(const pw_spec &s) {
+  return {s.num_heads, s.num_kv_heads, s.head_dim, s.rotary_dim, s.kv_kind, s.block_size, s.num_blocks,
+          s.norm_eps, s.attention_scale, s.attention_softcap, s.cos, s.sin};
+}
+
+// The layout of pages is the same for every instruction set.
+int64_t kv_block_bytes(const pw_spec &spec) {
+  const int64_t page = kernels_generic.page_bytes(attention_shape(spec));
+  return page * spec.num_kv_heads * (spec.block_size / PW_PAGE) * spec.num_layers;
+}
+
+Model::Model(const pw_spec &given, int threads, int cpus, const char *isa)
+    : spec(checked(given)),
+      layers(given.layers, given.layers + given.num_layers),
+      kernels(choose(isa)),
+      shape(attention_shape(given)),
+      team(positive(threads), threads <= cpus) {
+  int64_t bytes;
+  if (__builtin_mul_overflow(kv_block_bytes(spec), int64_t(spec.num_blocks), &bytes))
+    fail("num_blocks %d is more KV than can be addressed", spec.num_blocks);
+  kv_layer_bytes = size_t(bytes / spec.num_layers);
+  kv.reserve(size_t(bytes), "KV cache");
+}
+
+}  // namespace pw

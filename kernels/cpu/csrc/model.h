@@ -1,0 +1,109 @@
+// A model that is open: weights that are the caller's, KV pages, a team of threads, and the buffers of a step.
+#pragma once
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "isa.h"
+#include "team.h"
+
+namespace pw {
+
+// What a caller did wrong, or what could not be had: its text is pw_error().
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+// Anonymous memory, in huge pages where the kernel has them: zeros at first. Throws Error.
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory();
+  Memory(const Memory &) = delete;
+  Memory &operator=(const Memory &) = delete;
+
+  void reserve(size_t bytes, const char *what);  // at least so much; what was there is lost where it has to grow
+  template <class T>
+  T *as() const { return static_cast<T *>(data_); }
+
+ private:
+  void *data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Rows that a weight multiplies. Where each thread prepares its own, `copies` of them.
+class Rows {
+ public:
+  void reserve(const pw_weight &, int rows, int copies);
+  Operand operand(const pw_weight &, int copy) const;
+
+ private:
+  size_t bytes_ = 0;  // of one copy
+  int rows_ = 0;
+  Memory memory_;
+};
+
+enum class Phase { embed, norm, qkv, write_kv, attend, o, gate_up, down, head, sample, wait, count };
+constexpr const char *PHASES = "embed norm qkv write_kv attend o gate_up down head sample wait";
+
+// Where thread 0's time goes, in ticks that `seconds` turns into seconds.
+class Clock {
+ public:
+  void start();           // a step
+  void start_again();     // its second half
+  void stop();
+  void mark(Phase phase)  // what was done since the last mark
+  {
+    const uint64_t now = ticks();
+    spent_[int(phase)] += now - last_;
+    last_ = now;
+  }
+  void seconds(double *out) const;  // [count]
+
+ private:
+  static uint64_t ticks();
+  uint64_t last_ = 0, begun_ = 0, total_ticks_ = 0, spent_[int(Phase::count)] = {};
+  int64_t begun_ns_ = 0, total_ns_ = 0;
+};
+
+struct Model {
+  Model(const pw_spec &, int threads, int cpus, const char *isa);
+
+  const pw_spec spec;
+  const std::vector<pw_layer> layers;
+  const Kernels &kernels;
+  const AttentionShape shape;
+  Team team;
+  Clock clock;
+  Memory kv;  // [layer][page][kv head]
+  size_t kv_layer_bytes;
+
+  // The last forward's, [tokens, …]: `x` holds the residual, and outputs are made from it until the next one.
+  int num_tokens = 0;
+  Memory x, qkv, attended, gated, attend_scratch;
+  Rows hidden_rows, attended_rows, gated_rows;
+  // Outputs.
+  Rows wanted_rows;
+  Memory logits, best, sample_scratch;
+
+  void forward(const pw_batch &);
+  void sample(const pw_samples &);
+  void write_logits(const int64_t *tokens, int count, float *out);
+  void write_hidden(const int64_t *tokens, int count, float *out);
+  void score(const int64_t *tokens, const int64_t *token_ids, const int32_t *num_top, int count, int max_top,
+             double *logprobs, int64_t *ranks, int64_t *top_ids, double *top_logprobs);
+};
+
+// What would have the step read or write where it must not. Throw Error, naming field and limit.
+void check_spec(const pw_spec &);
+void check_batch(const Model &, const pw_batch &);
+void check_samples(const Model &, const pw_samples &);
+void check_tokens(const Model &, const int64_t *tokens, int count);
+
+AttentionShape attention_shape(const pw_spec &);
+int64_t kv_block_bytes(const pw_spec &);
+
+}  // namespace pw
