@@ -48,9 +48,16 @@ PARAMS: Final = np.dtype(
 
 
 class Struct(ctypes.Structure):
-    """A struct whose pointers are set from numpy arrays, which live as long as it does."""
+    """A struct whose pointers are set from numpy arrays, which live as long as it does, as do structs it was made of.
+
+    Reading a nested struct gives a view, which keeps nothing.
+    """
 
     _arrays_: ClassVar[dict[str, DTypeLike]] = {}  # what each pointer points to
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self.keep(*args, *fields.values())
 
     def point(self, **arrays: NDArray[Any] | None) -> Self:
         kept = self.__dict__.setdefault("_kept", {})
@@ -138,9 +145,11 @@ def weight(kind: str, n: int, k: int, data: Bytes, scale: Floats | None = None, 
     return Weight(KINDS[kind], n, k).point(data=data, scale=scale, bias=bias)
 
 
-def layers(each: list[Layer]) -> ctypes.Array[Layer]:
-    """What Spec.layers points to. Copies the structs: the spec keeps `each` alive, and with it their arrays."""
-    return (Layer * len(each))(*each)
+def layers(each: list[Layer]) -> Any:
+    """What Spec.layers points to."""
+    array = (Layer * len(each))(*each)
+    array.kept = each  # the elements are copies, which keep nothing
+    return array
 
 
 @functools.cache
