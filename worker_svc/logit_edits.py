@@ -8,7 +8,6 @@ after a crash or a preemption. numpy only.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from protos.wire import Sampling
 from worker_svc.inputs import Ints
+from worker_svc.sampling_rules import StepMask
 from worker_svc.slots import MAX_FLOAT, SlotTable, within
 
 NONE: Final = np.zeros(0, np.int64)
@@ -54,7 +54,7 @@ class TokenCounts:
 class SlotEdits:
     """One slot's wishes, with tokens that the model does not have left out: they can never be sampled."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int, admission: int) -> None:
+    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
         def known(token_ids: tuple[int, ...]) -> Ints:
             return np.array(sorted({t for t in token_ids if 0 <= t < vocab_size}), np.int64)
 
@@ -62,7 +62,6 @@ class SlotEdits:
         for token, value in sampling.logit_bias:
             if 0 <= token < vocab_size:
                 bias[token] = bias.get(token, 0.0) + value
-        self.admission = admission
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias = np.array([within(-MAX_FLOAT, value, MAX_FLOAT) for value in bias.values()], np.float32)
         self.single_bans = known(tuple(word[0] for word in sampling.bad_words if len(word) == 1))
@@ -98,24 +97,23 @@ class LogitEditor:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self._slots: dict[int, SlotEdits] = {}
+        self.reset()
 
-    def edits(self, slots: SlotTable, ids: Ints, allowed: Mapping[int, NDArray[np.bool_]]) -> Edits | None:
-        """For logits whose row i belongs to slot ids[i]. `allowed` [V] by row, of those under a mask. None: no edit."""
+    def edits(self, slots: SlotTable, ids: Ints, masks: StepMask | None) -> Edits | None:
+        """For logits whose row i belongs to slot ids[i]; rows ascend in each list. None: no edit."""
         bias_at: list[Ints] = []
         bias: list[NDArray[np.float32]] = []
         ban_at: list[Ints] = []
         penalty_at: list[Ints] = []
         penalty_rows: list[Ints] = []
         penalty_counts: list[Ints] = []
-        for row, slot in enumerate(ids.tolist()):
-            wishes = self._of(slots, slot)
-            if not wishes.any:
-                continue
+        for row in self._wishing(slots, ids):
+            slot = int(ids[row])
+            wishes = self._slots[slot]
             base = row * self.vocab_size
             bias_at.append(base + wishes.bias_ids)
             bias.append(wishes.bias)
-            ban_at.append(base + wishes.bans(slots.output_ids(slot), allowed.get(row)))
+            ban_at.append(base + wishes.bans(slots.output_ids(slot), None if masks is None else masks.allowed(row)))
             if wishes.counts is not None:
                 wishes.counts.catch_up(slots.token_ids[slot, : slots.lengths[slot]], int(slots.prompt_lens[slot]))
                 # np.array copies: a view of the growing arrays would forbid them to grow.
@@ -135,11 +133,17 @@ class LogitEditor:
         )
 
     def reset(self) -> None:
-        self._slots.clear()
+        self._slots: dict[int, SlotEdits] = {}  # of holders that wish for something
+        self._known = self._wishes = NONE  # by slot: the admission that was looked at, and whether it wishes
 
-    def _of(self, slots: SlotTable, slot: int) -> SlotEdits:
-        wishes = self._slots.get(slot)
-        admission = int(slots.admissions[slot])
-        if wishes is None or wishes.admission != admission:
-            wishes = self._slots[slot] = SlotEdits(slots.held(slot), self.vocab_size, admission)
-        return wishes
+    def _wishing(self, slots: SlotTable, ids: Ints) -> list[int]:
+        """Rows whose slots wish for something; looks at each holder of a slot once."""
+        if len(self._known) != len(slots.admissions):
+            self._known, self._wishes = np.zeros_like(slots.admissions), np.zeros_like(slots.admissions)
+        admissions = slots.admissions[ids]
+        for slot in ids[admissions != self._known[ids]].tolist():
+            wishes = SlotEdits(slots.held(slot), self.vocab_size)
+            self._known[slot], self._wishes[slot] = slots.admissions[slot], wishes.any
+            if wishes.any:
+                self._slots[slot] = wishes
+        return np.flatnonzero(self._wishes[ids]).tolist()

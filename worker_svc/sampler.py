@@ -30,16 +30,11 @@ from kernels.philox import MAX_GUMBEL, gumbel
 from protos.wire import Mask, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.logit_edits import Edits, LogitEditor
+from worker_svc.sampling_rules import GREEDY_BELOW, LIMIT, NONE_ALLOWED, NOT_NUMBERS, SamplerError, StepMask, step_mask
 from worker_svc.slots import SlotTable
 
-GREEDY_BELOW: Final = 1e-5  # a lower temperature is greedy, as in vLLM
-LIMIT: Final = 3e33  # over the least temperature that divides, it is a float32 still
 UNIT: Final = 2.0**40  # of integer weights: 2¹⁸ tokens of weight 1 still fit an int64
 LOGITS_AT_ONCE: Final = 1 << 19  # so many of all rows: the temporaries are several times as large
-
-
-class SamplerError(ValueError):
-    """A row that cannot be sampled: its logits are not numbers, its mask leaves none of them, or is missing."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +66,10 @@ class Sampler:
         """`logits` float32 [S, V] of inputs.sample_tokens; left as they are. Appends nothing. Raises SamplerError."""
         ids = inputs.slots[inputs.sample_rows]
         params = slots.params[ids]
-        allowed = self._allowed(plan, inputs, mask)
+        masks = step_mask(plan, inputs, mask, self.vocab_size)
         _check(logits, ids)
-        edited = self._edit(logits, params, self._editor.edits(slots, ids, allowed), allowed)
-        if allowed:
+        edited = self._edit(logits, params, self._editor.edits(slots, ids, masks), masks)
+        if masks is not None:
             _check(edited, ids)
         tokens = np.zeros(len(ids), np.int64)
         greedy = params["temperature"] < GREEDY_BELOW
@@ -105,29 +100,15 @@ class Sampler:
             entries[row] = score
         return entries
 
-    def _allowed(self, plan: StepPlan, inputs: StepInputs, mask: Mask | None) -> dict[int, NDArray[np.bool_]]:
-        """By row of the logits: the tokens that its grammar allows, [V]."""
-        masked = [i for i, row in enumerate(plan.rows) if row.masked and row.sample]
-        given = [] if mask is None else list(mask.rows)
-        if sorted(given) != masked:
-            raise SamplerError(f"step {plan.step} masks the rows {masked}, and the mask that came is for {given}")
-        if mask is None:
-            return {}
-        width = -(-self.vocab_size // 32) * 4  # bytes: bit i of little-endian word w is token 32 w + i
-        if len(mask.bitmask) != width * len(given):
-            raise SamplerError(f"step {plan.step} has a mask of {len(mask.bitmask)} bytes, not {len(given)} · {width}")
-        words = np.frombuffer(mask.bitmask, np.uint8).reshape(len(given), width)
-        bits = np.unpackbits(words, axis=1, bitorder="little")[:, : self.vocab_size].astype(bool)
-        at = {row: i for i, row in enumerate(inputs.sample_rows.tolist())}
-        return {at[row]: bits[i] for i, row in enumerate(given)}
-
-    def _edit(
-        self, logits: Tensor, params: NDArray[np.void], edits: Edits | None, allowed: dict[int, NDArray[np.bool_]]
-    ) -> Tensor:
-        if edits is None and not allowed:
+    def _edit(self, logits: Tensor, params: NDArray[np.void], edits: Edits | None, masks: StepMask | None) -> Tensor:
+        if edits is None and masks is None:
             return logits
         edited = logits.clone(memory_format=torch.contiguous_format)
-        forbidden = {row: ~torch.from_numpy(bits).to(logits.device) for row, bits in allowed.items()}
+        forbidden = {
+            row: ~torch.from_numpy(allowed).to(logits.device)
+            for row in range(len(logits))
+            if masks is not None and (allowed := masks.allowed(row)) is not None
+        }
         for row, bits in forbidden.items():
             edited[row].masked_fill_(bits, -math.inf)
         if edits is not None:
@@ -273,7 +254,7 @@ def token_logprobs(logits: Tensor, token_ids: Ints, num_top: Sequence[int]) -> l
 def _score(logits: Tensor, token_ids: Ints, num_top: Sequence[int]) -> list[TokenLogprobs]:
     top = logits.amax(-1)
     if not bool(torch.isfinite(top).all()):
-        raise SamplerError("the model's logits are not numbers")
+        raise SamplerError(NOT_NUMBERS)
     totals = _weights(logits, top[:, None]).sum(-1)
     norm = top.double() + torch.log(totals.double() / UNIT)
     ids = torch.from_numpy(token_ids).to(logits.device)[:, None]
@@ -322,5 +303,5 @@ def _check(logits: Tensor, ids: Ints) -> None:
     sound = top.abs() <= LIMIT
     if not bool(sound.all()):
         row = int((~sound).nonzero()[0, 0])
-        trouble = "no token is allowed" if float(top[row]) == -math.inf else "the model's logits are not numbers"
+        trouble = NONE_ALLOWED if float(top[row]) == -math.inf else NOT_NUMBERS
         raise SamplerError(f"slot {ids[row]}: {trouble}")
