@@ -1,4 +1,6 @@
-"""The worker's end of the link: a thread that owns the socket, so that it answers while the main thread computes."""
+"""The worker's end of the link. The main thread owns the socket, so that a step costs no hand-over between threads;
+another one watches the connection, so that a scheduler that goes away is noticed while the main thread computes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from dataclasses import dataclass
 
 import zmq
@@ -15,9 +18,8 @@ from zmq.utils.monitor import recv_monitor_message
 from protos.codec import DecodeError, decode_to_worker, encode
 from protos.wire import FromWorker, Hello, ToWorker
 
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000  # answered by ZeroMQ's own thread
 GRACE = 1.0  # seconds that the main thread gets to end by itself when a spawned worker's link is closed
-_END = b""  # no message encodes to nothing
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ Received = ToWorker | Closed | Garbled
 
 
 class Link:
-    """`send` and `receive` belong to the main thread. A Hello goes out at every connection, the first and later ones.
+    """`send`, `receive` and `close` belong to the main thread. A Hello goes out at every connection, the first and
+    later ones, as soon as the main thread receives.
 
     `reconnect`: a scheduler that goes away is waited for. Otherwise its going ends this process, also when the main
     thread hangs in a step.
@@ -46,8 +49,6 @@ class Link:
 
     def __init__(self, endpoint: str, hello: Hello, *, reconnect: bool) -> None:
         self._hello, self._reconnect = hello, reconnect
-        self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
-        self._ended = threading.Event()
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -56,71 +57,72 @@ class Link:
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a scheduler that is away
         self._dealer.setsockopt(zmq.LINGER, 500)
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._outbox, self._wake = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        self._wake.bind("inproc://outbox")
-        self._outbox.connect("inproc://outbox")
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+        self._monitor = self._dealer.get_monitor_socket(events)
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by the watch: look at the two below
+        self._connected = threading.Event()  # and not greeted yet
+        self._gone = threading.Event()
+        self._ended = threading.Event()
+        self._poller = zmq.Poller()
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._bell, zmq.POLLIN)
         self._dealer.connect(endpoint)
-        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
-        self._thread.start()
+        self._watch = threading.Thread(target=self._watch_connection, name="link-watch", daemon=True)
+        self._watch.start()
 
     def send(self, message: FromWorker) -> None:
-        self._outbox.send(encode(message))
+        with contextlib.suppress(zmq.Again):  # no scheduler: what it asked has ended with it
+            self._dealer.send(encode(message), zmq.DONTWAIT)
 
     def receive(self, timeout: float | None = None) -> Received:
         """Raises queue.Empty after `timeout` seconds."""
-        return self._inbox.get(timeout=timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._connected.is_set():
+                self._greet()
+            with contextlib.suppress(zmq.Again):
+                return self._decode(self._dealer.recv_multipart(zmq.DONTWAIT))
+            if self._gone.is_set():
+                return Closed("the scheduler is gone")
+            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._poller.poll(None if patience is None else 1000 * patience) and patience is not None:
+                raise queue.Empty
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
 
     def close(self) -> None:
-        """Sends what is left, and ends the thread."""
+        """Sends what is left, and ends the watch."""
         self._ended.set()
-        with contextlib.suppress(zmq.Again):  # the thread has ended before
-            self._outbox.send(_END, zmq.DONTWAIT)
-        self._thread.join()
-        self._outbox.close()
-        self._context.term()
-
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._dealer, self._monitor, self._wake):
-            poller.register(socket, zmq.POLLIN)
-        open_ = True
-        while open_:
-            ready = dict(poller.poll())
-            if self._monitor in ready:
-                open_ = self._connection_changed()
-            if self._dealer in ready:
-                self._inbox.put(self._decode(self._dealer.recv_multipart()))
-            if self._wake in ready:
-                open_ = self._forward(self._wake.recv()) and open_
-        if not self._ended.wait(GRACE):
-            try:
-                print(
-                    "pagewire worker: the scheduler is gone, and a step does not end: exiting",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            finally:
-                os._exit(1)  # also where stderr has gone with the scheduler
         self._dealer.disable_monitor()
-        for socket in (self._monitor, self._wake, self._dealer):
-            socket.close()
+        self._watch.join()
+        self._monitor.close()
+        self._dealer.close()
+        self._context.term()
+        os.close(self._bell)
 
-    def _connection_changed(self) -> bool:
-        if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._dealer.poll(1000, zmq.POLLOUT)  # the new pipe is on its way to this thread
-            return self._forward(encode(self._hello))
-        if self._reconnect:
-            return True
-        self._inbox.put(Closed("the scheduler is gone"))
-        return False
+    def _greet(self) -> None:
+        self._connected.clear()
+        self._dealer.poll(1000, zmq.POLLOUT)  # the new pipe is on its way to this thread
+        self.send(self._hello)
 
-    def _forward(self, data: bytes) -> bool:
-        if data == _END:
-            return False
-        with contextlib.suppress(zmq.Again):  # no scheduler: what it asked has ended with it
-            self._dealer.send(data, zmq.DONTWAIT)
-        return True
+    def _watch_connection(self) -> None:
+        while (event := recv_monitor_message(self._monitor)["event"]) != zmq.EVENT_MONITOR_STOPPED:
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected.set()
+            elif not self._reconnect:
+                self._gone.set()
+            os.eventfd_write(self._bell, 1)
+            if self._gone.is_set() and not self._ended.wait(GRACE):
+                self._exit()
+
+    @staticmethod
+    def _exit() -> None:
+        try:
+            print(
+                "pagewire worker: the scheduler is gone, and a step does not end: exiting", file=sys.stderr, flush=True
+            )
+        finally:
+            os._exit(1)  # also where stderr has gone with the scheduler
 
     @staticmethod
     def _decode(frames: list[bytes]) -> Received:
