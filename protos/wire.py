@@ -187,6 +187,8 @@ class Ready(Wire, frozen=True):
     max_model_len: int = 0
     vocab_size: int = 0
     fingerprint: str = ""  # digest of all that decides the arithmetic: a stream may be resumed only under the same one
+    quantization: str = ""  # of the weights as they are multiplied; empty: they are in `dtype`
+    kv_dtype: str = ""
 
 
 class AdapterReady(Wire, frozen=True):
@@ -233,7 +235,7 @@ class Phase(IntEnum):
 class Status(Wire, frozen=True):
     """How far the main thread is, said by itself between two pieces of work: the load deadline begins anew.
 
-    The link thread only forwards it, so none comes from the middle of a piece, nor from a main thread that hangs.
+    So none comes from the middle of a piece, nor from a main thread that hangs.
     """
 
     epoch: Epoch

@@ -84,8 +84,8 @@ class Link:
                 return self._decode(self._dealer.recv_multipart(zmq.DONTWAIT))
             if self._gone.is_set():
                 return Closed("the scheduler is gone")
-            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._poller.poll(None if patience is None else 1000 * patience) and patience is not None:
+            patience = None if deadline is None else max(0, 1 + int(1000 * (deadline - time.monotonic())))
+            if not self._poller.poll(patience) and deadline is not None:
                 raise queue.Empty
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)

@@ -92,7 +92,7 @@ def test_a_request_that_kills_workers_fails_alone(kind: str) -> None:
 
 
 def test_a_stopped_worker_is_noticed_by_its_silence() -> None:
-    """SIGSTOP stops its link thread as well: only the missing heartbeat, or the deadline of a step, can tell."""
+    """SIGSTOP stops ZeroMQ's thread as well: only the missing heartbeat, or the deadline of a step, can tell."""
     with running(loop_config("fake:delay_ms=5", step_deadline=0.3)) as observer:
         made = submits(3, random.Random(7))
         observer.until_serving()
