@@ -73,6 +73,8 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         epoch=Epoch(secrets.randbits(63), 0),
         model=model,
         dtype=args.dtype,
+        quantization=args.quantization,
+        kv_dtype=args.kv_cache_dtype,
         block_size=engine.block_size,
         max_slots=engine.max_slots,
         max_model_len=args.max_model_len,
@@ -85,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         setup=setup,
         listen=args.listen or "",
         spawn=args.workers > 0,
-        worker_arguments=("--backend", args.backend, "--device", args.device),
+        worker_arguments=("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa),
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,
         record=args.record,
@@ -102,8 +104,32 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--port", type=_whole(0, 65535), default=50051, help="0 takes a free one; the ready line names it")
     add("--served-model-name", default="", help="default: the file's or directory's name")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--backend", choices=("auto", "torch", "fake"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add(
+        "--backend",
+        choices=("auto", "cpu", "torch", "fake"),
+        default="auto",
+        help="auto: cpu (our own kernels) for the families that are ours, torch for float32 and for all others",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16; float32 is the torch backend's, the reference",
+    )
+    add(
+        "--quantization",
+        choices=("", "int8", "int4"),
+        metavar="{int8,int4}",
+        default="",
+        help="weights in integers, made on load: int8 by channel; int4 by groups of 32 (a 4-bit GGUF keeps its own)",
+    )
+    add("--kv-cache-dtype", choices=("auto", "bf16", "int8"), default="auto", help="auto: as the backend computes")
+    add(
+        "--cpu-isa",
+        choices=("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic"),
+        default="auto",
+        help="instructions of the cpu backend; auto: the best that this host has",
+    )
     add(
         "--max-model-len",
         type=_whole(0),
@@ -151,8 +177,6 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 _UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
-    ("--quantization", str, ""),
-    ("--kv-cache-dtype", str, "auto"),
     ("--tensor-parallel", int, 1),
     ("--frontends", int, 1),
     ("--metrics-port", int, 0),

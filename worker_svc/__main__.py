@@ -27,7 +27,9 @@ def main() -> int:
             return 1
     hello = Hello(0, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
     link = Link(settings.connect, hello, reconnect=not settings.parent_pid)
-    create = functools.partial(backends.create, settings.backend, settings.device)
+    create = functools.partial(
+        backends.create, settings.backend, device=settings.device, isa=settings.cpu_isa, home=settings.home
+    )
     try:
         reason = Worker(link, create, time.monotonic, settings.mask_deadline).run()
     except KeyboardInterrupt:

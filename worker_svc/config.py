@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from worker_svc.backends import NAMES
+from protos import model_cache
+from worker_svc.backends import ISAS, NAMES
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class WorkerConfig:
     device: str
     parent_pid: int  # 0: nobody spawned it, and it waits for a scheduler that is away
     mask_deadline: float  # seconds
+    cpu_isa: str
+    home: Path  # where packed weights go whose model lies where nobody may write
 
 
 def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
@@ -28,6 +33,13 @@ def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
     parser.add_argument("--parent-pid", type=int, default=0, metavar="N", help="exit when this parent is gone")
     parser.add_argument(
         "--mask-deadline", type=float, default=30.0, metavar="SECONDS", help="how long a sample waits for its mask"
+    )
+    parser.add_argument("--cpu-isa", choices=ISAS, default="auto", help="instructions of the cpu backend")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=Path(os.environ.get("PAGEWIRE_HOME") or model_cache.HOME),
+        help="for packed weights whose model lies where nobody may write; default: $PAGEWIRE_HOME",
     )
     return WorkerConfig(**vars(parser.parse_args(argv)))
 

@@ -98,6 +98,8 @@ class Worker:
                 max_model_len=capacity.max_model_len,
                 vocab_size=capacity.vocab_size,
                 fingerprint=capacity.fingerprint,
+                quantization=capacity.quantization,
+                kv_dtype=capacity.kv_dtype,
             )
         )
         self._idle_since = self._clock()

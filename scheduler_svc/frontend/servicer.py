@@ -93,7 +93,8 @@ class InferenceService:
         )
         if ready := core.ready:
             response.dtype, response.backend, response.device = ready.dtype, ready.backend, ready.device
-            response.kv_cache_dtype = ready.dtype
+            response.quantization = ready.quantization or card.quantization
+            response.kv_cache_dtype = ready.kv_dtype or ready.dtype
             response.fingerprint, response.exact = ready.fingerprint, ready.exact
         return response
 

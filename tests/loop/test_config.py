@@ -19,7 +19,7 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --record log "
-        "--quantization= --kv-cache-dtype auto"
+        "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
@@ -31,7 +31,8 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
     assert (setup.max_step_tokens, setup.threads) == (50, 3)
-    assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu")
+    assert (setup.quantization, setup.kv_dtype) == ("int4", "int8")
+    assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu", "--cpu-isa", "avx2")
     assert (loop.listen, loop.spawn, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", True, 4, 5)
     assert loop.record == Path("log")
 
@@ -54,8 +55,8 @@ def test_boot_ids_differ() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--quantization int4", "--quantization int4: not built yet"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8: not built yet"),
+        ("--quantization int5", "--quantization: invalid choice: 'int5'"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype: invalid choice: 'fp8'"),
         ("--tensor-parallel 2", "--tensor-parallel 2: not built yet"),
         ("--frontends 2", "--frontends 2: not built yet"),
         ("--workers 2", "--workers 2: not built yet"),

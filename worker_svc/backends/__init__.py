@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from protos.wire import Setup
-from worker_svc.backends.base import DeviceBackend
+from worker_svc.backends.base import BackendError, DeviceBackend, Unsuited
 from worker_svc.backends.fake import PREFIX, FakeBackend
 
-NAMES = ("auto", "torch", "fake")
+NAMES = ("auto", "cpu", "torch", "fake")
+ISAS = ("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic")
 
 
-def create(name: str, device: str, setup: Setup) -> DeviceBackend:
-    """`auto` takes the fake backend for a model named `fake:…`, else torch. Raises BackendError where it cannot run."""
+def create(name: str, setup: Setup, *, device: str, isa: str, home: Path) -> DeviceBackend:
+    """`auto` takes the fake backend for a model named `fake:…`, torch for float32, and else the cpu backend, unless
+    that cannot serve this model or cannot be built here: then torch, and says so.
+
+    `isa` and `home` (for packed weights) are the cpu backend's. Raises BackendError where none can run.
+    """
     if name == "fake" or (name == "auto" and setup.model.startswith(PREFIX)):
         return FakeBackend()
+    why = ""
+    if name == "cpu" or (name == "auto" and setup.dtype != "float32"):
+        from worker_svc.backends.cpu import CpuBackend
+
+        try:
+            return CpuBackend(setup, device, isa, home)
+        except Unsuited as error:
+            if name == "cpu":
+                raise
+            why = str(error)
+            print(f"pagewire worker: {why}; torch serves it instead", file=sys.stderr, flush=True)
+    return _torch(device, setup, why)
+
+
+def _torch(device: str, setup: Setup, why: str) -> DeviceBackend:
     # libgomp reads this as torch loads it. Its idle threads must sleep: they spin otherwise, and where another process
     # (the scheduler, say) wants a core, a step waits for the member that has none and takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from worker_svc.backends.torch import TorchBackend
-
+    try:
+        from worker_svc.backends.torch import TorchBackend
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton", "transformers"):
+            raise
+        needs = "the torch backend needs torch, which is not installed: pip install 'pagewire[torch]'"
+        raise BackendError(f"{why}; {needs}" if why else needs) from error
     return TorchBackend(device, setup.threads)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
+
+KV_BYTES: Final = 1 << 30  # where Setup leaves it open, but never more than a quarter of the machine's memory
+MAX_SLOTS: Final = 256  # where Setup leaves it open
 
 # (LOADING or COMPILING, share of it done 0..1); called from the worker's main thread.
 Progress = Callable[[Phase, float], None]
@@ -25,11 +29,17 @@ class Capacity:
     max_model_len: int
     vocab_size: int
     fingerprint: str
+    quantization: str = ""
+    kv_dtype: str = ""  # empty: as dtype
     graph_shapes: tuple[int, ...] = ()
 
 
 class BackendError(Exception):
     """A model or a setting that this backend cannot serve, in one line for the person who started it."""
+
+
+class Unsuited(BackendError):
+    """Not this backend, but another may serve it."""
 
 
 class DeviceBackend(Protocol):
@@ -51,3 +61,44 @@ class DeviceBackend(Protocol):
         """Samples the rows of the last `forward`, appends to the slots' tables, answers in the plan's row order."""
 
     def close(self) -> None: ...
+
+
+def refuse_unsupported(
+    backend: str, setup: Setup, *, dtype: tuple[str, ...], quantization: tuple[str, ...], kv_dtype: tuple[str, ...]
+) -> None:
+    """Every field that asks for what a backend does not do. Raises BackendError naming it."""
+    for field, value, known in [
+        ("dtype", setup.dtype, dtype),
+        ("quantization", setup.quantization, quantization),
+        ("kv_dtype", setup.kv_dtype, kv_dtype),
+        ("speculation", setup.speculation, ("",)),
+        ("revision", setup.revision, ("",)),
+        ("tp_size", setup.tp_size, (1,)),
+        ("host_blocks", setup.host_blocks, (0,)),
+    ]:
+        if value not in known:
+            names = ", ".join(repr(name) for name in known)
+            raise BackendError(f"{field} {value!r} is not supported by the {backend} backend, only {names}")
+    if setup.block_size < 1:
+        raise BackendError(f"block_size {setup.block_size} must be at least 1")
+
+
+def kv_blocks(setup: Setup, block_bytes: int) -> int:
+    """How many blocks the memory for KV holds, null block included. Raises BackendError where it is too little."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = setup.kv_bytes or min(KV_BYTES, memory // 4)
+    if size > memory:
+        raise BackendError(f"kv_bytes {size} is more than this machine's memory, {memory}")
+    if size < 2 * block_bytes:
+        raise BackendError(
+            f"kv_bytes {size} must hold two blocks: one of {setup.block_size} tokens takes {block_bytes}"
+        )
+    return size // block_bytes
+
+
+def served_len(setup: Setup, num_blocks: int, longest: int) -> int:
+    """Tokens of the longest sequence: `longest` is the model's. Raises BackendError where more was asked for."""
+    held = min(longest, (num_blocks - 1) * setup.block_size)
+    if setup.max_model_len > held:
+        raise BackendError(f"max_model_len {setup.max_model_len} is more than the {held} tokens of KV memory")
+    return held

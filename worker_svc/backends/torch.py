@@ -13,7 +13,15 @@ from torch import Tensor
 
 from protos.wire import Mask, Phase, RowResult, Setup, StepPlan, TokenLogprobs
 from worker_svc.attention.cpu import kv_tile
-from worker_svc.backends.base import BackendError, Capacity, Progress
+from worker_svc.backends.base import (
+    MAX_SLOTS,
+    BackendError,
+    Capacity,
+    Progress,
+    kv_blocks,
+    refuse_unsupported,
+    served_len,
+)
 from worker_svc.exactness import ARITHMETIC, exact_steps
 from worker_svc.inputs import Ints, StepInputs, build_inputs
 from worker_svc.kv_cache import KVCache, KVShape
@@ -25,8 +33,6 @@ from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
 
-KV_BYTES = 1 << 30  # where Setup leaves it open, but never more than a quarter of the machine's memory
-MAX_SLOTS = 256  # where Setup leaves it open
 LOGIT_ROWS = 64  # a prompt's positions scored at once
 
 Logits = Callable[[Ints], Tensor]  # indices of a step's tokens [S] → [S, vocab] float32
@@ -56,7 +62,13 @@ class TorchBackend:
         self._pending: tuple[StepPlan, StepInputs, Logits] | None = None
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
-        _refuse_unsupported(setup)
+        refuse_unsupported(
+            "torch",
+            setup,
+            dtype=("auto", "float32", "bfloat16"),
+            quantization=("",),
+            kv_dtype=("auto", "bf16") if setup.dtype == "bfloat16" else ("auto",),
+        )
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
         try:
@@ -66,11 +78,7 @@ class TorchBackend:
             raise BackendError(f"{setup.model}: {error}") from error
         self._runner = runner
         self._cache = _kv_cache(setup, runner.kv_shape)
-        self._max_len = min(runner.max_model_len, (self._cache.num_blocks - 1) * setup.block_size)
-        if setup.max_model_len > self._max_len:
-            raise BackendError(
-                f"max_model_len {setup.max_model_len} is more than the {self._max_len} tokens of KV memory"
-            )
+        self._max_len = served_len(setup, self._cache.num_blocks, runner.max_model_len)
         self._sampler = Sampler(runner.vocab_size)
         self.reset(setup)
         progress(Phase.COMPILING, 0.0)
@@ -130,23 +138,6 @@ class TorchBackend:
         return TransformersRunner(path, dtype, max_model_len)
 
 
-def _refuse_unsupported(setup: Setup) -> None:
-    """Every field that asks for what this backend does not do. Raises BackendError naming it."""
-    for field, value, known in [
-        ("dtype", setup.dtype, ("auto", "float32", "bfloat16")),
-        ("quantization", setup.quantization, ("",)),
-        ("kv_dtype", setup.kv_dtype, ("auto", setup.dtype)),
-        ("speculation", setup.speculation, ("",)),
-        ("revision", setup.revision, ("",)),
-        ("tp_size", setup.tp_size, (1,)),
-        ("host_blocks", setup.host_blocks, (0,)),
-    ]:
-        if value not in known:
-            raise BackendError(f"{field} {value!r} is not supported by the torch backend, only {known[0]!r}")
-    if setup.block_size < 1:
-        raise BackendError(f"block_size {setup.block_size} must be at least 1")
-
-
 def _max_model_len(asked: int, model: Model) -> int:
     if asked > model.spec.max_positions:
         raise SpecError(f"max_model_len {asked} is over the model's {model.spec.max_positions}")
@@ -154,16 +145,7 @@ def _max_model_len(asked: int, model: Model) -> int:
 
 
 def _kv_cache(setup: Setup, shape: KVShape) -> KVCache:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = setup.kv_bytes or min(KV_BYTES, memory // 4)
-    block_bytes = shape.block_bytes(setup.block_size)
-    if size > memory:
-        raise BackendError(f"kv_bytes {size} is more than this machine's memory, {memory}")
-    if size < 2 * block_bytes:
-        raise BackendError(
-            f"kv_bytes {size} must hold two blocks: one of {setup.block_size} tokens takes {block_bytes}"
-        )
-    return KVCache(shape, size // block_bytes, setup.block_size)
+    return KVCache(shape, kv_blocks(setup, shape.block_bytes(setup.block_size)), setup.block_size)
 
 
 def _fingerprint(weights: str, dtype: str, backend: str, max_len: int, tile: int) -> str:

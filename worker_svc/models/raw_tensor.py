@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_svc.models.ggml_quants import QUANTS, dequantize
+from worker_svc.models.ggml_quants import CHUNK, QUANTS, dequantize
 
 # BF16 travels as its bits: numpy has no such type.
 NUMPY_TYPES: Final = {
@@ -43,6 +43,14 @@ class RawTensor:
     shape: tuple[int, ...]
     data: NDArray[Any]
 
+    def take(self, rows: NDArray[np.int64]) -> RawTensor:
+        """A copy of some of a matrix's rows, in the order of `rows`; still in the file's form."""
+        shape = (len(rows), *self.shape[1:])
+        if self.dtype not in QUANTS:
+            return RawTensor(self.name, self.dtype, shape, self.data[rows])
+        blocks = self.data.reshape(self.shape[0], -1, self.data.shape[-1])[rows]
+        return RawTensor(self.name, self.dtype, shape, blocks.reshape(-1, self.data.shape[-1]))
+
     def float32(self) -> NDArray[np.float32]:
         """[shape]; a view where the file has F32. Raises CheckpointError for a type that is not a number's."""
         match self.dtype:
@@ -54,15 +62,36 @@ class RawTensor:
                 return dequantize(kind, self.data).reshape(self.shape)
         raise CheckpointError(f"tensor {self.name!r} has type {self.dtype}, which cannot be read as weights")
 
+    def finite(self) -> NDArray[np.float32]:
+        """float32, or CheckpointError: one weight that is no number would leave its neighbours without a scale."""
+        values = self.float32()
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"tensor {self.name!r} has weights that are not finite numbers")
+        return values
+
     def bfloat16(self) -> NDArray[np.uint16]:
         """[shape], as bits; a view where the file has BF16, else rounded to the nearest, ties to even."""
         if self.dtype == "BF16":
             return self.data
-        bits = np.ascontiguousarray(self.float32()).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return to_bfloat16(self.float32())
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Bits of the nearest, ties to even; of the same shape."""
+    flat = np.ascontiguousarray(values).view(np.uint32).reshape(-1)
+    rounded = np.empty(flat.shape, np.uint16)
+    for begin in range(0, len(flat), CHUNK):  # what is between the two stays in the cache
+        bits, out = flat[begin : begin + CHUNK], rounded[begin : begin + CHUNK]
+        sums = bits >> 16
+        sums &= 1
+        sums += 0x7FFF
+        sums += bits
+        sums >>= 16
+        out[:] = sums
         nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding could carry a NaN over into an infinity
-        rounded[nan] = 0x7FC0
-        return rounded
+        if nan.any():
+            out[nan] = 0x7FC0
+    return rounded.reshape(values.shape)
 
 
 class Checkpoint(Protocol):

@@ -1,0 +1,183 @@
+"""The cpu backend: whole steps by our own kernels, in bfloat16 or with integer weights. numpy and a C library alone.
+
+Each mode gives the same bits however rows are batched, chunked and cached, on any number of threads (R2): `exact`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from kernels.cpu import library
+from kernels.cpu.library import Floats, LibraryError, source_digest, usable_threads
+from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
+from worker_svc.backends.base import (
+    MAX_SLOTS,
+    BackendError,
+    Capacity,
+    Progress,
+    Unsuited,
+    kv_blocks,
+    refuse_unsupported,
+    served_len,
+)
+from worker_svc.backends.cpu_model import KVForm, batch, shape, unfit, whole
+from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
+from worker_svc.inputs import StepInputs, build_inputs
+from worker_svc.models.checkpoint import CheckpointError
+from worker_svc.models.loader import open_model
+from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.quant.layout import MODES
+from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
+from worker_svc.results import build_results
+from worker_svc.slots import SlotTable
+
+_KV_KINDS: Final = {"auto": "bf16", "bf16": "bf16", "int8": "int8"}
+
+
+class CpuBackend:
+    """`isa` is "auto" or an instruction set of the library's; packed weights go to `home` where their model's own
+    directory takes none.
+    """
+
+    def __init__(self, setup: Setup, device: str, isa: str, home: Path) -> None:
+        """Opens the library and the model. Raises Unsuited for what another backend may serve, else BackendError."""
+        _refuse_unsupported(setup, device)
+        self._isa = isa
+        self._pending: tuple[StepPlan, StepInputs, Outputs | None] | None = None
+        try:
+            self._library = library.load()
+        except LibraryError as error:
+            raise Unsuited(str(error)) from error
+        if isa not in ("auto", *self._library.isas):
+            raise BackendError(f"cpu_isa {isa!r}: this host has only {', '.join(self._library.isas)}")
+        path = Path(setup.model)
+        with _readable(setup):
+            self._store = PackedStore(path, setup.quantization, home, self._library)
+            self._packed = self._store.read()
+            self._source = None if self._packed else open_model(path)
+        found = self._packed or self._source
+        if found is None:
+            raise Unsuited(f"{path.name}: not of a family that the cpu backend knows")
+        if trouble := unfit(found.spec):
+            raise Unsuited(f"{path.name}: {trouble}")
+
+    def load(self, setup: Setup, progress: Progress) -> Capacity:
+        threads = setup.threads or usable_threads()
+        packed = self._packed
+        if packed is None:
+            assert self._source is not None
+            with _readable(setup):
+                packed = self._store.pack(self._source, threads, lambda share: progress(Phase.LOADING, share))
+            self._source = None  # and its mapping of the file
+        longest = _longest(setup, packed.spec)
+        kind = _KV_KINDS[setup.kv_dtype]
+        block_bytes = self._library.kv_block_bytes(shape(packed.spec, KVForm(kind, setup.block_size), longest))
+        kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes))
+        rope = packed.spec.rope.tables(longest)
+        try:
+            self._model = self._library.open(whole(packed, kv, rope), threads, self._isa)
+        except LibraryError as error:
+            raise BackendError(f"{setup.model}: {error}") from error
+        self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
+        self._max_len = served_len(setup, kv.num_blocks, longest)
+        self._sampler = CpuSampler(self._vocab_size)
+        self.reset(setup)
+        return Capacity(
+            num_blocks=kv.num_blocks,
+            align=1,
+            exact=True,
+            device=f"cpu {self._model.isa}",
+            dtype="bfloat16",
+            backend="cpu",
+            max_model_len=self._max_len,
+            vocab_size=self._vocab_size,
+            quantization=setup.quantization,
+            kv_dtype="int8" if kind == "int8" else "bfloat16",
+            fingerprint=self._fingerprint(packed, kind, rope),
+        )
+
+    def reset(self, setup: Setup) -> None:
+        self._pending = None
+        self._slots = SlotTable(
+            max_slots=setup.max_slots or MAX_SLOTS,
+            max_model_len=self._max_len,
+            block_size=setup.block_size,
+            num_blocks=self._num_blocks,
+            vocab_size=self._vocab_size,
+        )
+        self._sampler.reset()
+
+    def forward(self, plan: StepPlan) -> None:
+        """Where no mask has to be waited for, sampling is in the same call."""
+        self._slots.apply(plan)
+        inputs = build_inputs(plan, self._slots)
+        outputs = None
+        if any(row.masked and row.sample for row in plan.rows):
+            self._model.forward(batch(inputs))
+        elif plan.rows:
+            outputs = self._sampler.prepare(plan, inputs, self._slots, None)
+            with self._naming_slots(outputs):
+                self._model.step(batch(inputs), outputs)
+        self._pending = plan, inputs, outputs
+
+    def sample(self, mask: Mask | None) -> list[RowResult]:
+        assert self._pending is not None, "forward comes first"
+        (plan, inputs, outputs), self._pending = self._pending, None
+        if not plan.rows:
+            return []
+        if outputs is None:
+            outputs = self._sampler.prepare(plan, inputs, self._slots, mask)
+            with self._naming_slots(outputs):
+                self._model.sample(outputs)
+        token_ids, logprobs = self._sampler.finish(outputs)
+        scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
+        return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+
+    def close(self) -> None:
+        self._pending = None
+        self._model.close()
+
+    def _fingerprint(self, packed: PackedModel, kv_kind: str, rope: tuple[Floats, Floats]) -> str:
+        """Digest of all that decides the arithmetic: weights and how they were rounded, the form of KV, instructions,
+        the kernels' sources, and the rope tables, which numpy computed here for the longest context.
+        """
+        tables = [f"{self._library.checksum(table.view(np.uint8)):x}" for table in rope]
+        parts = [packed.weights, packed.mode, str(FORMAT), kv_kind, self._model.isa, source_digest(), *tables]
+        return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
+
+    @contextmanager
+    def _naming_slots(self, outputs: Outputs) -> Iterator[None]:
+        """The library knows no slots: where one could not be sampled, the sampler says which."""
+        try:
+            yield
+        except LibraryError:
+            self._sampler.finish(outputs)
+            raise
+
+
+@contextmanager
+def _readable(setup: Setup) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, SpecError, OSError) as error:
+        raise BackendError(f"{setup.model}: {error}") from error
+
+
+def _refuse_unsupported(setup: Setup, device: str) -> None:
+    if device not in ("auto", "cpu"):
+        raise Unsuited(f"device {device!r} is not the cpu backend's")
+    if setup.block_size % library.PAGE:
+        raise Unsuited(f"block_size {setup.block_size} is no multiple of the cpu backend's {library.PAGE}")
+    refuse_unsupported("cpu", setup, dtype=("auto", "bfloat16"), quantization=tuple(MODES), kv_dtype=tuple(_KV_KINDS))
+
+
+def _longest(setup: Setup, spec: ModelSpec) -> int:
+    if setup.max_model_len > spec.max_positions:
+        raise BackendError(f"max_model_len {setup.max_model_len} is over the model's {spec.max_positions}")
+    return setup.max_model_len or spec.max_model_len
