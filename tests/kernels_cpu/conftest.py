@@ -18,7 +18,7 @@ def cdll() -> ctypes.CDLL:
     return ctypes.CDLL(str(build.library(testing=True, sanitize=bool(os.environ.get("PAGEWIRE_TEST_SANITIZE")))))
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512_vnni", "avx2", "generic"])
+@pytest.fixture(scope="session", params=["avx512_bf16", "avx512_vnni", "avx2", "generic"])
 def isa(request: pytest.FixtureRequest, cdll: ctypes.CDLL) -> str:
     """Each instruction set that this host can run."""
     name: str = request.param
