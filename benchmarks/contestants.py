@@ -1,109 +1,83 @@
-"""Whom a benchmark runs: how each is started, how it says that it is ready, how it streams."""
+"""Whom a benchmark runs, by name: our own modes, and the peers of `benchmarks.peers`."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import aiohttp
+from benchmarks.peers import catalogue
+from benchmarks.targets import SPEAKERS, Dialect, Speaker
 
-from client.aio import Client
-from client.errors import ServiceError
-from client.load import Service, Target
+# flags of `pagewire serve`; the first is what a plain `pagewire serve` does on a CPU
+MODES: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "int8": ("--quantization", "int8"),
+    "int8+kv8": ("--quantization", "int8", "--kv-cache-dtype", "int8"),
+    "int4": ("--quantization", "int4"),
+}
 
 
-class Contestant(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def command(self, port: int) -> list[str]:
-        """Starts it on this port of the loopback address."""
-
-    async def ready(self, port: int) -> bool:
-        """Whether it takes requests by now."""
-
-    def target(self, port: int) -> AbstractAsyncContextManager[Target]: ...
+class UnknownContestantError(Exception):
+    """A name that is neither a mode of ours nor a peer, or a peer that is not installed, in one line."""
 
 
 @dataclass(frozen=True)
-class Pagewire:
-    """This project, over its own gRPC."""
-
-    model: str
-    flags: tuple[str, ...] = ()
-    name: str = "pagewire"
-
-    def command(self, port: int) -> list[str]:
-        return [sys.executable, "-m", "client.cli", "serve", self.model, "--port", str(port), *self.flags]
-
-    async def ready(self, port: int) -> bool:
-        async with Client(f"127.0.0.1:{port}") as client:
-            try:
-                return await client.serving(timeout=5)
-            except ServiceError:
-                return False
-
-    @asynccontextmanager
-    async def target(self, port: int) -> AsyncIterator[Target]:
-        async with Client(f"127.0.0.1:{port}") as client:
-            yield Service(client)
-
-
-@dataclass(frozen=True)
-class OpenAIPeer:
-    """A server with OpenAI's /v1/completions, such as llama-server or vLLM. `template` holds {port}."""
+class Contestant:
+    """How one is started, and what it speaks."""
 
     name: str
-    template: str
+    template: tuple[str, ...]  # {port} is replaced
+    dialect: Dialect
+    environment: Mapping[str, str] = field(default_factory=dict)  # on top of ours
 
     def command(self, port: int) -> list[str]:
-        return [part.replace("{port}", str(port)) for part in shlex.split(self.template)]
+        return [part.replace("{port}", str(port)) for part in self.template]
 
-    async def ready(self, port: int) -> bool:
-        try:
-            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/health") as answer:
-                return answer.status == 200
-        except aiohttp.ClientError:
-            return False
-
-    @asynccontextmanager
-    async def target(self, port: int) -> AsyncIterator[Target]:
-        unlimited = aiohttp.ClientTimeout(total=None)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=unlimited, connector=connector) as session:
-            yield _Completions(session)
+    @property
+    def speaker(self) -> Speaker:
+        return SPEAKERS[self.dialect]
 
 
-class _Completions:
-    """One event a token, as those servers send them; the usage of the last event corrects servers that send several."""
+def ours(mode: str, model: str, flags: Sequence[str] = ()) -> Contestant:
+    command = (sys.executable, "-m", "client.cli", "serve", model, "--port", "{port}", *MODES[mode], *flags)
+    return Contestant(mode, command, "grpc")
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self.session = session
 
-    async def stream(self, prompt: list[int], output_tokens: int) -> AsyncIterator[int]:
-        request = {
-            "prompt": prompt,  # token ids: the same for everybody
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        seen, used = 0, None
-        async with self.session.post("/v1/completions", json=request) as answer:
-            answer.raise_for_status()
-            async for line in answer.content:
-                if not line.startswith(b"data: {"):
-                    continue  # blank lines between events, and the [DONE] at the end
-                event = json.loads(line[6:])
-                used = (event.get("usage") or {}).get("completion_tokens", used)
-                if event.get("choices") and event["choices"][0].get("finish_reason") is None:
-                    seen += 1
-                    yield 1
-        if used is not None and used != seen:
-            yield used - seen
+def peer(name: str) -> Contestant:
+    found = catalogue.peers()[name]
+    return Contestant(name, found.template, found.dialect, found.environment)
+
+
+def openai(name: str, command: str) -> Contestant:
+    """Any server with OpenAI's /v1/completions and /health; `command` holds {port}."""
+    return Contestant(name, tuple(shlex.split(command)), "openai")
+
+
+def choose(names: Sequence[str], model: str, flags: Sequence[str]) -> list[Contestant]:
+    """By name. Raises UnknownContestantError."""
+    installed = catalogue.installed()
+    chosen = []
+    for name in names:
+        if name in MODES:
+            chosen.append(ours(name, model, flags))
+        elif name in installed:
+            chosen.append(peer(name))
+        elif name in catalogue.peers():
+            engine = catalogue.peers()[name].engine
+            raise UnknownContestantError(f"{name} is not installed: python -m benchmarks.peers install {engine}")
+        else:
+            known = ", ".join([*MODES, *catalogue.peers()])
+            raise UnknownContestantError(f"{name!r} is no contestant; there are {known}")
+    return chosen
+
+
+def everybody() -> list[str]:
+    """All our modes and all installed peers."""
+    return [*MODES, *(name for name in catalogue.peers() if name in catalogue.installed())]
+
+
+def absent() -> list[str]:
+    """Peers that a complete comparison would have."""
+    return [name for name in catalogue.peers() if name not in catalogue.installed()]

@@ -1,92 +1,97 @@
-"""Bars of a run: throughput, time to first token and inter-token latency, by workload and contestant."""
+"""A run as a picture: throughput, time to first token and gaps between messages, a panel for each workload."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from benchmarks import compare
+from benchmarks.contestants import MODES
+from benchmarks.measure import Run
 from client.load import WORKLOADS, Percentiles, Result
 
-Labelled = tuple[str, Result]  # who, what
-PREFILL = {"d", "e"}  # workloads that are about the prompt: their throughput counts it
+OURS = ("#0b6e4f", "#1f9d6b", "#53c08d", "#8ad9b4")
+THEIRS = "#b3b8c2"
+INK = "#333a45"
 
 
-def draw(stem: Path, results: Sequence[Labelled]) -> None:
+def draw(stem: Path, runs: Sequence[Run]) -> None:
     """Writes STEM.png and STEM.svg, of medians over the rounds."""
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    throughput, ttft, itl = figure.subplots(1, 3)
-    _bars(throughput, results, _throughput)
-    throughput.set_title("tokens per second\n(a–c output, d–e prompt and output)", fontsize=10)
-    _spreads(ttft, results, lambda result: result.ttft_ms)
-    ttft.set_title("time to first token, ms\n(p50 ● to p99 –)", fontsize=10)
-    _spreads(itl, results, lambda result: result.itl_ms)
-    itl.set_title("between messages, ms\n(p50 ● to p99 –)", fontsize=10)
-    handles, labels = throughput.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    names, workloads = compare.names(runs), compare.workloads(runs)
+    height = 1.6 + 3 * (0.5 + 0.22 * len(names))
+    figure = Figure(figsize=(3.2 + 2.5 * len(workloads), height), layout="constrained")
+    panels = figure.subplots(3, len(workloads), squeeze=False, sharey=True)
+    for column, workload in enumerate(workloads):
+        _rates(panels[0][column], runs, names, workload)
+        _spread(panels[1][column], runs, names, workload, lambda result: result.ttft_ms)
+        _spread(panels[2][column], runs, names, workload, lambda result: result.itl_ms)
+        if workload in compare.ITL_MS and MODES.keys() & set(names):
+            panels[2][column].axvline(compare.ITL_MS[workload], color="#c2452d", linewidth=1, linestyle=":")
+        about = "prompt and output" if workload in compare.PREFILL else "output"
+        title = f"{workload}  {WORKLOADS[workload].title}\n{about} tokens/s"
+        panels[0][column].set_title(title, fontsize=10, color=INK)
+    marks = "\n● p50  | p99"
+    for row, label in enumerate(("throughput", f"to first token, ms{marks}", f"between messages, ms{marks}")):
+        panels[row][0].set_ylabel(label, fontsize=10, color=INK)
+        panels[row][0].set_yticks(range(len(names)), names, fontsize=8)
+        panels[row][0].set_ylim(len(names) - 0.4, -0.6)
+    figure.suptitle("green: Pagewire's modes; red: the targets, from the peers' figures in this run", fontsize=9)
     for suffix in ("png", "svg"):
-        figure.savefig(f"{stem}.{suffix}", dpi=150)
+        figure.savefig(f"{stem}.{suffix}", dpi=130)
 
 
-def _throughput(result: Result) -> float:
-    return result.total_tokens_per_second if result.workload in PREFILL else result.output_tokens_per_second
-
-
-def _bars(axes: Axes, results: Sequence[Labelled], value: Callable[[Result], float]) -> None:
-    for series in _grouped(axes, results):
-        heights = [median(map(value, rounds)) for rounds in series.rounds]
-        bars = axes.bar(series.positions, heights, series.width * 0.92, color=series.colour, label=series.name)
-        axes.bar_label(bars, [_short(height) for height in heights], fontsize=8, padding=2)
-    axes.margins(y=0.12)
-
-
-def _spreads(axes: Axes, results: Sequence[Labelled], value: Callable[[Result], Percentiles]) -> None:
-    axes.set_yscale("log")  # before the labels, or its minor ticks come back
-    for series in _grouped(axes, results):
-        p50 = [median(value(result).p50 for result in rounds) for rounds in series.rounds]
-        p99 = [median(value(result).p99 for result in rounds) for rounds in series.rounds]
-        axes.vlines(series.positions, p50, p99, color=series.colour, linewidth=1.5)
-        axes.scatter(series.positions, p50, color=series.colour, s=22)
-        axes.scatter(series.positions, p99, color=series.colour, s=60, marker="_")
-        for x, low, high in zip(series.positions, p50, p99, strict=True):
-            axes.annotate(_short(low), (x, low), (0, -11), textcoords="offset points", fontsize=7, ha="center")
-            axes.annotate(_short(high), (x, high), (0, 4), textcoords="offset points", fontsize=7, ha="center")
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.margins(y=0.15)
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One contestant: where its marks stand, and all rounds of each workload."""
-
-    name: str
-    colour: str
-    width: float
-    positions: list[float]
-    rounds: list[list[Result]]
-
-
-def _grouped(axes: Axes, results: Sequence[Labelled]) -> Iterator[_Series]:
-    """One group a workload, in it one place a contestant; labels the groups."""
-    names = list(dict.fromkeys(name for name, _ in results))
-    workloads = [name for name in WORKLOADS if any(result.workload == name for _, result in results)]
-    axes.set_xticks(
-        range(len(workloads)),
-        [f"{name}\n" + WORKLOADS[name].title.replace(" ", "\n") for name in workloads],
-        fontsize=8,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    width = 0.8 / len(names)
+def _rates(axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str) -> None:
+    _bare(axes)
+    targets = {each.mode: each.aim for each in compare.ratios(runs) if each.workload == workload and each.aim}
     for place, name in enumerate(names):
-        positions = [group + (place + 0.5) * width - 0.4 for group in range(len(workloads))]
-        rounds = [[r for who, r in results if (who, r.workload) == (name, workload)] for workload in workloads]
-        yield _Series(name, f"C{place}", width, positions, rounds)
+        rate = compare.over_rounds(runs, name, workload, compare.throughput)
+        if rate is None:
+            continue
+        axes.barh(place, rate, 0.78, color=_colour(name))
+        axes.annotate(f"{rate:,.0f}", (rate, place), (3, 0), textcoords="offset points", fontsize=7.5, va="center")
+        if name in targets:
+            axes.vlines(targets[name], place - 0.39, place + 0.39, color="#c2452d", linewidth=1.6)
+    axes.set_xlim(0, 1.18 * axes.get_xlim()[1])
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _spread(
+    axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str, value: Callable[[Result], Percentiles]
+) -> None:
+    _bare(axes)
+    axes.set_xscale("log")
+    for place, name in enumerate(names):
+        low = compare.over_rounds(runs, name, workload, lambda result: value(result).p50)
+        high = compare.over_rounds(runs, name, workload, lambda result: value(result).p99)
+        if low is None or high is None:
+            continue
+        axes.hlines(place, low, high, color=_colour(name), linewidth=2)
+        axes.plot(low, place, "o", color=_colour(name), markersize=4.5)
+        axes.plot(high, place, "|", color=_colour(name), markersize=8, markeredgewidth=2)
+        axes.annotate(
+            f"{_short(low)}–{_short(high)}", (high, place), (5, 0), textcoords="offset points", fontsize=7, va="center"
+        )
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.35)  # room for the figures
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7.5, colors=INK)
+    axes.grid(axis="x", color="#e6e8ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _colour(name: str) -> str:
+    return OURS[list(MODES).index(name)] if name in MODES else THEIRS
 
 
 def _short(value: float) -> str:

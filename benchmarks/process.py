@@ -1,8 +1,9 @@
-"""A server's process, fresh for each run: from launch to ready, and gone afterwards."""
+"""A server's processes, fresh for each run: from launch to ready, what they take, and gone afterwards."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import tempfile
@@ -12,10 +13,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import IO
 
+import psutil
+
 from benchmarks.contestants import Contestant
 
-POLL = 0.02  # seconds
+POLL = 0.01  # seconds
 STOP = 30.0  # seconds
+MEBIBYTE = 1 << 20
 
 
 class StartError(Exception):
@@ -25,25 +29,41 @@ class StartError(Exception):
 @dataclass(frozen=True)
 class Started:
     port: int
+    pid: int
     launched: float  # on time.perf_counter()
     ready_seconds: float
+
+    def memory(self) -> float:
+        """MiB of the whole process tree: proportional set size, so that what its processes share counts once."""
+        return sum(_pss(process) for process in self._tree()) / MEBIBYTE
+
+    def cpu_seconds(self) -> float:
+        """Of the whole process tree so far, to the kernel's hundredth."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
+
+    def _tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self.pid)
+        return [root, *root.children(recursive=True)]
 
 
 @asynccontextmanager
 async def running(contestant: Contestant, patience: float) -> AsyncIterator[Started]:
     """Raises StartError if it ends, or is not ready within `patience` seconds."""
     port = free_port()
+    environment = {**os.environ, **contestant.environment}
     with tempfile.TemporaryFile() as log:
         launched = time.perf_counter()
-        process = await asyncio.create_subprocess_exec(*contestant.command(port), stdout=log, stderr=log)
+        process = await asyncio.create_subprocess_exec(
+            *contestant.command(port), stdout=log, stderr=log, env=environment
+        )
         try:
-            while not await contestant.ready(port):
+            while not await contestant.speaker.ready(port):
                 if process.returncode is not None:
                     raise StartError(f"{contestant.name} exited with {process.returncode}: {_last_words(log)}")
                 if time.perf_counter() - launched > patience:
                     raise StartError(f"{contestant.name} not ready after {patience:g} s: {_last_words(log)}")
                 await asyncio.sleep(POLL)
-            yield Started(port, launched, time.perf_counter() - launched)
+            yield Started(port, process.pid, launched, time.perf_counter() - launched)
         finally:
             await _stop(process)
 
@@ -53,6 +73,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.AccessDenied:
+        return int(process.memory_info().rss)
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

@@ -1,4 +1,4 @@
-"""Workloads and benchmarks: what is sent, and that the figures are those of what came back."""
+"""Workloads: what is sent, and that the figures are those of what came back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rich.progress import Progress
 
-from benchmarks import run as bench
-from benchmarks.contestants import OpenAIPeer
-from benchmarks.process import StartError
 from client import load
 from client.aio import Client
 from client.commands.bench import _plot
@@ -103,58 +99,3 @@ def test_pagewire_bench_writes_its_figures(server: ScriptedServer, tmp_path: Pat
     assert all(request.sampling.temperature == 0 and request.sampling.ignore_eos for request in server.requests)
     assert "output tok/s" in done.stdout
     assert "first token, ms" in done.stdout
-
-
-def test_run_measures_a_service_that_runs(server: ScriptedServer, tmp_path: Path) -> None:
-    done = _run("--address", server.address, "--workloads", "ab", "--seed", "3", "--out", str(tmp_path), "--name", "x")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert [result["workload"] for result in record["runs"][0]["results"]] == ["a", "b"]
-    assert record["versions"]["pagewire"]
-    assert record["machine"]["cores"] >= 1
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "x.svg").read_text()
-
-
-def test_run_says_why_a_start_failed(tmp_path: Path) -> None:
-    (tmp_path / "broken.gguf").write_bytes(b"no model")
-    done = _run("--model", str(tmp_path / "broken.gguf"), "--workloads", "a", "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.startswith("benchmarks/run.py: pagewire exited with ")
-
-
-@pytest.mark.parametrize("arguments", [["--workloads", "az"], ["--peer", "no-port=command"], ["--rounds", "0"]])
-def test_run_refuses_wrong_usage(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        bench._parser().parse_args(arguments)
-    assert left.value.code == 2
-
-
-async def test_a_peer_is_started_measured_and_stopped(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "fake_peer.py"
-    peer = OpenAIPeer("fake", f"{sys.executable} {script} {{port}} {tmp_path}")
-    prompts = [[i] * SMALL.prompt_tokens for i in range(SMALL.requests)]
-    run = await bench._one_run(peer, [SMALL], {(0, "b"): prompts}, 0, patience=30, bars=Progress(disable=True))
-    assert run.results[0].output_tokens == 28
-    assert run.ready_seconds is not None
-    assert run.first_token_seconds is not None
-    assert 0 < run.ready_seconds < run.first_token_seconds
-    heard = [json.loads(line) for line in (tmp_path / "requests").read_text().splitlines()]
-    assert sorted(request["prompt"] for request in heard[1:]) == prompts, (
-        "the first asks for one token, to time the start"
-    )
-    assert {(request["max_tokens"], request["temperature"], request["ignore_eos"]) for request in heard[1:]} == {
-        (4, 0, True)
-    }
-    assert (tmp_path / "stopped").exists()
-
-
-async def test_a_peer_that_dies_is_told_with_its_last_words() -> None:
-    peer = OpenAIPeer("broken", f"{sys.executable} -c 'raise SystemExit(\"no such model {{port}}\")'")
-    with pytest.raises(StartError, match=r"^broken exited with 1: no such model \d+$"):
-        await bench._one_run(peer, [SMALL], {}, 0, patience=30, bars=Progress(disable=True))
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
