@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import compare, contestants, record
 from benchmarks.contestants import UnknownContestantError
 from benchmarks.measure import order
+from benchmarks.peers import catalogue
 from tests.benchmarks.runs import result, run
 
 RUNS = [
@@ -45,7 +47,7 @@ def test_every_target_names_a_workload_and_a_contestant() -> None:
         for workload, (ratio, whom) in targets.items():
             assert workload in "abcde"
             assert ratio > 1
-            assert whom == compare.BEST or whom in contestants.catalogue.peers()
+            assert whom == compare.BEST or whom in catalogue.peers()
 
 
 def test_the_text_names_what_was_missed_and_who_was_absent() -> None:
@@ -76,7 +78,7 @@ def test_nobody_is_always_first_or_behind_the_same_one() -> None:
     rounds = [[each.name for each in order(chosen, number)] for number in range(3)]
     assert all(sorted(names) == list("abcdefg") for names in rounds)
     assert len({names[0] for names in rounds}) == 3
-    pairs = [set(zip(names, names[1:], strict=False)) for names in rounds]
+    pairs = [set(pairwise(names)) for names in rounds]
     assert not pairs[0] & pairs[1], "every second round goes the other way"
 
 
@@ -92,6 +94,6 @@ def test_contestants_go_by_name() -> None:
 def test_a_peer_that_is_not_installed_says_how_it_would_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PAGEWIRE_HOME", str(tmp_path))
     assert contestants.everybody() == list(contestants.MODES)
-    assert contestants.absent() == list(contestants.catalogue.peers())
+    assert contestants.absent() == list(catalogue.peers())
     with pytest.raises(UnknownContestantError, match=r"^vllm-bf16 is not installed: .* install vllm$"):
         contestants.choose(["vllm-bf16"], "m.gguf", [])

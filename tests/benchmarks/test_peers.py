@@ -37,7 +37,7 @@ def test_a_step_that_fails_says_where_its_words_are(tmp_path: Path, monkeypatch:
     with pytest.raises(engine.InstallError, match=r"^sources: exit 3; see .*install\.log$"):
         steps.run("sources", sys.executable, "-c", "print('alas'); raise SystemExit(3)")
     assert "alas" in (tmp_path / "peers" / "some" / "install.log").read_text()
-    with pytest.raises(engine.InstallError, match="build: .*no-such-tool"):
+    with pytest.raises(engine.InstallError, match=r"build: .*no-such-tool"):
         steps.run("build", "no-such-tool")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import contestants
+from benchmarks import contestants, record
 from benchmarks import run as bench
 from benchmarks.measure import one_run
 from benchmarks.process import StartError
@@ -35,7 +35,7 @@ def test_run_measures_a_service_that_runs(server: ScriptedServer, tmp_path: Path
 
 def test_run_reports_on_earlier_files(tmp_path: Path) -> None:
     for name, who, rate in (("one", "bf16", 150), ("two", "llama-bf16", 100)):
-        bench.record.write(tmp_path / name, [run(who, 0, result("a", rate))], seed=1)
+        record.write(tmp_path / name, [run(who, 0, result("a", rate))], seed=1)
     files = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
     done = _run("--report", *files, "--out", str(tmp_path), "--name", "both")
     assert done.returncode == 0, done.stderr
