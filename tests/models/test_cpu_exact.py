@@ -42,13 +42,15 @@ class Alone:
         checkpoints.save(path, config)
         self.vocab: int = config.vocab_size
         self.model = packed(path, mode, path)
-        self.options = {"kv": kv, "isa": isa}
+        self.kv, self.isa = kv, isa
         self.prompts = [tokens(n, self.vocab, seed=n) for n in LENGTHS]
         runner = self.runner(1)
         self.expected = [runner.run([Sequence(p, [len(p)])], seed=i)[0] for i, p in enumerate(self.prompts)]
 
     def runner(self, threads: int, block_size: int = 32) -> Runner:
-        return Runner(self.model, threads=threads, block_size=block_size, num_blocks=6400 // block_size, **self.options)
+        blocks = 6400 // block_size
+        options = {"threads": threads, "block_size": block_size, "num_blocks": blocks}
+        return Runner(self.model, kv=self.kv, isa=self.isa, **options)
 
     def check(self, got: list[Logits], which: list[int] | None = None) -> None:
         for logits, i in zip(got, which or range(len(got)), strict=True):
