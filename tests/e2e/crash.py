@@ -1,4 +1,4 @@
-"""Streams over a worker that is killed: `python -m tests.e2e.crash --rounds 5 --dtype float32` prints what came out.
+"""Streams over a worker that is killed: `python -m tests.e2e.crash --quantization int4 --rounds 5` says what came out.
 
 A round runs its requests undisturbed, then again with kill -9 at random moments, and compares stream with stream.
 """
@@ -16,6 +16,15 @@ from pagewire.v1 import admin_pb2, inference_pb2
 
 from tests.e2e.service import Output, Service, generate, service
 
+# Flags of the service that say how it computes.
+MODE = {
+    "dtype": "auto",
+    "quantization": "",
+    "kv-cache-dtype": "auto",
+    "backend": "auto",
+    "cpu-isa": "auto",
+    "threads": "0",
+}
 _WORDS = "the,a,cat,sea,old,river,wrote,sings,blue,seven,stones,over,under,light,and,never,because,Paris,1984"
 
 
@@ -87,28 +96,23 @@ async def _is_damaged(running: Service, request: inference_pb2.GenerateRequest, 
 
 
 async def _main(args: argparse.Namespace) -> int:
-    flags = (
-        "--dtype",
-        args.dtype,
-        "--device",
-        "cpu",
-        "--max-num-seqs",
-        str(args.streams),
-        "--threads",
-        str(args.threads),
-    )
+    flags = ["--device", "cpu", "--max-num-seqs", str(args.streams)]
+    for flag in MODE:
+        flags += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
     print(f"{'seed':>5} {'streams':>8} {'tokens':>7} {'kills':>6} {'different':>10} {'lost or repeated':>17}")
     bad = 0
     async with service(args.model, *flags) as running:
+        model = await running.inference.GetModel(inference_pb2.GetModelRequest())
         for seed in range(args.seed, args.seed + args.rounds):
             done = await crash_round(running, seed, streams=args.streams, kills=args.kills, max_tokens=args.max_tokens)
             print(
                 f"{done.seed:5} {done.streams:8} {done.tokens:7} {done.kills:6} {done.different:10} {done.damaged:17}",
                 flush=True,
             )
-            bad += done.damaged + (done.different if args.dtype == "float32" else 0)
+            bad += done.damaged + (done.different if model.exact else 0)
         recoveries = (await running.until_quiet()).recoveries
-    print(f"{recoveries} worker deaths survived, {args.dtype}")
+    mode = f"{model.backend}, {model.dtype}, weights {model.quantization or 'as they are'}, KV {model.kv_cache_dtype}"
+    print(f"{recoveries} worker deaths survived; {mode}; {'exact' if model.exact else 'not exact'}")
     return 1 if bad else 0
 
 
@@ -117,11 +121,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=0)
+    for flag, default in MODE.items():
+        parser.add_argument(f"--{flag}", default=default, help="the service's flag")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="", help="default: the real one; or fake:…")
     args = parser.parse_args()
