@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from protos.wire import Admit, Epoch, Row, Sampling, StepPlan, TokenLogprobs
 from tests.sampler.bench import Bench
 from worker_svc.inputs import build_inputs
-from worker_svc.sampler import SamplerError, token_logprobs
+from worker_svc.sampler import token_logprobs
+from worker_svc.sampling_rules import SamplerError
 from worker_svc.slots import SlotTable
 
 VOCAB = 50

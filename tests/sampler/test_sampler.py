@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protos.wire import Epoch, Mask, Sampling
 from tests.sampler import reference
 from tests.sampler.bench import Bench
-from worker_svc.sampler import SamplerError
+from worker_svc.sampling_rules import SamplerError
 
 VOCAB = 37  # neither a multiple of 4 (a call of Philox) nor of 32 (a word of a mask)
 TOKENS = st.integers(0, VOCAB - 1)

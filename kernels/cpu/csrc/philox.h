@@ -77,8 +77,9 @@ PW_INLINE u32x16 words_of(const Stream &s, const int32_t *ids) {
     const u64x8 id = __builtin_convertvector(load_as<u32x8>(ids + 8 * i), u64x8);
     u64x8 c[4] = {id >> 2, splat64(s.position), {}, {}};
     philox(c, s.seed);
-    const u64x8 even = (id & 2) != 0 ? c[2] : c[0], odd = (id & 2) != 0 ? c[3] : c[1];
-    out.h[i] = __builtin_convertvector((id & 1) != 0 ? odd : even, u32x8);
+    const u64x8 second = -(id >> 1 & 1), odd = -(id & 1);  // masks: words 2 and 3, words 1 and 3
+    const u64x8 low = c[0] ^ ((c[0] ^ c[1]) & odd), high = c[2] ^ ((c[2] ^ c[3]) & odd);
+    out.h[i] = __builtin_convertvector(low ^ ((low ^ high) & second), u32x8);
   }
   return out.v;
 }

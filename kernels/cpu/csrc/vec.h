@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #define PW_INLINE static inline __attribute__((always_inline))
@@ -32,6 +34,62 @@ template <class V>
 PW_INLINE V max(V a, V b) { return a > b ? a : b; }
 template <class V>
 PW_INLINE V min(V a, V b) { return a < b ? a : b; }
+
+// Comparisons (−1 in the lanes where they hold), choices by them, and what is made of both. GCC cuts sums and products
+// to the registers that there are, but these to single lanes: here they are cut by hand.
+#if defined(__AVX512F__)
+#define PW_REGISTER 64
+#elif defined(__AVX2__)
+#define PW_REGISTER 32
+#else
+#define PW_REGISTER 16
+#endif
+typedef float f32part __attribute__((vector_size(PW_REGISTER)));
+typedef int32_t i32part __attribute__((vector_size(PW_REGISTER)));
+constexpr int PARTS = 64 / PW_REGISTER;
+union f32parts { f32x16 v; f32part part[PARTS]; };
+union i32parts { i32x16 v; i32part part[PARTS]; };
+
+#define PW_COMPARISON(name, op)                                                \
+  PW_INLINE i32x16 name(f32x16 a, f32x16 b) {                                  \
+    const f32parts x{a}, y{b};                                                 \
+    i32parts r;                                                                \
+    for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] op y.part[i];        \
+    return r.v;                                                                \
+  }                                                                            \
+  PW_INLINE i32x16 name(i32x16 a, i32x16 b) {                                  \
+    const i32parts x{a}, y{b};                                                 \
+    i32parts r;                                                                \
+    for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] op y.part[i];        \
+    return r.v;                                                                \
+  }
+PW_COMPARISON(greater, >)
+PW_COMPARISON(at_least, >=)
+PW_COMPARISON(equal, ==)
+#undef PW_COMPARISON
+PW_INLINE i32x16 less(f32x16 a, f32x16 b) { return greater(b, a); }
+PW_INLINE i32x16 less(i32x16 a, i32x16 b) { return greater(b, a); }
+
+// Lane by lane `a` where the mask is −1, `b` where it is 0.
+PW_INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
+  const i32parts m{mask};
+  const f32parts x{a}, y{b};
+  f32parts r;
+  for (int i = 0; i < PARTS; i++) r.part[i] = m.part[i] ? x.part[i] : y.part[i];
+  return r.v;
+}
+PW_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  const f32parts x{a}, y{b};
+  f32parts r;
+  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] > y.part[i] ? x.part[i] : y.part[i];
+  return r.v;
+}
+PW_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  const f32parts x{a}, y{b};
+  f32parts r;
+  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] < y.part[i] ? x.part[i] : y.part[i];
+  return r.v;
+}
 PW_INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7FFFFFFFu); }
 
 // a · b + c, rounded once where the set can.
@@ -171,8 +229,8 @@ PW_INLINE f32x16 exp(f32x16 x) {
   i32x16 half = e >> 1;  // in two factors: 2^128 is no float
   f32x16 a = (f32x16)((half + 127) << 23), b = (f32x16)((e - half + 127) << 23);
   f32x16 y = p * a * b;
-  y = x < splat(-87.33f) ? splat(0.0f) : y;
-  return x > splat(88.72283f) ? splat(__builtin_inff()) : y;
+  y = choose(less(x, splat(-87.33f)), splat(0.0f), y);
+  return choose(greater(x, splat(88.72283f)), splat(__builtin_inff()), y);
 }
 
 }  // namespace pw
