@@ -19,7 +19,8 @@ extern "C" {
 // A matrix W[n, k] of y = x Wᵀ, in panels of 48 columns n. np = n rounded up to 48, kp = k rounded up to 32; what is
 // beyond n and k weighs nothing. One layout serves every instruction set.
 //   PW_BF16  uint16 [np/48][kp/2][48][2]                       bfloat16 bits
-//   PW_INT8  uint8  [np/48][kp/4][48][4]                       q + 128;   w = scale[n] · q
+//   PW_INT8  uint8  [np/48][kp/4][48][4]                       q + 128;   w H / 64 = scale[n] · q, H Hadamard's matrix
+//                                                              over blocks of 64 of k (a last one of 32 / 32)
 //   PW_INT4  [np/48][kp/32] of { uint16 d[48], m[48]; uint8 q[4][48][4] }   float16 d and m;   w = d · q + m
 //            q[t][n][i]: low nibble is k = 4 t + i of the group, high nibble is k = 16 + 4 t + i
 enum { PW_BF16 = 0, PW_INT8 = 1, PW_INT4 = 2 };

@@ -19,8 +19,9 @@ struct Operand {
   int32_t kind;    // of the weights it is for
   int64_t stride;  // elements
   void *data;
-  float *scale;    // [rows] PW_INT8 and PW_INT4: x = scale · q, one scale a token
-  int32_t *sums;   // PW_INT8 [rows]: Σ q; PW_INT4 [rows][kp / 32]: Σ q of each group
+  float *scale;    // x = scale · q. PW_INT8 [rows]: one a token; PW_INT4 [rows][kp / 32]: one for each of its groups
+  int32_t *sums;   // PW_INT8 [rows]: Σ q
+  float *offsets;  // PW_INT4 [rows][kp / 32]: scale · Σ q of each group
 };
 
 enum class Then { store, add, glu };  // what becomes of y = x Wᵀ + b

@@ -65,19 +65,24 @@ void Memory::reserve(size_t bytes, const char *what) {
   data_ = data, bytes_ = whole;
 }
 
-// One copy: data, then scales, then sums.
+// One copy: data, then scales, then sums or offsets.
 void Rows::reserve(const pw_weight &w, int rows, int copies) {
   if (rows > rows_) rows_ = rows;
   const size_t kp = round_up(w.k, 32);
-  bytes_ = align(rows_ * kp * 2) + align(rows_ * sizeof(float)) + align(rows_ * (kp / PW_GROUP) * sizeof(int32_t));
+  bytes_ = align(rows_ * kp * 2) + 2 * align(rows_ * (kp / PW_GROUP) * sizeof(float));
   memory_.reserve(bytes_ * copies, "rows of a step");
 }
 
 Operand Rows::operand(const pw_weight &w, int copy) const {
   const size_t kp = round_up(w.k, 32);
   char *data = memory_.as<char>() + copy * bytes_;
-  char *scale = data + align(rows_ * kp * 2), *sums = scale + align(rows_ * sizeof(float));
-  return {w.kind, int64_t(kp), data, reinterpret_cast<float *>(scale), reinterpret_cast<int32_t *>(sums)};
+  char *scale = data + align(rows_ * kp * 2), *sums = scale + align(rows_ * (kp / PW_GROUP) * sizeof(float));
+  return {w.kind,
+          int64_t(kp),
+          data,
+          reinterpret_cast<float *>(scale),
+          reinterpret_cast<int32_t *>(sums),
+          reinterpret_cast<float *>(sums)};
 }
 
 #if defined(__x86_64__)

@@ -1,12 +1,30 @@
 // Matrices into panels, as abi.h describes them; and the checksum of what is kept in files.
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "abi.h"
 
 namespace {
 
 int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A row times Sylvester's matrix H[i][j] = (−1)^popcount(i & j) in blocks of 64, a last one of 32 where k (a multiple of
+// 32) is none of 64, over the blocks' sizes. x Wᵀ = (x H)(W H / size)ᵀ: rotated, a token's outliers are spread over a
+// block, and one scale a token serves. rows.inc rotates x.
+void rotate(float *row, int64_t k) {
+  for (int64_t first = 0; first < k; first += 64) {
+    const int64_t size = k - first < 64 ? 32 : 64;
+    float *x = row + first;
+    for (int64_t step = 1; step < size; step *= 2)
+      for (int64_t i = 0; i < size; i += 2 * step)
+        for (int64_t j = i; j < i + step; j++) {
+          const float a = x[j], b = x[j + step];
+          x[j] = a + b, x[j + step] = a - b;
+        }
+    for (int64_t j = 0; j < size; j++) x[j] /= float(size);
+  }
+}
 
 }  // namespace
 
@@ -30,16 +48,19 @@ extern "C" int pw_pack_bf16(const uint16_t *w, int32_t n, int32_t k, void *out) 
 extern "C" int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, float *scale) {
   const int64_t kp = up(k, 32), np = up(n, PW_PANEL);
   auto *panel = static_cast<uint8_t *>(out);
+  std::vector<float> row(kp);
   memset(out, 128, pw_packed_bytes(PW_INT8, n, k));
   for (int64_t i = n; i < np; i++) scale[i] = 0;
   for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
     for (int64_t c = 0; c < PW_PANEL && first + c < n; c++) {
-      const float *row = w + (first + c) * k;
+      memcpy(row.data(), w + (first + c) * k, k * sizeof(float));
+      for (int64_t j = k; j < kp; j++) row[j] = 0;
+      rotate(row.data(), kp);
       float greatest = 0;
-      for (int64_t j = 0; j < k; j++) greatest = fmaxf(greatest, fabsf(row[j]));
+      for (int64_t j = 0; j < kp; j++) greatest = fmaxf(greatest, fabsf(row[j]));
       const float s = greatest / 127, divisor = s > 0 ? s : 1;
       scale[first + c] = s;
-      for (int64_t j = 0; j < k; j++)
+      for (int64_t j = 0; j < kp; j++)
         panel[(j / 4 * PW_PANEL + c) * 4 + j % 4] = uint8_t(int(nearbyintf(row[j] / divisor)) + 128);
     }
   return 0;
