@@ -4,6 +4,7 @@ ARGS ?=
 OUT ?= protos
 PYTHON ?= python3.11
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UV := $(BIN)/uv
 LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version 3.11
 export VIRTUAL_ENV := $(CURDIR)/.venv
@@ -14,7 +15,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 
-setup: .venv/runtime ## everything that serving needs, into .venv and nowhere else
+setup: .venv/runtime ## everything that serving on a CPU needs, into .venv
 
 setup-dev: .venv/dev
 
@@ -30,7 +31,7 @@ test-full: .venv/dev lint ## the default tests and the slow ones
 nightly: .venv/dev ## the long profiles: events, fuzz, soak
 	$(BIN)/pytest -m nightly $(ARGS)
 
-bench: .venv/dev ## workloads a to e over gRPC, into benchmarks/results
+bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: .venv/dev ## ruff, mypy, import-linter, buf
@@ -41,19 +42,24 @@ stubs: .venv/dev ## regenerate the gRPC stubs from protos/
 
 lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(LOCK) --extra build pyproject.toml -o requirements.lock
-	$(LOCK) --extra build --extra dev --extra bench -c requirements.lock pyproject.toml -o requirements-dev.lock
+	$(LOCK) --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
 	$(LOCK) requirements-uv.in -o requirements-uv.lock
 
-.venv/runtime: requirements.lock pyproject.toml | $(UV)
-	$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
-	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+# Without a C++ compiler the worker needs torch, and says so when it starts.
+.venv/runtime: requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) --no-deps --require-hashes -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	-@$(BIN)/python -m kernels.cpu.build
 	@touch $@
 
-.venv/dev: requirements-dev.lock .venv/runtime
+.venv/dev: requirements-dev.lock .venv/runtime | $(UV)
 	$(UV) pip install --quiet --compile-bytecode --require-hashes -r requirements-dev.lock
 	@touch $@
 
-$(UV): requirements-uv.lock
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.lock
+	$@ -m pip uninstall --quiet --yes setuptools
+
+$(UV): requirements-uv.lock | $(BIN)/python
+	$(PIP) --require-hashes -r requirements-uv.lock
 	@touch $@
