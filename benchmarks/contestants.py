@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.peers import catalogue
+from benchmarks.peers.engine import WIDEST, filled
 from benchmarks.targets import SPEAKERS, Dialect, Speaker
 
 # flags of `pagewire serve`; the first is what a plain `pagewire serve` does on a CPU
@@ -28,12 +29,19 @@ class Contestant:
     """How one is started, and what it speaks."""
 
     name: str
-    template: tuple[str, ...]  # {port} is replaced
+    template: tuple[
+        str, ...
+    ]  # {port} is replaced, and {slots} and {context}, where there are such, by what a workload needs
     dialect: Dialect
     environment: Mapping[str, str] = field(default_factory=dict)  # on top of ours
 
-    def command(self, port: int) -> list[str]:
-        return [part.replace("{port}", str(port)) for part in self.template]
+    def command(self, port: int, slots: int = WIDEST) -> list[str]:
+        return filled(self.template, port, slots)
+
+    @property
+    def tailored(self) -> bool:
+        """Whether it is started for each workload anew, since it is at its best with as many slots as are used."""
+        return "{slots}" in self.template
 
     @property
     def speaker(self) -> Speaker:

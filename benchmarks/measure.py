@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.contestants import Contestant
 from benchmarks.process import Started, running
@@ -55,7 +55,26 @@ def order(contestants: Sequence[Contestant], number: int) -> list[Contestant]:
 async def one_run(
     contestant: Contestant, workloads: Sequence[load.Workload], book: PromptBook, number: int, patience: float
 ) -> Run:
-    async with running(contestant, patience) as started, contestant.speaker.target(started.port) as target:
+    """One start for all workloads, or one for each: then its memory is that of the largest."""
+    parts = [[workload] for workload in workloads] if contestant.tailored else [workloads]
+    runs = [await _session(contestant, part, book, number, patience) for part in parts]
+    return replace(
+        runs[0],
+        started_mib=max(run.started_mib or 0 for run in runs),
+        loaded_mib=max(run.loaded_mib or 0 for run in runs),
+        idle_cores=max(run.idle_cores or 0 for run in runs),
+        measured=[each for run in runs for each in run.measured],
+    )
+
+
+async def _session(
+    contestant: Contestant, workloads: Sequence[load.Workload], book: PromptBook, number: int, patience: float
+) -> Run:
+    slots = max(workload.concurrency for workload in workloads)
+    async with (
+        running(contestant, patience, slots) as started,
+        contestant.speaker.target(started.port) as target,
+    ):
         async for _ in target.stream([1, 2, 3, 4], 1):
             pass
         first_token = time.perf_counter() - started.launched

@@ -45,7 +45,7 @@ def draw(stem: Path, runs: Sequence[Run]) -> None:
 
 
 def _rates(axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str) -> None:
-    _bare(axes)
+    bare(axes)
     targets = {each.mode: each.aim for each in compare.ratios(runs) if each.workload == workload and each.aim}
     for place, name in enumerate(names):
         rate = compare.over_rounds(runs, name, workload, compare.throughput)
@@ -63,7 +63,7 @@ def _rates(axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str)
 def _spread(
     axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str, value: Callable[[Result], Percentiles]
 ) -> None:
-    _bare(axes)
+    bare(axes)
     axes.set_xscale("log")
     for place, name in enumerate(names):
         low = compare.over_rounds(runs, name, workload, lambda result: value(result).p50)
@@ -82,7 +82,8 @@ def _spread(
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
+    """No frame, faint lines."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7.5, colors=INK)

@@ -16,6 +16,7 @@ from typing import IO
 import psutil
 
 from benchmarks.contestants import Contestant
+from benchmarks.peers.engine import WIDEST
 
 POLL = 0.01  # seconds
 STOP = 30.0  # seconds
@@ -47,14 +48,14 @@ class Started:
 
 
 @asynccontextmanager
-async def running(contestant: Contestant, patience: float) -> AsyncIterator[Started]:
-    """Raises StartError if it ends, or is not ready within `patience` seconds."""
+async def running(contestant: Contestant, patience: float, slots: int = WIDEST) -> AsyncIterator[Started]:
+    """For `slots` requests at once. Raises StartError if it ends, or is not ready within `patience` seconds."""
     port = free_port()
     environment = {**os.environ, **contestant.environment}
     with tempfile.TemporaryFile() as log:
         launched = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
-            *contestant.command(port), stdout=log, stderr=log, env=environment
+            *contestant.command(port, slots), stdout=log, stderr=log, env=environment
         )
         try:
             while not await contestant.speaker.ready(port):

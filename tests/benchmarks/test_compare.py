@@ -91,6 +91,15 @@ def test_contestants_go_by_name() -> None:
         contestants.choose(["nobody"], "m.gguf", [])
 
 
+def test_a_tailored_peer_gets_the_slots_of_each_workload() -> None:
+    peer = contestants.peer("llama-q8_0")
+    assert peer.tailored
+    command = peer.command(12345, slots=4)
+    assert command[command.index("--parallel") + 1] == "4"
+    assert command[command.index("--ctx-size") + 1] == "8192", "2048 tokens a slot"
+    assert not contestants.peer("openvino-int8").tailored
+
+
 def test_a_peer_that_is_not_installed_says_how_it_would_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PAGEWIRE_HOME", str(tmp_path))
     assert contestants.everybody() == list(contestants.MODES)

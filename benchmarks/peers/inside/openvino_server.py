@@ -18,7 +18,7 @@ import numpy as np
 import openvino as ov  # type: ignore[import-not-found]
 import openvino_genai as genai  # type: ignore[import-not-found]
 
-SCHEDULER = {"cache_size": 4, "max_num_batched_tokens": 256, "max_num_seqs": 64, "enable_prefix_caching": True}
+SCHEDULER = {"cache_size": 4, "max_num_batched_tokens": 512, "max_num_seqs": 64, "enable_prefix_caching": True}
 SCHEDULER |= {"dynamic_split_fuse": True}
 PROPERTIES: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 2}
 
