@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.library import ACTIVATIONS, KV_KINDS, PANEL, Floats, Layer, Library, Spec, Weight, layers, weight
+from kernels.cpu.library import (
+    ACTIVATIONS,
+    KV_KINDS,
+    PANEL,
+    Floats,
+    Layer,
+    Library,
+    Spec,
+    Weight,
+    address,
+    layers,
+    weight,
+)
 
 
 @dataclass(frozen=True)
@@ -42,17 +55,19 @@ class RandomModel:
     kind: str
     kv: str = "bf16"
     seed: int = 0
+    copies: bool = False  # every layer has the first one's numbers, in memory of its own: sooner made
     dense: dict[str, Any] = field(default_factory=dict)
 
     def spec(self, num_blocks: int, block_size: int = 32) -> Spec:
         s, rng = self.shape, np.random.default_rng(self.seed)
-        each = [self._layer(rng, i) for i in range(s.num_layers)]
+        each = [self._layer(rng, i) for i in range(1 if self.copies else s.num_layers)]
+        each += [self._copy(each[0]) for _ in range(s.num_layers - len(each))]
         head_kind = "int8" if self.kind == "int4" else self.kind
         lm_head = self._matrix(rng, "lm_head", head_kind, s.vocab_size, s.hidden_size, bias=False)
         rotary = s.rotary_dim or s.head_dim
         angles = np.arange(s.max_model_len)[:, None] * 10000.0 ** (-np.arange(rotary // 2) * 2.0 / rotary)
         embed = to_bf16(rng.standard_normal((s.vocab_size, s.hidden_size), np.float32))
-        tops = {
+        tops: dict[str, Any] = {
             "cos": np.cos(angles).astype(np.float32),
             "sin": np.sin(angles).astype(np.float32),
             "embed": embed,
@@ -79,11 +94,22 @@ class RandomModel:
             down=self._matrix(rng, f"down.{i}", self.kind, s.hidden_size, s.intermediate_size, s.bias),
             window=s.windows[i] if s.windows else 0,
         )
-        norms = {"attn_norm": _norm(rng, s.hidden_size), "mlp_norm": _norm(rng, s.hidden_size)}
+        norms: dict[str, Any] = {"attn_norm": _norm(rng, s.hidden_size), "mlp_norm": _norm(rng, s.hidden_size)}
         if s.qk_norm:
             norms |= {"q_norm": _norm(rng, s.head_dim), "k_norm": _norm(rng, s.head_dim)}
         self.dense.update({f"{name}.{i}": values for name, values in norms.items()})
         return layer.point(**norms)
+
+    def _copy(self, layer: Layer) -> Layer:
+        copy = Layer.from_buffer_copy(layer).keep(layer)
+        for name in ("qkv", "o", "gate_up", "down"):
+            of = getattr(copy, name)
+            size = self.library.packed_bytes(self.kind, of.n, of.k)
+            data = aligned(size)
+            ctypes.memmove(address(data), of.data, size)
+            of.data = address(data)
+            copy.keep(data)
+        return copy
 
     def _gate_up(self, rng: np.random.Generator, i: int) -> Weight:
         """Gate and up, each padded to whole panels, their panels in turn."""

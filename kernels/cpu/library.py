@@ -147,7 +147,7 @@ def weight(kind: str, n: int, k: int, data: Bytes, scale: Floats | None = None, 
 
 def layers(each: list[Layer]) -> Any:
     """What Spec.layers points to."""
-    array = (Layer * len(each))(*each)
+    array: Any = (Layer * len(each))(*each)
     array.kept = each  # the elements are copies, which keep nothing
     return array
 
@@ -222,37 +222,37 @@ class Model:
     def __init__(self, library: Library, spec: Spec, threads: int, isa: str, cpus: int) -> None:
         self._library, self._c = library, library.c
         self._spec = spec  # and all that it keeps
-        self._handle = self._c.pw_open(byref(spec), threads, cpus, isa.encode())
-        if not self._handle:
+        self.handle = self._c.pw_open(byref(spec), threads, cpus, isa.encode())
+        if not self.handle:
             library.check(-1)
         self._phases: list[str] = self._c.pw_phases().decode().split()
         self._seconds = np.zeros(len(self._phases))
 
     @property
     def isa(self) -> str:
-        name: bytes = self._c.pw_isa(self._handle)
+        name: bytes = self._c.pw_isa(self.handle)
         return name.decode()
 
     def forward(self, batch: Batch) -> None:
-        self._library.check(self._c.pw_forward(self._handle, byref(batch)))
+        self._library.check(self._c.pw_forward(self.handle, byref(batch)))
 
     def sample(self, samples: Samples) -> None:
-        self._library.check(self._c.pw_sample(self._handle, byref(samples)))
+        self._library.check(self._c.pw_sample(self.handle, byref(samples)))
 
     def step(self, batch: Batch, samples: Samples) -> None:
         """Both, where no row is masked."""
-        self._library.check(self._c.pw_step(self._handle, byref(batch), byref(samples)))
+        self._library.check(self._c.pw_step(self.handle, byref(batch), byref(samples)))
 
     def logits(self, tokens: Ints) -> Floats:
         """Raw logits [count, vocab] of tokens of the last forward."""
         out = np.empty((len(tokens), self._spec.vocab_size), np.float32)
-        self._library.check(self._c.pw_logits(self._handle, _in(tokens, np.int64), len(tokens), address(out)))
+        self._library.check(self._c.pw_logits(self.handle, _in(tokens, np.int64), len(tokens), address(out)))
         return out
 
     def hidden(self, tokens: Ints) -> Floats:
         """States after the final norm [count, hidden] of tokens of the last forward."""
         out = np.empty((len(tokens), self._spec.hidden_size), np.float32)
-        self._library.check(self._c.pw_hidden(self._handle, _in(tokens, np.int64), len(tokens), address(out)))
+        self._library.check(self._c.pw_hidden(self.handle, _in(tokens, np.int64), len(tokens), address(out)))
         return out
 
     def score(self, tokens: Ints, token_ids: Ints, num_top: NDArray[np.int32]) -> tuple[Doubles, Ints, Ints, Doubles]:
@@ -262,7 +262,7 @@ class Model:
         top_ids, top_logprobs = np.empty((count, max_top), np.int64), np.empty((count, max_top))
         self._library.check(
             self._c.pw_score(
-                self._handle, _in(tokens, np.int64), _in(token_ids, np.int64), _in(num_top, np.int32), count, max_top,
+                self.handle, _in(tokens, np.int64), _in(token_ids, np.int64), _in(num_top, np.int32), count, max_top,
                 *(address(out) for out in (logprobs, ranks, top_ids, top_logprobs)),
             )
         )  # fmt: skip
@@ -270,13 +270,13 @@ class Model:
 
     def timings(self) -> dict[str, float]:
         """Seconds of the last step by phase, on the calling thread."""
-        self._library.check(self._c.pw_timings(self._handle, address(self._seconds)))
+        self._library.check(self._c.pw_timings(self.handle, address(self._seconds)))
         return dict(zip(self._phases, self._seconds.tolist(), strict=True))
 
     def close(self) -> None:
-        if self._handle:
-            self._c.pw_close(self._handle)
-            self._handle = None
+        if self.handle:
+            self._c.pw_close(self.handle)
+            self.handle = None
 
 
 def _in(array: NDArray[Any], dtype: DTypeLike) -> int:

@@ -58,7 +58,8 @@ def _rope(model: RandomModel, x: Floats) -> Floats:
 
 
 def _rms(x: Floats, weight: Floats) -> Floats:
-    return (x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5)) * weight).astype(np.float32)
+    y: Floats = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5)) * weight
+    return y.astype(np.float32)
 
 
 def _linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Floats:
@@ -68,4 +69,5 @@ def _linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Flo
     else:  # one scale a token
         scale = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / 127
         x = np.rint(x / scale) * scale
-    return (x @ w.T + bias).astype(np.float32)
+    y: Floats = x @ w.T + bias
+    return y.astype(np.float32)

@@ -5,10 +5,6 @@
 
 #include "model.h"
 
-struct pw_model : pw::Model {
-  using pw::Model::Model;
-};
-
 namespace {
 
 thread_local std::string last_error;

@@ -107,3 +107,7 @@ AttentionShape attention_shape(const pw_spec &);
 int64_t kv_block_bytes(const pw_spec &);
 
 }  // namespace pw
+
+struct pw_model : pw::Model {
+  using pw::Model::Model;
+};
