@@ -16,7 +16,7 @@ PW_INLINE f32x16 tanh(f32x16 x) {
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
   f32x16 near = fma(p * z, a, a);
-  f32x16 y = a < splat(0.625f) ? near : far;
+  f32x16 y = choose(less(a, splat(0.625f)), near, far);
   return (f32x16)((u32x16)y | ((u32x16)x & 0x80000000u));
 }
 
@@ -44,7 +44,7 @@ PW_INLINE f32x16 erf(f32x16 x) {
   q = fma(q, t, splat(1.00002368f));
   q = fma(q, t, splat(-1.26551223f));
   f32x16 far = 1.0f - t * exp(q - z);
-  f32x16 y = a < splat(1.0f) ? near : far;
+  f32x16 y = choose(less(a, splat(1.0f)), near, far);
   return (f32x16)((u32x16)y | ((u32x16)x & 0x80000000u));
 }
 
