@@ -18,11 +18,12 @@ from tests.models.checkpoints import SMALL
 from tests.models.cpu_stepping import Logits, Runner, packed
 from tests.models.stepping import Sequence, cuts, tokens
 from tests.models.test_families import CONFIGS
+from tests.models.test_int4 import decoded
 from worker_svc.backends.cpu_model import unfit
 from worker_svc.model_runner import ModelRunner
 from worker_svc.models.checkpoint import Checkpoint, RawTensor
 from worker_svc.models.loader import Model, open_model
-from worker_svc.quant.int4 import GROUP, Int4, int4
+from worker_svc.quant.int4 import int4
 
 ISAS = library.load().isas
 # Mean error of a logit in standard deviations of logits: what activations lose, for weights are compared as rounded.
@@ -76,12 +77,6 @@ class Rounded:
         if name not in self.products:
             return raw
         return RawTensor(name, "F32", raw.shape, decoded(int4(raw)))
-
-
-def decoded(weights: Int4) -> np.ndarray[Any, np.dtype[np.float32]]:
-    k = weights.codes.shape[1]
-    d, m = (np.repeat(part.view(np.float16).astype(np.float32), GROUP, 1)[:, :k] for part in (weights.d, weights.m))
-    return d * weights.codes + m
 
 
 def reference(path: Path, mode: str, max_model_len: int = 512) -> ModelRunner:

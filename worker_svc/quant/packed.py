@@ -96,6 +96,7 @@ class PackedStore:
                 checksum = self._library.checksum(np.frombuffer(memory, np.uint8, made.nbytes))
                 version = FORMAT, source_digest(), self._mode, self._stamp
                 self._write_header(descriptor, Header(*version, weights, model.spec, made.nbytes, checksum))
+                _forget_embedding(memory, made)
         taken = time.perf_counter() - began
         _say(f"packed {self._path.name} as {self._mode or 'bfloat16'} in {taken:.1f} s, into {where}")
         return PackedModel(model.spec, self._mode, weights, made, arrays)
@@ -146,6 +147,7 @@ class PackedStore:
             return None
         if self._library.checksum(np.frombuffer(memory, np.uint8, made.nbytes)) != header.checksum:
             raise Damaged("its bytes are not those that were written")
+        _forget_embedding(memory, made)
         return PackedModel(header.spec, header.mode, header.weights, made, _views(memory, made))
 
     def _header(self, memory: mmap.mmap) -> Header | None:
@@ -166,6 +168,17 @@ class PackedStore:
         if header.nbytes != end - length:
             raise Damaged(f"{end - length} bytes of arrays, not the {header.nbytes} that were written")
         return header
+
+
+def _forget_embedding(memory: mmap.mmap, made: Layout) -> None:
+    """A step reads a few rows of it: those come back from the file as they are touched, and the others take no memory
+    of this process.
+    """
+    if array := made.arrays.get("embed"):
+        begin = -(-array.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (array.offset + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _views(memory: mmap.mmap, made: Layout) -> dict[str, NDArray[Any]]:
