@@ -23,10 +23,12 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
-PW_INLINE f32x16 splat(float x) {  // as an integer: an addition to zero would not be dropped, for the sake of −0
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return (f32x16)(u32x16{} + bits);
+PW_INLINE f32x16 splat(float x) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_set1_ps(x);  // the sum below is not dropped, for the sake of −0
+#else
+  return f32x16{} + x;
+#endif
 }
 PW_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 PW_INLINE u32x16 splat(uint32_t x) { return u32x16{} + x; }
