@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from protos.wire import Admit, Epoch, Phase, Row, RowResult, Sampling, Setup, StepPlan
+from protos.wire import Admit, Epoch, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.stepping import tokens
-from worker_svc.backends.base import BackendError, Capacity
+from worker_svc.backends.base import BackendError, Capacity, DeviceBackend
 from worker_svc.backends.torch import TorchBackend
 
 EPOCH = Epoch(1, 1)
@@ -31,23 +31,27 @@ def setup(path: Path, **fields: Any) -> Setup:
     return Setup(**{"epoch": EPOCH, "model": str(path), "block_size": 8, "max_slots": 8, "kv_bytes": 1 << 20, **fields})
 
 
-def load(backend: TorchBackend, message: Setup) -> Capacity:
+def load(backend: DeviceBackend, message: Setup) -> Capacity:
     return backend.load(message, lambda what, share: None)
 
 
 class Session:
     """One backend and the plans sent to it."""
 
-    def __init__(self, message: Setup, **options: Any) -> None:
-        self.backend, self.setup, self.steps = TorchBackend(threads=1, **options), message, 0
+    def __init__(self, message: Setup, backend: DeviceBackend | None = None, **options: Any) -> None:
+        self.backend, self.setup, self.steps = backend or TorchBackend(threads=1, **options), message, 0
         self.capacity = load(self.backend, message)
 
     def step(
-        self, rows: list[Row], admit: list[Admit] | None = None, release: list[int] | None = None
+        self,
+        rows: list[Row],
+        admit: list[Admit] | None = None,
+        release: list[int] | None = None,
+        mask: Mask | None = None,
     ) -> list[RowResult]:
         self.steps += 1
         self.backend.forward(StepPlan(EPOCH, self.steps, release or [], admit or [], [], rows))
-        return self.backend.sample(None)
+        return self.backend.sample(mask)
 
     def greedy(
         self, prompt: list[int], count: int, slot: int = 1, chunk: int = 10_000, **fields: Any
