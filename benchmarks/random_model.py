@@ -140,8 +140,9 @@ class RandomModel:
         elif kind == "int8":
             scale = np.zeros(-(-n // PANEL) * PANEL, np.float32)
             self.library.pack_int8(values, out, scale)
+            turned = rotated(values)
             safe = np.where(scale[:n] > 0, scale[:n], 1)[:, None]
-            values = np.rint(values / safe) * safe
+            values = rotated(np.rint(turned / sizes_of_blocks(k) / safe) * safe)[:, :k]
         else:
             groups = -(-k // 32)
             codes = rng.integers(0, 16, (n, k), np.uint8)
@@ -173,6 +174,24 @@ def to_bf16(values: Floats) -> NDArray[np.uint16]:
 
 def from_bf16(bits: NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rotated(x: Floats) -> Floats:
+    """x [..., k] · H: Sylvester's Hadamard matrix, block by block of k rounded up to 32 (abi.h, PW_INT8)."""
+    sizes = sizes_of_blocks(x.shape[-1])
+    wide = np.zeros((*x.shape[:-1], len(sizes)), np.float32)
+    wide[..., : x.shape[-1]] = x
+    matrix = np.array([[(-1.0) ** (i & j).bit_count() for j in range(64)] for i in range(64)], np.float32)
+    for start in range(0, len(sizes), 64):
+        size = int(sizes[start])
+        wide[..., start : start + size] = wide[..., start : start + size] @ matrix[:size, :size]
+    return wide
+
+
+def sizes_of_blocks(k: int) -> Floats:
+    """[k rounded up to 32]: 64, but 32 in a last block of 32."""
+    wide = -(-k // 32) * 32
+    return np.where(np.arange(wide) < wide // 64 * 64, 64, 32).astype(np.float32)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:

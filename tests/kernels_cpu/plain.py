@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.random_model import RandomModel, from_bf16, to_bf16
+from benchmarks.random_model import RandomModel, from_bf16, rotated, sizes_of_blocks, to_bf16
 from kernels.cpu.library import PANEL, Floats
 
 
@@ -64,10 +64,22 @@ def _rms(x: Floats, weight: Floats) -> Floats:
 
 def _linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Floats:
     w, bias = model.dense[name], model.dense.get(f"{name}.bias", np.float32(0))
-    if model.kind == "bf16":
+    kind = "int8" if head and model.kind == "int4" else model.kind
+    if kind == "bf16":
         x = from_bf16(to_bf16(np.ascontiguousarray(x, np.float32)))
-    else:  # one scale a token
-        scale = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / 127
-        x = np.rint(x / scale) * scale
+    elif kind == "int8":  # rotated, one scale a token
+        u, width = rotated(x), x.shape[-1]
+        x = (rotated(_rounded(u)) / sizes_of_blocks(width))[..., :width]
+    else:  # one scale a token and group of 32
+        groups = np.zeros((len(x), -(-x.shape[-1] // 32) * 32), np.float32)
+        groups[:, : x.shape[-1]] = x
+        x = _rounded(groups.reshape(len(x), -1, 32)).reshape(len(x), -1)[:, : x.shape[-1]]
     y: Floats = x @ w.T + bias
     return y.astype(np.float32)
+
+
+def _rounded(x: Floats) -> Floats:
+    """To 127 steps of the greatest of the last dimension."""
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / 127
+    y: Floats = np.rint(x / scale) * scale
+    return y

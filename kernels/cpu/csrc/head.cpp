@@ -39,14 +39,14 @@ class Head {
       const int rows = count - first < at_once_ ? count - first : at_once_;
       const Operand normed = prepare(thread, tokens.data() + first, rows);
       m_.kernels.gemm(m_.team, thread, s.lm_head, normed, rows, {Then::store, m_.logits.as<float>(), ld_, nullptr, 0});
-      done(thread, Phase::head);
+      mark(thread, Phase::head);
       auto item = [&](int, int i) {
         float *row = m_.logits.as<float>() + i * ld_;
         if (s.logit_softcap > 0) m_.kernels.soften(row, s.vocab_size, s.logit_softcap);
         each(first + i, row, m_.sample_scratch.as<char>() + thread * scratch_bytes());
       };
       m_.team.share(thread, rows, item);
-      done(thread, Phase::sample);
+      mark(thread, Phase::sample);
     }
   }
 
@@ -57,7 +57,7 @@ class Head {
     const Operand normed = prepare(thread, tokens.data(), rows);
     Best *best = m_.best.as<Best>() + thread * best_stride(rows);
     m_.kernels.gemm_argmax(m_.team, thread, m_.spec.lm_head, normed, rows, m_.spec.logit_softcap, best);
-    done(thread, Phase::head);
+    mark(thread, Phase::head);
   }
 
   // Of the i-th of `rows` tokens: −1 where its logits are not numbers.
@@ -83,14 +83,12 @@ class Head {
       m_.kernels.prepare(x, s.final_norm, s.norm_eps, s.hidden_size, out, i);
     };
     m_.team.share(thread, rows, item);
-    done(thread, Phase::norm);
+    mark(thread, Phase::norm);
     return out;
   }
 
-  void done(int thread, Phase phase) {
+  void mark(int thread, Phase phase) {
     if (thread == 0) m_.clock.mark(phase);
-    m_.team.barrier(thread);
-    if (thread == 0) m_.clock.mark(Phase::wait);
   }
 
   Model &m_;
@@ -124,7 +122,7 @@ void Model::sample(const pw_samples &samples) {
   Head head(*this);
   head.reserve_best(int(fused.size()));
   head.reserve_logits(int(others.size()));
-  clock.start_again();
+  clock.start();
   auto each = [&](int i, float *logits, char *scratch) {  // what it cannot sample it leaves negative
     kernels.sample(logits, spec.vocab_size, samples, others[i], scratch);
   };
@@ -149,7 +147,7 @@ void Model::write_logits(const int64_t *tokens, int count, float *out) {
     memcpy(out + int64_t(i) * spec.vocab_size, logits, size_t(spec.vocab_size) * sizeof(float));
   };
   auto body = [&](int thread) { head.logits(thread, wanted, each); };
-  clock.start_again();
+  clock.start();
   team.run(body);
   clock.stop();
 }
@@ -180,7 +178,7 @@ void Model::score(const int64_t *tokens, const int64_t *token_ids, const int32_t
                   top_ids + int64_t(i) * max_top, top_logprobs + int64_t(i) * max_top, scratch);
   };
   auto body = [&](int thread) { head.logits(thread, wanted, each); };
-  clock.start_again();
+  clock.start();
   team.run(body);
   clock.stop();
   for (int i = 0; i < count; i++)

@@ -44,7 +44,7 @@ struct AttentionShape {
 };
 
 // The functions marked "team" are called by every thread of the team inside Team::run, share the work among them, and
-// may return before the others have done their part: the caller puts a barrier where the next phase reads it.
+// return when all of it is done, as Team::share does.
 struct Kernels {
   const char *name;
   bool (*supported)();

@@ -6,9 +6,6 @@
 
 #include <cstdarg>
 #include <cstdio>
-#if defined(__x86_64__)
-#include <x86intrin.h>
-#endif
 
 namespace pw {
 namespace {
@@ -85,20 +82,15 @@ Operand Rows::operand(const pw_weight &w, int copy) const {
           reinterpret_cast<float *>(sums)};
 }
 
-#if defined(__x86_64__)
-uint64_t Clock::ticks() { return __rdtsc(); }
-#else
-uint64_t Clock::ticks() { return uint64_t(now_ns()); }
-#endif
-
-void Clock::start() {
-  *this = {};
-  start_again();
+void Clock::clear() {
+  total_ticks_ = 0, total_ns_ = 0;
+  for (uint64_t &spent : spent_) spent = 0;
 }
 
-void Clock::start_again() {
+void Clock::start() {
   begun_ns_ = now_ns();
   begun_ = last_ = ticks();
+  waited_ = team_.waited(0);
 }
 
 void Clock::stop() {

@@ -52,20 +52,21 @@ constexpr const char *PHASES = "embed norm qkv write_kv attend o gate_up down he
 // Where thread 0's time goes, in ticks that `seconds` turns into seconds.
 class Clock {
  public:
-  void start();           // a step
-  void start_again();     // its second half
+  explicit Clock(const Team &team) : team_(team) {}
+  void clear();  // a step begins
+  void start();
   void stop();
-  void mark(Phase phase)  // what was done since the last mark
-  {
-    const uint64_t now = ticks();
-    spent_[int(phase)] += now - last_;
-    last_ = now;
+  void mark(Phase phase) {  // what was done since the last mark; what of it was waiting is told apart
+    const uint64_t now = ticks(), waited = team_.waited(0);
+    spent_[int(phase)] += now - last_ - (waited - waited_);
+    spent_[int(Phase::wait)] += waited - waited_;
+    last_ = now, waited_ = waited;
   }
   void seconds(double *out) const;  // [count]
 
  private:
-  static uint64_t ticks();
-  uint64_t last_ = 0, begun_ = 0, total_ticks_ = 0, spent_[int(Phase::count)] = {};
+  const Team &team_;
+  uint64_t last_ = 0, waited_ = 0, begun_ = 0, total_ticks_ = 0, spent_[int(Phase::count)] = {};
   int64_t begun_ns_ = 0, total_ns_ = 0;
 };
 
@@ -77,7 +78,7 @@ struct Model {
   const Kernels &kernels;
   const AttentionShape shape;
   Team team;
-  Clock clock;
+  Clock clock{team};
   Memory kv;  // [layer][page][kv head]
   size_t kv_layer_bytes;
 

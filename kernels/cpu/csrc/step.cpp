@@ -1,4 +1,5 @@
-// A step's forward: one run of the team, a barrier wherever a phase reads what another thread wrote.
+// A step's forward: one run of the team. Each phase is shared, and done before the next begins: what a thread reads,
+// any other may have written.
 //
 //   embed → per layer: norm → qkv → write_kv → attend → o (+ residual) → norm → gate_up → down (+ residual)
 //
@@ -36,7 +37,7 @@ class Forward {
       m_.kernels.embed(s, b_.token_ids[i], m_.x.as<float>() + int64_t(i) * s.hidden_size);
     };
     m_.team.share(thread, rows_, item);
-    done(thread, Phase::embed);
+    mark(thread, Phase::embed);
     char *pages = m_.kv.as<char>();
     for (const pw_layer &layer : m_.layers) {
       attention(thread, layer, pages);
@@ -51,21 +52,21 @@ class Forward {
     float *qkv = m_.qkv.as<float>(), *attended = m_.attended.as<float>(), *x = m_.x.as<float>();
     const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, x, layer.attn_norm);
     m_.kernels.gemm(m_.team, thread, layer.qkv, normed, rows_, {Then::store, qkv, qkv_ld_, nullptr, 0});
-    done(thread, Phase::qkv);
+    mark(thread, Phase::qkv);
 
     auto item = [&](int, int i) {
       m_.kernels.write_kv(m_.shape, layer, qkv + i * qkv_ld_, b_.positions[i], b_.slot_mapping[i], pages);
     };
     m_.team.share(thread, rows_, item);
-    done(thread, Phase::write_kv);
+    mark(thread, Phase::write_kv);
 
     m_.kernels.attend(m_.team, thread, m_.shape, layer.window, b_, qkv, qkv_ld_, pages, attended,
                       m_.attend_scratch.as<char>());
-    done(thread, Phase::attend);
+    mark(thread, Phase::attend);
 
     const Operand seen = prepare(thread, layer.o, m_.attended_rows, attended, nullptr, width);
     m_.kernels.gemm(m_.team, thread, layer.o, seen, rows_, {Then::add, x, m_.spec.hidden_size, nullptr, 0});
-    done(thread, Phase::o);
+    mark(thread, Phase::o);
   }
 
   void mlp(int thread, const pw_layer &layer) {
@@ -79,11 +80,11 @@ class Forward {
     const Output out = direct ? Output{Then::glu, nullptr, gated.stride, static_cast<uint16_t *>(gated.data), activation}
                               : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation};
     m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, rows_, out);
-    done(thread, Phase::gate_up);
+    mark(thread, Phase::gate_up);
 
     if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, m_.gated.as<float>(), nullptr, width);
     m_.kernels.gemm(m_.team, thread, layer.down, gated, rows_, {Then::add, x, m_.spec.hidden_size, nullptr, 0});
-    done(thread, Phase::down);
+    mark(thread, Phase::down);
   }
 
   // All rows of `x`, `ld` apart, as what `w` multiplies.
@@ -99,19 +100,12 @@ class Forward {
       item(thread, 0);
     else
       m_.team.share(thread, (rows_ + BLOCK - 1) / BLOCK, item);
-    if (!few) m_.team.barrier(thread);
     mark(thread, Phase::norm);
     return out;
   }
 
   void mark(int thread, Phase phase) {
     if (thread == 0) m_.clock.mark(phase);
-  }
-
-  void done(int thread, Phase phase) {
-    mark(thread, phase);
-    m_.team.barrier(thread);
-    mark(thread, Phase::wait);
   }
 
   Model &m_;
@@ -127,6 +121,7 @@ static_assert(FEW <= BLOCK, "a thread that prepares rows for itself prepares one
 void Model::forward(const pw_batch &batch) {
   check_batch(*this, batch);
   num_tokens = 0;  // until this succeeds, there is nothing to make outputs of
+  clock.clear();
   clock.start();
   if (batch.num_tokens) {
     Forward body(*this, batch);

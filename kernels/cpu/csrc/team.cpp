@@ -1,4 +1,5 @@
-// Threads, barriers and shared work. Linux: what sleeps, sleeps on a futex.
+// Threads, barriers and shared work. Between steps threads sleep on a futex (Linux); inside a step nobody sleeps: to be
+// woken takes longer than most of its phases.
 #include "team.h"
 
 #include <linux/futex.h>
@@ -18,7 +19,14 @@ namespace pw {
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;  // between steps, before a thread goes to sleep
-constexpr int LOOKS = 2'000;         // at a barrier, before the CPU is offered to others after each
+constexpr int PATIENCE = 40;         // looks at another's work (about 1 µs) before one helps
+constexpr int LOOKS = 2'000;         // … and before the CPU is offered to others after each
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
 
 void relax() {
 #if defined(__x86_64__)
@@ -26,12 +34,6 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
 }
 
 void sleep_while(std::atomic<uint32_t> &word, uint32_t value) {
@@ -42,7 +44,7 @@ void wake_all(std::atomic<uint32_t> &word) {
 }
 
 // What is left of a thread's range in the share of number `phase`: items begin … end − 1. One word, so that its owner
-// (from the front) and thieves (from the back) agree on it; numbered, so that nobody clears it between shares.
+// (from the front) and helpers (from the back) agree on it; numbered, so that nobody clears it between shares.
 struct Range {
   uint16_t phase;
   uint32_t begin, end;  // 24 bits each
@@ -53,9 +55,16 @@ struct Range {
   uint64_t word() const { return uint64_t(phase) << 48 | uint64_t(begin) << 24 | end; }
 };
 
+// What a line of the cache holds is written by one thread as a rule, and its way to another core takes half a
+// microsecond on some machines: so the range, which its owner writes with every item, is looked at by others only when
+// they help, and they wait for `done`, which is written once a share.
 struct alignas(64) Seat {
   std::atomic<uint64_t> range{0};
-  alignas(64) uint16_t phase = 0;  // of its last share: its owner's alone
+  alignas(64) std::atomic<uint32_t> done{0};      // number of the last share whose whole range is done
+  alignas(64) std::atomic<uint32_t> returned{0};  // items of this range that helpers have done, of all shares
+  alignas(64) uint32_t phase = 0;                 // the owner's alone: number of its share,
+  uint32_t helped = 0;                            // what `returned` comes to when all helpers are through,
+  uint64_t waited = 0;                            // ticks
 };
 
 std::atomic<uint32_t> forks{0};
@@ -66,6 +75,12 @@ uint32_t count_forks() {
 }
 
 }  // namespace
+
+#if defined(__x86_64__)
+uint64_t ticks() { return __builtin_ia32_rdtsc(); }
+#else
+uint64_t ticks() { return uint64_t(now_ns()); }
+#endif
 
 struct Team::State {
   struct Start {
@@ -84,17 +99,19 @@ struct Team::State {
   bool closing = false;
   alignas(64) std::atomic<uint32_t> step{0};    // raised to begin one
   alignas(64) std::atomic<uint32_t> asleep{0};  // threads that sleep until then
-  alignas(64) std::atomic<uint32_t> here{0};    // threads that have come to the barrier
-  alignas(64) std::atomic<uint32_t> passed{0};  // raised when all have
 
   State(int threads, bool spin) : threads(threads), spin(spin), born(count_forks()), seats(threads), starts(threads) {}
 
+  void share(int thread, int count, void (*item)(void *, int, int), void *argument);
+  void barrier(int thread) { share(thread, 0, nullptr, nullptr); }
   void create_threads();
   void await_step(uint32_t seen);
   void begin_step();
   void close();
-  void meet();
+  template <class Help>
+  void await(std::atomic<uint32_t> &word, uint32_t value, Help help);
   bool take(int owner, bool front, uint16_t phase, int count, int *item);
+  uint32_t first(int owner, int count) const { return uint32_t(int64_t(count) * owner / threads); }
   static void *main(void *);
 };
 
@@ -124,7 +141,7 @@ void *Team::State::main(void *argument) {
     state->await_step(seen);
     if (state->closing) return nullptr;
     state->body(state->argument, thread);
-    state->meet();
+    state->barrier(thread);
   }
 }
 
@@ -151,19 +168,13 @@ void Team::State::close() {
   for (pthread_t handle : handles) pthread_join(handle, nullptr);
 }
 
-void Team::State::meet() {
-  if (threads == 1) return;
-  const uint32_t seen = passed.load(std::memory_order_relaxed);
-  if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(threads)) {
-    here.store(0, std::memory_order_relaxed);
-    passed.store(seen + 1, std::memory_order_release);
-    if (!spin) wake_all(passed);
-    return;
-  }
-  for (int looks = 0; passed.load(std::memory_order_acquire) == seen; looks++) {
-    if (!spin)
-      sleep_while(passed, seen);
-    else if (looks < LOOKS)
+// Until `word` has come to `value`. `help`: takes an item meanwhile, where there is one.
+template <class Help>
+void Team::State::await(std::atomic<uint32_t> &word, uint32_t value, Help help) {
+  for (int looks = 0;; looks++) {
+    if (int32_t(word.load(std::memory_order_acquire) - value) >= 0) return;
+    if ((!spin || looks >= PATIENCE) && help()) continue;
+    if (spin && looks < LOOKS)
       relax();
     else
       sched_yield();  // whoever is awaited may be waiting for this very CPU
@@ -177,12 +188,39 @@ bool Team::State::take(int owner, bool front, uint16_t phase, int count, int *it
     const int ahead = int16_t(range.phase - phase);
     if (ahead > 0) return false;  // it went on: nothing of this share is left
     // An owner that has not come yet finds its range begun by whoever came first.
-    if (ahead < 0) range = {phase, uint32_t(int64_t(count) * owner / threads), uint32_t(int64_t(count) * (owner + 1) / threads)};
+    if (ahead < 0) range = {phase, first(owner, count), first(owner + 1, count)};
     const bool empty = range.begin == range.end;
     if (empty && ahead == 0) return false;
     if (!empty) *item = front ? int(range.begin++) : int(--range.end);
     if (word.compare_exchange_weak(before, range.word(), std::memory_order_relaxed)) return !empty;
   }
+}
+
+void Team::State::share(int thread, int count, void (*item)(void *, int, int), void *argument) {
+  Seat &mine = seats[thread];
+  const uint32_t phase = ++mine.phase;
+  const uint16_t number = uint16_t(phase);
+  int done = 0, i;
+  while (take(thread, true, number, count, &i)) {
+    if (i + 1 == int(first(thread + 1, count)))  // the last: what is looked at next is on its way by then
+      for (int other = 0; other < threads; other++) __builtin_prefetch(&seats[other].done);
+    item(argument, thread, i);
+    done++;
+  }
+  const uint64_t begun = ticks();
+  mine.helped += first(thread + 1, count) - first(thread, count) - uint32_t(done);
+  await(mine.returned, mine.helped, [] { return false; });
+  mine.done.store(phase, std::memory_order_release);
+  for (int next = 1; next < threads; next++) {
+    const int other = (thread + next) % threads;
+    await(seats[other].done, phase, [&] {
+      if (!take(other, false, number, count, &i)) return false;
+      item(argument, thread, i);
+      seats[other].returned.fetch_add(1, std::memory_order_release);
+      return true;
+    });
+  }
+  mine.waited += ticks() - begun;
 }
 
 Team::Team(int threads, bool spin) {
@@ -204,18 +242,13 @@ void Team::run(void (*body)(void *, int), void *argument) {
   state_->argument = argument;
   if (state_->threads > 1) state_->begin_step();
   body(argument, 0);
-  state_->meet();
+  state_->barrier(0);
 }
 
-void Team::barrier(int) { state_->meet(); }
-
-void Team::share(int thread, int count, void (*item)(void *, int thread, int i), void *argument) {
-  State &state = *state_;
-  const uint16_t phase = ++state.seats[thread].phase;
-  int i;
-  while (state.take(thread, true, phase, count, &i)) item(argument, thread, i);
-  for (int other = 1; other < state.threads; other++)
-    while (state.take((thread + other) % state.threads, false, phase, count, &i)) item(argument, thread, i);
+void Team::barrier(int thread) { state_->barrier(thread); }
+void Team::share(int thread, int count, void (*item)(void *, int, int), void *argument) {
+  state_->share(thread, count, item, argument);
 }
+uint64_t Team::waited(int thread) const { return state_->seats[thread].waited; }
 
 }  // namespace pw

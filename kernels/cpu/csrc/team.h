@@ -1,14 +1,16 @@
-// A persistent team of threads. The caller is thread 0; the others sleep between steps and spin inside one.
+// A persistent team of threads. The caller is thread 0; the others sleep between steps and stay awake inside one.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
 namespace pw {
 
+uint64_t ticks();  // of a clock that is quick to read; how long one lasts, two readings of another clock tell
+
 class Team {
  public:
-  // `spin`: threads wait for each other awake, which is for as many as there are CPUs to run them at once. Throws
-  // std::system_error where a thread cannot be made.
+  // `spin`: whoever waits keeps its CPU for a while, which is for no more threads than may run at once; else it offers
+  // the CPU to others at each look. Throws std::system_error where a thread cannot be made.
   Team(int threads, bool spin);
   ~Team();
   Team(const Team &) = delete;
@@ -23,10 +25,13 @@ class Team {
   // Inside a body, by every thread: waits until all are here.
   void barrier(int thread);
 
-  // Inside a body, by every thread: calls item(argument, thread, i) once for each i < count. Each thread begins with a
-  // range of its own, contiguous and the same in every step, and when that is done takes from the back of another's.
-  // Returns when no item is left to begin: others may still be at work on theirs. At most 2²⁴ − 1 items.
+  // Inside a body, by every thread: calls item(argument, thread, i) once for each i < count, and returns when all are
+  // done, whoever did them: a barrier as well. Each thread has a range of its own, contiguous and the same in every
+  // step; one that has waited a while takes from the back of another's. At most 2²⁴ − 1 items.
   void share(int thread, int count, void (*item)(void *, int thread, int i), void *argument);
+
+  // Ticks that a thread has spent in waiting for others, since the team was made.
+  uint64_t waited(int thread) const;
 
   template <class F>
   void run(F &body) { run([](void *f, int thread) { (*static_cast<F *>(f))(thread); }, &body); }
