@@ -28,8 +28,15 @@ async def test_planning_ahead_outlives_them_too() -> None:
         assert (await running.until_quiet()).preemptions > 0
 
 
-async def test_the_real_model_outlives_a_dead_worker(model_path: Path) -> None:
-    async with service(str(model_path), *REAL, "--dtype", "float32") as running:
+MODES = [
+    *(f"--quantization {weights}{kv}" for weights in ("int8", "int4") for kv in ("", " --kv-cache-dtype int8")),
+    *("--dtype bfloat16", "--dtype bfloat16 --kv-cache-dtype int8", "--dtype float32"),
+]
+
+
+@pytest.mark.parametrize("mode", ["--quantization int4", "--dtype float32"])
+async def test_the_real_model_outlives_a_dead_worker(model_path: Path, mode: str) -> None:
+    async with service(str(model_path), *REAL, *mode.split()) as running:
         done = await crash_round(running, 1, streams=8, kills=1, max_tokens=12)
         assert (done.different, done.damaged) == (0, 0)
         assert (await running.until_quiet()).recoveries == 1
@@ -37,9 +44,8 @@ async def test_the_real_model_outlives_a_dead_worker(model_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_64_streams_of_the_real_model_outlive_three_dead_workers(model_path: Path, dtype: str) -> None:
-    async with service(str(model_path), *REAL, "--dtype", dtype) as running:
+@pytest.mark.parametrize("mode", MODES)
+async def test_64_streams_of_the_real_model_outlive_three_dead_workers(model_path: Path, mode: str) -> None:
+    async with service(str(model_path), *REAL, *mode.split()) as running:
         done = await crash_round(running, 7, streams=64, kills=3, max_tokens=48)
-        assert done.damaged == 0
-        assert done.different == 0 or dtype == "bfloat16"
+        assert (done.different, done.damaged) == (0, 0)
