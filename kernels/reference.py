@@ -60,3 +60,22 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return gate * torch.sigmoid(gate) * up
+
+
+def hadamard_blocks(x: Tensor) -> Tensor:
+    """x [..., k], k a multiple of 32, times Sylvester's matrix over its size, in blocks of 64 and a last one of 32."""
+    out = torch.empty_like(x)
+    for first in range(0, x.shape[-1], 64):
+        block = x[..., first : first + 64]
+        size = block.shape[-1]
+        bits = torch.arange(size)[:, None] & torch.arange(size)
+        ones = torch.stack([(bits >> i) & 1 for i in range(6)]).sum(0)
+        out[..., first : first + 64] = block @ (1 - 2 * (ones % 2)).to(x.dtype) / size
+    return out
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up, elementwise, for "silu", "gelu" and "gelu_tanh"."""
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up

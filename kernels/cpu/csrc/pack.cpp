@@ -60,8 +60,13 @@ extern "C" int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, flo
       for (int64_t j = 0; j < kp; j++) greatest = fmaxf(greatest, fabsf(row[j]));
       const float s = greatest / 127, divisor = s > 0 ? s : 1;
       scale[first + c] = s;
-      for (int64_t j = 0; j < kp; j++)
-        panel[(j / 4 * PW_PANEL + c) * 4 + j % 4] = uint8_t(int(nearbyintf(row[j] / divisor)) + 128);
+      // To the nearest, ties to even: 1.5 · 2²³ leaves no room for a fraction, and 128 more in the lowest bits.
+      for (int64_t j = 0; j < kp; j++) row[j] = row[j] / divisor + (12582912.0f + 128);
+      for (int64_t j = 0; j < kp; j += 4) {
+        uint32_t bits[4];
+        memcpy(bits, &row[j], sizeof bits);
+        for (int i = 0; i < 4; i++) panel[(j / 4 * PW_PANEL + c) * 4 + i] = uint8_t(bits[i]);
+      }
     }
   return 0;
 }
@@ -85,19 +90,28 @@ extern "C" int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint1
   return 0;
 }
 
+// Eight chains of multiplications, which no compiler should turn into the vectors' many for one.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
+#endif
 extern "C" uint64_t pw_checksum(const void *data, int64_t bytes) {
   constexpr uint64_t prime = 0x9E3779B185EBCA87;
   uint64_t lanes[8], words[8];
   for (uint64_t i = 0; i < 8; i++) lanes[i] = (i + 1) * prime;
-  const char *at = static_cast<const char *>(data);
-  for (int64_t left = bytes; left > 0; left -= 64, at += 64) {
-    memset(words, 0, left < 64 ? sizeof words : 0);
-    memcpy(words, at, left < 64 ? left : 64);
+  auto mix = [&lanes](const uint64_t(&some)[8]) {
     for (int i = 0; i < 8; i++) {
-      const uint64_t x = (lanes[i] ^ words[i]) * prime;
-      lanes[i] = x << 29 | x >> 35;
+      const uint64_t x = (lanes[i] ^ some[i]) * prime;
+      lanes[i] = x ^ x >> 32;
     }
+  };
+  const char *at = static_cast<const char *>(data), *end = at + bytes;
+  for (; end - at >= 64; at += 64) {
+    memcpy(words, at, 64);
+    mix(words);
   }
+  memset(words, 0, sizeof words);
+  memcpy(words, at, end - at);
+  mix(words);
   uint64_t h = uint64_t(bytes) * prime;
   for (uint64_t lane : lanes) {
     h = (h ^ lane) * prime;
