@@ -14,22 +14,22 @@ def logits(model: RandomModel, token_ids: list[int]) -> Floats:
     x = d["embed"][token_ids] * np.float32(s.embedding_scale)
     for i in range(s.num_layers):
         x = x + _attention(model, i, _rms(x, d[f"attn_norm.{i}"]))
-        h = _linear(model, f"gate_up.{i}", _rms(x, d[f"mlp_norm.{i}"]))
+        h = linear(model, f"gate_up.{i}", _rms(x, d[f"mlp_norm.{i}"]))
         gate, up = (
             h.reshape(len(x), -1, 2, PANEL)
             .swapaxes(1, 2)
             .reshape(len(x), 2, -1)[:, :, : s.intermediate_size]
             .swapaxes(0, 1)
         )
-        x = x + _linear(model, f"down.{i}", gate / (1 + np.exp(-gate)) * up)
-    y = _linear(model, "lm_head", _rms(x, d["final_norm"]), head=True)
+        x = x + linear(model, f"down.{i}", gate / (1 + np.exp(-gate)) * up)
+    y = linear(model, "lm_head", _rms(x, d["final_norm"]), head=True)
     return np.float32(s.logit_softcap) * np.tanh(y / s.logit_softcap) if s.logit_softcap else y
 
 
 def _attention(model: RandomModel, i: int, x: Floats) -> Floats:
     s, d = model.shape, model.dense
     length, group = len(x), s.num_heads // s.num_kv_heads
-    qkv = _linear(model, f"qkv.{i}", x).reshape(length, -1, s.head_dim)
+    qkv = linear(model, f"qkv.{i}", x).reshape(length, -1, s.head_dim)
     q, k, v = np.split(qkv, [s.num_heads, s.num_heads + s.num_kv_heads], 1)
     if s.qk_norm:
         q, k = _rms(q, d[f"q_norm.{i}"]), _rms(k, d[f"k_norm.{i}"])
@@ -47,7 +47,7 @@ def _attention(model: RandomModel, i: int, x: Floats) -> Floats:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("hqk,khd->qhd", weights, np.repeat(v, group, 1)).reshape(length, -1)
-    return _linear(model, f"o.{i}", out.astype(np.float32))
+    return linear(model, f"o.{i}", out.astype(np.float32))
 
 
 def _rope(model: RandomModel, x: Floats) -> Floats:
@@ -62,7 +62,7 @@ def _rms(x: Floats, weight: Floats) -> Floats:
     return y.astype(np.float32)
 
 
-def _linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Floats:
+def linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Floats:
     w, bias = model.dense[name], model.dense.get(f"{name}.bias", np.float32(0))
     kind = "int8" if head and model.kind == "int4" else model.kind
     if kind == "bf16":

@@ -1,6 +1,7 @@
 // Outputs of a forward: final norm and head of the wanted tokens alone, then sampling, scores, or the logits as they are.
 #include "model.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace pw {
@@ -17,6 +18,8 @@ class Head {
     const int64_t fit = LOGITS / ld_;
     at_once_ = int(fit > MOST_ROWS ? MOST_ROWS : fit < LEAST_ROWS ? LEAST_ROWS : fit);
   }
+
+  int at_once() const { return at_once_; }  // rows of logits
 
   void reserve_logits(int count) {
     const int rows = count < at_once_ ? count : at_once_;
@@ -113,13 +116,16 @@ void Model::sample(const pw_samples &samples) {
   check_samples(*this, samples);
   if (!samples.num) return;
   const std::vector<bool> plain = plain_outputs(samples, spec.vocab_size);
+  Head head(*this);
+  // A second pass over the head's weights costs more than a few rows of logits.
+  const int num_plain = int(std::count(plain.begin(), plain.end(), true));
+  const bool fuse = num_plain == samples.num || samples.num > head.at_once();
   std::vector<int> fused, others;
   std::vector<int64_t> fused_tokens, other_tokens;
   for (int i = 0; i < samples.num; i++) {
-    (plain[i] ? fused : others).push_back(i);
-    (plain[i] ? fused_tokens : other_tokens).push_back(samples.tokens[i]);
+    (plain[i] && fuse ? fused : others).push_back(i);
+    (plain[i] && fuse ? fused_tokens : other_tokens).push_back(samples.tokens[i]);
   }
-  Head head(*this);
   head.reserve_best(int(fused.size()));
   head.reserve_logits(int(others.size()));
   clock.start();
