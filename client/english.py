@@ -15,6 +15,11 @@ def text(seed: int) -> str:
     return "\n\n".join(paragraphs)
 
 
+def in_order() -> str:
+    """The same, in the manual's own order."""
+    return "\n\n".join(_paragraphs())
+
+
 @cache
 def _paragraphs() -> tuple[str, ...]:
     """Whole sentences only: no code, tables, headings or lists."""

@@ -19,6 +19,12 @@ OPTIONS = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )
+KINDS = {  # of model files, by what they are
+    "bf16": "bf16",
+    "q8_0": "8-bit weights and activations, groups of 32",
+    "q4_0": "4-bit weights, quantized again from the file's",
+    "q4_1": "the very file that we serve",
+}
 
 
 class LlamaCpp:
@@ -29,6 +35,7 @@ class LlamaCpp:
         self.home = home(self.name)
         self.binaries = self.home / "build" / "bin"
         self.models = self.home / "models"
+        self.reader = self.home / "llama_logits"
 
     def install(self, model: Path) -> None:
         steps = Steps(self.name)
@@ -50,6 +57,7 @@ class LlamaCpp:
         steps.run("configuration", tools / "cmake", "-S", sources, "-B", build, "-G", "Ninja", make, *OPTIONS)
         targets = ("--target", "llama-server", "llama-quantize")
         steps.run("build (minutes)", tools / "cmake", "--build", build, *targets)
+        self._build_reader(steps, sources)
         self.models.mkdir(exist_ok=True)
         quantize = self.binaries / "llama-quantize"
         for kind in ("BF16", "Q8_0", "Q4_0"):  # from the file's 4-bit weights: bf16 and q8_0 add next to no error
@@ -62,12 +70,15 @@ class LlamaCpp:
         return (self.binaries / "llama-server").exists() and (self.models / "q4_1.gguf").exists()
 
     def peers(self) -> Sequence[Peer]:
-        return [
-            self._peer("bf16", "bf16"),
-            self._peer("q8_0", "8-bit weights and activations, groups of 32"),
-            self._peer("q4_0", "4-bit weights, quantized again from the file's"),
-            self._peer("q4_1", "the very file that we serve"),
-        ]
+        return [self._peer(kind, about) for kind, about in KINDS.items()]
+
+    def readable(self) -> list[str]:
+        """Kinds whose logits can be asked for."""
+        return [kind for kind in KINDS if self.reader.exists() and (self.models / f"{kind}.gguf").exists()]
+
+    def logits(self, kind: str, context: int, threads: int) -> list[str]:
+        """The command that answers tokens with logits: see llama_logits.cpp."""
+        return [str(self.reader), f"{self.models}/{kind}.gguf", str(context), str(threads)]
 
     def _peer(self, kind: str, about: str) -> Peer:
         template = (
@@ -77,3 +88,12 @@ class LlamaCpp:
             *("--ubatch-size", "256", "--flash-attn", "on", "--no-webui", "--log-disable"),
         )
         return Peer(f"llama-{kind}", self.name, f"llama-server, {about}", template, "llama")
+
+    def _build_reader(self, steps: Steps, sources: Path) -> None:
+        source = Path(__file__).with_name("llama_logits.cpp")
+        headers = (f"-I{sources}/include", f"-I{sources}/ggml/include")
+        names = ("src/libllama", "ggml/src/libggml", "ggml/src/libggml-cpu", "ggml/src/libggml-base")
+        archives = [self.home / "build" / f"{name}.a" for name in names]
+        steps.run(
+            "its logits", "c++", "-O2", "-fopenmp", *headers, source, "-o", self.reader, *archives, "-lpthread", "-ldl"
+        )
