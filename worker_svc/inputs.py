@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.wire import Row, StepPlan
+from protos.wire import StepPlan
 from worker_svc.slots import SlotError, SlotTable
 
 Ints = NDArray[np.int64]
+_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,59 +40,63 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
 
     Raises SlotError where a row does not go on where its slot stands, or names positions without tokens or blocks.
     """
-    rows = plan.rows
-    ids = np.array([row.slot for row in rows], np.int64)
-    asked = np.array([row.start for row in rows], np.int64)
-    most = np.array([row.num_tokens for row in rows], np.int64)
-    samples = np.array([row.sample for row in rows], bool)
-    starts = np.where(asked < 0, slots.computed[ids], asked)
+    asked = np.array([(row.slot, row.start, row.num_tokens, row.sample) for row in plan.rows], np.int64)
+    ids, starts, most, samples = asked.reshape(-1, 4).T
+    computed, known = slots.computed[ids], slots.lengths[ids]
+    own = starts < 0
     # A row at the slot's own length computes what is there: drafts that were rejected leave less than was planned for.
-    counts = np.where(asked < 0, np.minimum(most, slots.lengths[ids] - starts), most)
+    counts = np.where(own, np.minimum(most, known - computed), most)
+    starts = np.where(own, computed, starts)
     ends = starts + counts
-    _check(rows, slots, starts, ends, samples)
+    _check(slots, ids, starts, ends, samples)
     slots.computed[ids] = ends
 
-    cu = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(counts, out=cu[1:])
-    owners = np.repeat(np.arange(len(rows)), counts)  # [T] row of each token
-    positions = np.arange(cu[-1]) - cu[owners] + starts[owners]
-    blocks = slots.block_tables[ids[owners], positions // slots.block_size].astype(np.int64)
+    if (counts == 1).all():  # nobody is in a prompt: most steps
+        cu, owners, positions = np.arange(len(ids) + 1), np.arange(len(ids)), starts
+    else:
+        cu = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(counts, out=cu[1:])
+        owners = np.repeat(np.arange(len(ids)), counts)  # [T] row of each token
+        positions = np.arange(cu[-1]) - cu[owners] + starts[owners]
+    of_tokens = ids[owners]
+    pages, offsets = np.divmod(positions, slots.block_size)
     width = -(-int(ends.max(initial=0)) // slots.block_size)
-    scored = _scored(rows, slots, owners, positions)
+    scored = _scored(slots, ids, owners, positions)
+    sampling = np.flatnonzero(samples)
     return StepInputs(
         slots=ids,
         cu=cu,
         context_lens=ends,
-        token_ids=slots.token_ids[ids[owners], positions].astype(np.int64),
+        token_ids=slots.token_ids[of_tokens, positions].astype(np.int64),
         positions=positions,
-        slot_mapping=blocks * slots.block_size + positions % slots.block_size,
+        slot_mapping=slots.block_tables[of_tokens, pages] * np.int64(slots.block_size) + offsets,
         block_tables=slots.block_tables[ids, :width].astype(np.int64),
-        sample_rows=np.flatnonzero(samples),
-        sample_tokens=cu[1:][samples] - 1,
+        sample_rows=sampling,
+        sample_tokens=cu[sampling + 1] - 1,
         prompt_logprob_rows=owners[scored],
-        prompt_logprob_tokens=np.flatnonzero(scored),
+        prompt_logprob_tokens=scored,
     )
 
 
-def _scored(rows: list[Row], slots: SlotTable, owners: Ints, positions: Ints) -> NDArray[np.bool_]:
-    """[T] tokens whose logits score the next prompt token, where the request asked for that."""
-    wanted = np.array([slots.held(row.slot).prompt_logprobs >= 0 for row in rows], bool)
+def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
+    """Tokens whose logits score the next prompt token, where the request asked for that."""
+    wanted = slots.params["prompt_logprobs"][ids] >= 0
     if not wanted.any():
-        return np.zeros(len(owners), bool)
-    prompt_lens = slots.prompt_lens[[row.slot for row in rows]]
-    return wanted[owners] & (positions + 1 < prompt_lens[owners])
+        return _NONE
+    return np.flatnonzero(wanted[owners] & (positions + 1 < slots.prompt_lens[ids][owners]))
 
 
-def _check(rows: list[Row], slots: SlotTable, starts: Ints, ends: Ints, samples: NDArray[np.bool_]) -> None:
+def _check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints) -> None:
     """What R1 promises of a row. The arrays first, so that a sound step costs a few comparisons."""
-    ids = np.array([row.slot for row in rows], np.int64)
     computed, known = slots.computed[ids], slots.lengths[ids]
     covered = slots.block_counts[ids] * slots.block_size
-    fresh = (computed < 0) & (starts >= 0)
-    sound = (fresh | ((computed >= 0) & (starts == computed))) & (starts < ends) & (ends <= known) & (ends <= covered)
-    sound &= ~samples | (ends == known)
-    for i in np.flatnonzero(~sound):
-        raise SlotError(
-            f"slot {ids[i]} cannot compute positions {starts[i]}..{ends[i] - 1}{' and sample' * bool(samples[i])}: "
-            f"it knows {known[i]} tokens, has computed {computed[i]} (−1: none yet) and has blocks for {covered[i]}"
-        )
+    going_on = (starts == computed) | (computed < 0)
+    sound = going_on & (starts >= 0) & (starts < ends) & (ends <= known) & (ends <= covered)
+    sound &= (samples == 0) | (ends == known)
+    if sound.all():
+        return
+    i = int(np.flatnonzero(~sound)[0])
+    raise SlotError(
+        f"slot {ids[i]} cannot compute positions {starts[i]}..{ends[i] - 1}{' and sample' * bool(samples[i])}: "
+        f"it knows {known[i]} tokens, has computed {computed[i]} (−1: none yet) and has blocks for {covered[i]}"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from protos.wire import RowResult, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
@@ -22,18 +24,18 @@ def build_results(
     `token_ids` [S] and `logprobs` [S] (None: not asked for) belong to inputs.sample_rows, `prompt_logprobs` [Q] to
     inputs.prompt_logprob_rows.
     """
-    sampled = {row: i for i, row in enumerate(inputs.sample_rows.tolist())}
+    starts = slots.lengths[inputs.slots].tolist()
+    slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
+    results = [RowResult(row.slot, start, []) for row, start in zip(plan.rows, starts, strict=True)]
+    for i, token, entry in zip(inputs.sample_rows.tolist(), token_ids.tolist(), logprobs, strict=True):
+        results[i] = RowResult(results[i].slot, starts[i], [token], [] if entry is None else [entry])
+    for i, scores in _by_row(inputs, prompt_logprobs).items():
+        results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
+    return results
+
+
+def _by_row(inputs: StepInputs, prompt_logprobs: Sequence[TokenLogprobs]) -> dict[int, list[TokenLogprobs]]:
     scored: dict[int, list[TokenLogprobs]] = {}
     for i, score in zip(inputs.prompt_logprob_rows.tolist(), prompt_logprobs, strict=True):
         scored.setdefault(i, []).append(score)
-    results = []
-    for i, row in enumerate(plan.rows):
-        ids: list[int] = []
-        entries: list[TokenLogprobs] = []
-        if (at := sampled.get(i)) is not None:
-            ids = [int(token_ids[at])]
-            entry = logprobs[at]
-            entries = [] if entry is None else [entry]
-        start = slots.append(row.slot, ids)
-        results.append(RowResult(row.slot, start, ids, entries, prompt_logprobs=scored.get(i, [])))
-    return results
+    return scored

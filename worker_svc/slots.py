@@ -32,6 +32,7 @@ PARAMS = np.dtype(
         ("frequency", np.float32),
         ("min_tokens", np.int64),
         ("logprobs", np.int64),
+        ("prompt_logprobs", np.int64),
     ]
 )
 
@@ -90,6 +91,15 @@ class SlotTable:
         self.lengths[slot] = end
         return start
 
+    def append_each(self, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Adds token_ids[i], which was sampled, to slots[i]; no slot twice."""
+        ends = self.lengths[slots]
+        if ends.max(initial=0) >= self.max_model_len:
+            full = slots[ends.argmax()]
+            raise SlotError(f"slot {full} would hold more tokens than max_model_len {self.max_model_len}")
+        self.token_ids[slots, ends] = token_ids
+        self.lengths[slots] = ends + 1
+
     def output_ids(self, slot: int) -> NDArray[np.int32]:
         """View of the tokens after the prompt."""
         return self.token_ids[slot, self.prompt_lens[slot] : self.lengths[slot]]
@@ -138,6 +148,7 @@ class SlotTable:
             within(-MAX_FLOAT, sampling.frequency_penalty, MAX_FLOAT),
             sampling.min_tokens,
             sampling.logprobs,
+            sampling.prompt_logprobs,
         )
 
     def _bring(self, row: Row) -> None:
