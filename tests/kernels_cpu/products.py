@@ -26,7 +26,8 @@ class Operand(Struct):
 
 class Output(Struct):
     _fields_ = (
-        ("then", c_int32), ("c", c_void_p), ("ldc", c_int64), ("c_bf16", c_void_p), ("activation", c_int32)
+        ("then", c_int32), ("c", c_void_p), ("ldc", c_int64), ("c_bf16", c_void_p), ("activation", c_int32),
+        ("next", c_void_p),
     )  # fmt: skip
 
 
@@ -174,13 +175,15 @@ def product(
     threads: int = 1,
     into: NDArray[Any] | None = None,
     activation: str = "silu",
+    then_read: Matrix | None = None,
 ) -> NDArray[Any]:
     """[m, n], or half of it for GLU; or what `into` becomes: float32, or bfloat16 bits for GLU."""
     m, columns = len(x.dense), w.n // 2 if then == GLU else w.n
     out = np.full((m, columns), np.nan, np.float32) if into is None else into
     rounded = out.dtype == np.uint16
     where = (None, out.shape[1], address(out)) if rounded else (address(out), out.shape[1], None)
-    output = Output(then, *where, ACTIVATIONS[activation])
+    following = None if then_read is None else ctypes.addressof(then_read.packed)
+    output = Output(then, *where, ACTIVATIONS[activation], following)
     cdll.pw_test_gemm(isa.encode(), threads, byref(w.packed), byref(x.operand), m, byref(output))
     return out
 

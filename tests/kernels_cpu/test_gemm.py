@@ -50,7 +50,7 @@ def test_products(cdll: ctypes.CDLL, isa: str, kind: str, n: int, k: int) -> Non
         w = matrix(cdll, kind, n, k, bias=bias)
         for m in (1, 4, 6, 13, 70):
             x = rows_for(w, m)
-            close(product(cdll, isa, w, x, threads=2), w, x, expected(w, x))
+            close(product(cdll, isa, w, x, threads=2, then_read=w), w, x, expected(w, x))
 
 
 @pytest.mark.parametrize("kind", KINDS_TESTED)

@@ -32,6 +32,7 @@ struct Output {
   int64_t ldc;
   uint16_t *c_bf16; // glu: where not null, instead of c: the same as bfloat16 bits, [rows, ldc]
   int32_t activation;
+  const pw_weight *next = nullptr;  // what is multiplied after this: it is fetched towards the end
 };
 
 struct Best { float value; int32_t index; };  // of a row: greatest logit, lowest index among equals

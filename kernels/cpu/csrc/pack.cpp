@@ -91,10 +91,11 @@ extern "C" int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint1
 }
 
 // Eight chains of multiplications, which no compiler should turn into the vectors' many for one.
+extern "C"
 #if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("no-tree-vectorize")))
+    __attribute__((optimize("no-tree-vectorize")))
 #endif
-extern "C" uint64_t pw_checksum(const void *data, int64_t bytes) {
+    uint64_t pw_checksum(const void *data, int64_t bytes) {
   constexpr uint64_t prime = 0x9E3779B185EBCA87;
   uint64_t lanes[8], words[8];
   for (uint64_t i = 0; i < 8; i++) lanes[i] = (i + 1) * prime;

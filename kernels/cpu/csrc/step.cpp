@@ -51,7 +51,7 @@ class Forward {
     const int64_t width = layer.o.k;
     float *qkv = m_.qkv.as<float>(), *attended = m_.attended.as<float>(), *x = m_.x.as<float>();
     const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, x, layer.attn_norm);
-    m_.kernels.gemm(m_.team, thread, layer.qkv, normed, rows_, {Then::store, qkv, qkv_ld_, nullptr, 0});
+    m_.kernels.gemm(m_.team, thread, layer.qkv, normed, rows_, {Then::store, qkv, qkv_ld_, nullptr, 0, &layer.o});
     mark(thread, Phase::qkv);
 
     auto item = [&](int, int i) {
@@ -65,8 +65,14 @@ class Forward {
     mark(thread, Phase::attend);
 
     const Operand seen = prepare(thread, layer.o, m_.attended_rows, attended, nullptr, width);
-    m_.kernels.gemm(m_.team, thread, layer.o, seen, rows_, {Then::add, x, m_.spec.hidden_size, nullptr, 0});
+    m_.kernels.gemm(m_.team, thread, layer.o, seen, rows_,
+                     {Then::add, x, m_.spec.hidden_size, nullptr, 0, &layer.gate_up});
     mark(thread, Phase::o);
+  }
+
+  // What a layer's last product is followed by: the next layer, or the head.
+  const pw_weight *after(const pw_layer &layer) const {
+    return &layer == &m_.layers.back() ? &m_.spec.lm_head : &(&layer)[1].qkv;
   }
 
   void mlp(int thread, const pw_layer &layer) {
@@ -77,13 +83,15 @@ class Forward {
     // What the epilogue rounds is the operand already, unless a part of its padding would be left unwritten.
     const bool direct = layer.down.kind == PW_BF16 && width <= layer.gate_up.n / 2;
     Operand gated = m_.gated_rows.operand(layer.down, 0);
-    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, static_cast<uint16_t *>(gated.data), activation}
-                              : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation};
+    auto *rounded = static_cast<uint16_t *>(gated.data);
+    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, rounded, activation, &layer.down}
+                              : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation, &layer.down};
     m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, rows_, out);
     mark(thread, Phase::gate_up);
 
     if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, m_.gated.as<float>(), nullptr, width);
-    m_.kernels.gemm(m_.team, thread, layer.down, gated, rows_, {Then::add, x, m_.spec.hidden_size, nullptr, 0});
+    m_.kernels.gemm(m_.team, thread, layer.down, gated, rows_,
+                     {Then::add, x, m_.spec.hidden_size, nullptr, 0, after(layer)});
     mark(thread, Phase::down);
   }
 
