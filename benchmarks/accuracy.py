@@ -1,7 +1,7 @@
-"""How much each precision costs in accuracy: ours, and llama.cpp's where it is installed.
+"""How much each precision costs in accuracy: ours, and those of the peers that are installed.
 
     python -m benchmarks.accuracy                          # every mode and every installed peer
-    python -m benchmarks.accuracy --window 8192 --peers q4_1
+    python -m benchmarks.accuracy --window 8192 --peers llama-q4_1
 
 All read the same tokens in the same windows, and each position's distribution of the next token is compared with that
 of the torch backend in float32: mean KL divergence, perplexity, and how often both find the same token likeliest.
@@ -32,7 +32,9 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.divergence import Estimate, Marks, Reference
-from benchmarks.peers.llama_cpp import KINDS, LlamaCpp
+from benchmarks.peers.catalogue import engines, peers
+from benchmarks.peers.llama_cpp import LlamaCpp
+from benchmarks.peers.openvino import OpenVINO
 from benchmarks.process import StartError
 from benchmarks.readers import CHUNK, Float32, Ours, Program, Reader
 from client import english, store
@@ -91,7 +93,7 @@ def main() -> int:
         return 1
     results = _results(readings, surprise, arguments.window)
     about = _about(path, windows, surprise)
-    Console(width=max(Console().width, 120)).print(_table(results, about))
+    Console(width=max(Console().width, 140)).print(_table(results, about))
     out = arguments.out / f"{arguments.name or time.strftime('%Y-%m-%d') + '-accuracy'}.json"
     out.write_text(json.dumps({"about": about, "results": [asdict(result) for result in results]}, indent=1) + "\n")
     print(out)
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=store.DEFAULT, help="a name or a GGUF file; default: %(default)s")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES), help="of ours; default: all")
-    parser.add_argument("--peers", nargs="*", choices=KINDS, help="llama.cpp's models; default: those installed")
+    parser.add_argument("--peers", nargs="*", metavar="PEER", help="default: all that are installed")
     parser.add_argument("--window", type=_window, default=2048, metavar="N", help="tokens; default: %(default)s")
     parser.add_argument("--windows", type=int, default=0, metavar="N", help="how many; default: the whole text")
     parser.add_argument("--isa", default="auto", help="instructions of our step; default: the best there are")
@@ -133,10 +135,12 @@ def _open(arguments: argparse.Namespace, path: Path, threads: int, opened: ExitS
     for mode in arguments.modes:
         ours = Ours(path, store.home(), *MODES[mode], arguments.isa, threads, window)
         readers.append(opened.enter_context(closing(ours)))
-    llama = LlamaCpp()
-    for kind in llama.readable() if arguments.peers is None else arguments.peers:
-        command = llama.logits(kind, window, threads)
-        program = Program(f"llama.cpp {kind}", f"{llama.version}, {KINDS[kind]}", command, reference.vocab_size)
+    commands = LlamaCpp().logits(window, threads) | OpenVINO().logits(threads)
+    for name in commands if arguments.peers is None else arguments.peers:
+        if name not in commands:
+            raise StartError(f"peer {name!r} cannot be asked; installed: {', '.join(commands) or 'none'}")
+        peer = peers()[name]
+        program = Program(name, f"{engines()[peer.engine].version}, {peer.about}", commands[name], reference.vocab_size)
         readers.append(opened.enter_context(closing(program)))
     return reference, [Reading(reader) for reader in readers]
 
@@ -202,11 +206,19 @@ def _about(path: Path, windows: list[Ints], surprise: torch.Tensor) -> dict[str,
 def _table(results: list[Result], about: dict[str, Any]) -> Table:
     title = (
         f"{about['model']}: {about['tokens']} tokens of {about['text']}, windows of {about['window']}\n"
-        f"float32 has perplexity {about['float32_perplexity']:.3f}; ± is one standard error; 0–256: KL × 1000 there"
+        f"float32 has perplexity {about['float32_perplexity']:.3f}; ± is one standard error; 0–256: KL × 1000 at those positions"
     )
     table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in ("KL × 1000", "greatest", *results[0].kl_by_position, "same best", "perplexity", "growth", "over bf16"):
+    table.add_column("", no_wrap=True)
+    for name in (
+        "KL × 1000",
+        "most",
+        *results[0].kl_by_position,
+        "same best",
+        "perplexity",
+        "over float32",
+        "over bf16",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for r in results:
         table.add_row(

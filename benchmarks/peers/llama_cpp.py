@@ -72,13 +72,11 @@ class LlamaCpp:
     def peers(self) -> Sequence[Peer]:
         return [self._peer(kind, about) for kind, about in KINDS.items()]
 
-    def readable(self) -> list[str]:
-        """Kinds whose logits can be asked for."""
-        return [kind for kind in KINDS if self.reader.exists() and (self.models / f"{kind}.gguf").exists()]
-
-    def logits(self, kind: str, context: int, threads: int) -> list[str]:
-        """The command that answers tokens with logits: see llama_logits.cpp."""
-        return [str(self.reader), f"{self.models}/{kind}.gguf", str(context), str(threads)]
+    def logits(self, context: int, threads: int) -> dict[str, list[str]]:
+        """Peers that can be asked for logits, and the commands that answer: see llama_logits.cpp."""
+        files = {kind: self.models / f"{kind}.gguf" for kind in KINDS if self.reader.exists()}
+        size = str(context), str(threads)
+        return {f"llama-{kind}": [str(self.reader), str(file), *size] for kind, file in files.items() if file.exists()}
 
     def _peer(self, kind: str, about: str) -> Peer:
         template = (

@@ -39,6 +39,12 @@ class OpenVINO:
             self._peer("int8", "weights int8 per channel"),
         ]
 
+    def logits(self, threads: int) -> dict[str, list[str]]:
+        """Peers that can be asked for logits, and the commands that answer: see inside/openvino_logits.py."""
+        program = f"{self.home}/venv/bin/python", f"{INSIDE}/openvino_logits.py"
+        kinds = FORMATS if self.installed() else ()
+        return {f"openvino-{kind}": [*program, f"{self.home}/{kind}", str(threads)] for kind in kinds}
+
     def _peer(self, kind: str, about: str) -> Peer:
         template = (f"{self.home}/venv/bin/python", f"{INSIDE}/openvino_server.py", f"{self.home}/{kind}", "{port}")
         return Peer(f"openvino-{kind}", self.name, f"OpenVINO GenAI, continuous batching, {about}", template, "lines")
