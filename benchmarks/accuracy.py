@@ -206,7 +206,7 @@ def _about(path: Path, windows: list[Ints], surprise: torch.Tensor) -> dict[str,
 def _table(results: list[Result], about: dict[str, Any]) -> Table:
     title = (
         f"{about['model']}: {about['tokens']} tokens of {about['text']}, windows of {about['window']}\n"
-        f"float32 has perplexity {about['float32_perplexity']:.3f}; ± is one standard error; 0–256: KL × 1000 at those positions"
+        f"float32 has perplexity {about['float32_perplexity']:.3f}; ± is a standard error; 0–256: KL × 1000 there"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
