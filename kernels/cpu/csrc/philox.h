@@ -20,21 +20,20 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
 constexpr float MAX_GUMBEL = 16.6357f;  // that of the greatest uniform, 1 − 2⁻²⁴, is 16.63553
 
+typedef uint64_t u64part __attribute__((vector_size(PW_REGISTER)));
+union u64parts { u64x8 v; u64part part[PARTS]; };
+
 PW_INLINE u64x8 splat64(uint64_t x) { return u64x8{} + x; }
 
 // Product of the low halves, 64 bits of it. What is in the high halves does not matter.
-PW_INLINE u64x8 mul_low(u64x8 a, uint32_t m) {
+PW_INLINE u64part mul_low(u64part a, uint32_t m) {
 #if defined(__AVX512F__)
   // The masked form, for GCC 12 warns of what the plain one leaves undefined.
-  return (u64x8)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(m));
+  return (u64part)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  union { u64x8 v; __m256i h[2]; } x{a};
-  for (int i = 0; i < 2; i++) x.h[i] = _mm256_mul_epu32(x.h[i], _mm256_set1_epi64x(m));
-  return x.v;
+  return (u64part)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #elif defined(__SSE2__)
-  union { u64x8 v; __m128i h[4]; } x{a};
-  for (int i = 0; i < 4; i++) x.h[i] = _mm_mul_epu32(x.h[i], _mm_set1_epi64x(m));
-  return x.v;
+  return (u64part)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
 #else
   return (a & 0xFFFFFFFFu) * uint64_t(m);
 #endif
@@ -42,16 +41,22 @@ PW_INLINE u64x8 mul_low(u64x8 a, uint32_t m) {
 
 // Eight calls, in place: the low halves of c[0…3] are their counters, and then their words.
 PW_INLINE void philox(u64x8 c[4], uint64_t seed) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int i = 0; i < 10; i++) {
-    const u64x8 p0 = mul_low(c[0], 0xD2511F53u), p1 = mul_low(c[2], 0xCD9E8D57u);
-    c[0] = (p1 >> 32) ^ c[1] ^ splat64(k0);
-    c[2] = (p0 >> 32) ^ c[3] ^ splat64(k1);
-    c[1] = p1;
-    c[3] = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  u64parts in[4] = {{c[0]}, {c[1]}, {c[2]}, {c[3]}};
+  for (int j = 0; j < PARTS; j++) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    u64part d0 = in[0].part[j], d1 = in[1].part[j], d2 = in[2].part[j], d3 = in[3].part[j];
+    for (int i = 0; i < 10; i++) {
+      const u64part p0 = mul_low(d0, 0xD2511F53u), p1 = mul_low(d2, 0xCD9E8D57u);
+      d0 = (p1 >> 32) ^ d1 ^ uint64_t(k0);
+      d2 = (p0 >> 32) ^ d3 ^ uint64_t(k1);
+      d1 = p1;
+      d3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    in[0].part[j] = d0, in[1].part[j] = d1, in[2].part[j] = d2, in[3].part[j] = d3;
   }
+  for (int i = 0; i < 4; i++) c[i] = in[i].v;
 }
 
 struct Stream {  // one draw's noise
