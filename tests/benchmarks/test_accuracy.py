@@ -13,6 +13,9 @@ import torch
 
 from benchmarks.accuracy import Reading, _results, _windows
 from benchmarks.divergence import Estimate, Marks, Reference
+from benchmarks.peers.catalogue import peers
+from benchmarks.peers.llama_cpp import LlamaCpp
+from benchmarks.peers.openvino import OpenVINO
 from benchmarks.process import StartError
 from benchmarks.readers import Program
 
@@ -147,3 +150,22 @@ def test_a_program_that_dies_is_an_error_with_its_status(tmp_path: Path) -> None
 def test_a_program_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="vocabulary of 3, not 4"):
         _program(tmp_path, "pass", vocab=4)
+
+
+def test_only_what_is_installed_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_HOME", str(tmp_path))
+    assert LlamaCpp().logits(2048, 2) == OpenVINO().logits(2) == {}
+    llama, openvino = tmp_path / "peers" / "llama.cpp", tmp_path / "peers" / "openvino"
+    for file in (llama / "llama_logits", llama / "models" / "q4_1.gguf"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert LlamaCpp().logits(2048, 2) == {
+        "llama-q4_1": [f"{llama}/llama_logits", f"{llama}/models/q4_1.gguf", "2048", "2"]
+    }
+    for kind in ("fp16", "int8"):
+        (openvino / kind).mkdir(parents=True)
+        (openvino / kind / "openvino_model.bin").touch()
+    commands = OpenVINO().logits(2)
+    assert commands.keys() == {"openvino-fp16", "openvino-int8"} <= peers().keys()
+    assert commands["openvino-int8"][2:] == [f"{openvino}/int8", "2"]
+    assert Path(commands["openvino-int8"][1]).exists()
