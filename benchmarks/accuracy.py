@@ -55,11 +55,10 @@ BORDERS = (256, 1024, 4096)  # positions between which divergence is also report
 
 @dataclass
 class Reading:
-    """One model's marks over the whole text, and the seconds that its logits took."""
+    """One model's marks, chunk by chunk."""
 
     reader: Reader
     parts: list[Marks] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Result:
     kl_by_position: dict[str, float]
     kl_greatest: float
     same_likeliest: float  # share
-    seconds: float
 
 
 def main() -> int:
@@ -156,9 +154,7 @@ def _read(reference: Reader, readings: list[Reading], windows: list[Ints]) -> to
             expected = Reference(torch.from_numpy(reference.read(tokens, start))[: len(targets)], targets)
             surprise.append(expected.surprise)
             for reading in readings:
-                began = time.perf_counter()
                 logits = torch.from_numpy(reading.reader.read(tokens, start))
-                reading.seconds += time.perf_counter() - began
                 reading.parts.append(expected.marks(logits[: len(targets)]))
     return torch.cat(surprise)
 
@@ -177,7 +173,6 @@ def _results(readings: list[Reading], surprise: torch.Tensor, window: int) -> li
             kl_by_position=dict(_by_position(m.kl, window)),
             kl_greatest=m.kl.max().item(),
             same_likeliest=m.same.mean().item(),
-            seconds=round(reading.seconds, 1),
         )
         for m, reading in zip(marks, readings, strict=True)
     ]
