@@ -194,6 +194,20 @@ def test_a_nucleus_is_the_shortest_run_that_reaches_it(cdll: ctypes.CDLL, isa: s
         assert set(bench.step(range(1, 201), logits).token_ids.tolist()) == support
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_k": 20}])
+def test_equal_scores_go_to_the_lower_id(cdll: ctypes.CDLL, isa: str, fields: dict[str, Any]) -> None:
+    """Logits so large that a sum with noise is rounded to multiples of 8."""
+    rng = np.random.default_rng(3)
+    bench, contexts = CpuBench(cdll, isa, 40), []
+    for slot in range(1, 61):
+        logits = (1e8 + 8 * rng.integers(0, 3, 40)).astype(np.float32)
+        contexts.append(reference.Context(logits, Sampling(9, seed=slot, **fields), [1], []))
+        bench.admit(slot, [1], [], contexts[-1].sampling)
+    drawn = bench.step(range(1, 61), np.stack([at.logits for at in contexts])).token_ids
+    assert drawn.tolist() == [reference.sample(at) for at in contexts]
+    assert any(at.logits[token] < at.logits.max() for at, token in zip(contexts, drawn, strict=True))
+
+
 def test_every_failure_is_told_and_the_rest_is_sampled(cdll: ctypes.CDLL, isa: str) -> None:
     rows: list[list[float]] = [[1, 2], [math.nan, 2], [2, math.nan], [-math.inf] * 2, [3, 1], [0, math.inf], [4e33, 0]]
     for fields in ({"temperature": 0.0}, {}, {"top_k": 1}, {"logprobs": 1, "logit_bias": ((0, 1.0),)}):
