@@ -10,7 +10,7 @@ import pytest
 
 from tests.kernels_cpu.paged import Attention, Chunk, Memory, blocks_for, in_chunks
 
-# Weights of V are rounded to bfloat16 where KV is (2⁻⁹ of outputs of about 1), to 16 bits of the greatest where it is int8.
+# Weights of V are rounded to bfloat16 where KV is: 2⁻⁹ of outputs of about 1; to 16 bits of the greatest for int8.
 TOLERANCE = {"bf16": 1e-2, "int8": 2e-3}
 
 SHAPES = [
