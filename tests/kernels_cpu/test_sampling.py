@@ -194,6 +194,28 @@ def test_a_nucleus_is_the_shortest_run_that_reaches_it(cdll: ctypes.CDLL, isa: s
         assert set(bench.step(range(1, 201), logits).token_ids.tolist()) == support
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_k": 2}])
+def test_the_greatest_noise_there_is_can_win(cdll: ctypes.CDLL, isa: str, fields: dict[str, Any]) -> None:
+    """Found by a search: seed 38 has the greatest uniform for this token at position 1."""
+    lucky, vocab = 32_681, 40_000
+    noise = [float(reference.gumbel(38, 1, token)) for token in (5, lucky)]
+    assert noise[1] > 16.635
+    for lead, winner in [(-0.01, lucky), (0.01, 5)]:
+        bench = CpuBench(cdll, isa, vocab)
+        bench.admit(1, [1], [], Sampling(9, seed=38, **fields))
+        logits = np.full((1, vocab), -math.inf, np.float32)
+        logits[0, [5, lucky]] = noise[1] - noise[0] + lead, 0
+        assert bench.step([1], logits).token_ids.tolist() == [winner]
+
+
+def test_no_penalty_lifts_a_ban(cdll: ctypes.CDLL, isa: str) -> None:
+    """Even where it would make −inf · 0 of it, and press the only other token down to the limit."""
+    bench = CpuBench(cdll, isa, 3)
+    wild = Sampling(9, temperature=0.0, repetition_penalty=0.0, presence_penalty=3e38)
+    bench.admit(1, [0, 1, 2], [0, 1, 2], wild)
+    assert bench.step([1], np.array([[-math.inf, 1.0, -math.inf]], np.float32)).token_ids.tolist() == [1]
+
+
 @pytest.mark.parametrize("fields", [{}, {"top_k": 20}])
 def test_equal_scores_go_to_the_lower_id(cdll: ctypes.CDLL, isa: str, fields: dict[str, Any]) -> None:
     """Logits so large that a sum with noise is rounded to multiples of 8."""
