@@ -133,7 +133,7 @@ class PackedStore:
         try:
             with place.open("rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:  # an empty file
             raise Damaged(str(error)) from error
