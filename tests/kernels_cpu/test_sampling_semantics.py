@@ -20,6 +20,7 @@ from tests.sampler.test_sampler import (  # noqa: F401
     test_a_grammar_that_can_only_end_ends,
     test_a_mask_that_does_not_fit_never_samples,
     test_a_slots_next_holder_inherits_nothing,
+    test_bans_that_leave_nothing_are_lifted_and_the_mask_stays,
     test_both_zeros_are_one_value,
     test_equals_the_reference,
     test_extreme_parameters_equal_the_reference_in_any_company,

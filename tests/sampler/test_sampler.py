@@ -265,6 +265,16 @@ def test_masked_rows_equal_the_reference(batch: list[tuple[reference.Context, se
     assert all(int(got.token_ids[i]) in allowed for i, allowed in masks.items())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_that_leave_nothing_are_lifted_and_the_mask_stays(temperature: float) -> None:
+    banned = Sampling(9, temperature=temperature, top_k=1, bad_words=((3,), (4,)), logit_bias=((4, 9.0),))
+    bench = Bench(VOCAB)
+    bench.admit(1, [20], [], banned)
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, [3, 5]] = 1, 7
+    assert bench.step([1], logits, mask_of({0: {3, 4}}), [1]).token_ids.tolist() == [3]
+
+
 def test_a_grammar_that_can_only_end_ends() -> None:
     bench = Bench(VOCAB)
     bench.admit(1, [20], [], Sampling(9, temperature=0.0, min_tokens=5, eos_token_ids=(3,)))
