@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,9 +57,10 @@ class WorkerSocket:
         """What has come, up to a bound; a peer's end before any newcomer's words."""
         gone = self._ended()
         for _ in range(_AT_ONCE):
-            if not self.router.poll(0):
+            try:  # to ask first whether something has come costs more than what has come
+                frames = self.router.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
                 break
-            frames = self.router.recv_multipart(copy=False)
             peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
             if self._peers.get(connection) != peer:
                 gone += self._ended()  # perhaps of whoever had this descriptor before
@@ -75,9 +77,11 @@ class WorkerSocket:
 
     def _ended(self) -> list[bytes]:
         peers = []
-        while self.monitor.poll(0):
-            if peer := self._peers.pop(recv_monitor_message(self.monitor)["value"], None):
-                peers.append(peer)
+        with contextlib.suppress(zmq.Again):
+            while True:
+                connection = recv_monitor_message(self.monitor, zmq.DONTWAIT)["value"]
+                if peer := self._peers.pop(connection, None):
+                    peers.append(peer)
         return peers
 
     def send(self, peer: bytes, message: ToWorker) -> bool:
