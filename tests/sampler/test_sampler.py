@@ -267,7 +267,8 @@ def test_masked_rows_equal_the_reference(batch: list[tuple[reference.Context, se
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bans_that_leave_nothing_are_lifted_and_the_mask_stays(temperature: float) -> None:
-    banned = Sampling(9, temperature=temperature, top_k=1, bad_words=((3,), (4,)), logit_bias=((4, 9.0),))
+    bias = ((4, 9.0), (5, 9.0))  # the latter of a token that the mask forbids, which it does not bring back
+    banned = Sampling(9, temperature=temperature, top_k=1, bad_words=((3,), (4,)), logit_bias=bias)
     bench = Bench(VOCAB)
     bench.admit(1, [20], [], banned)
     logits = np.zeros((1, VOCAB), np.float32)
