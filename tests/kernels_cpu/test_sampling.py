@@ -172,6 +172,7 @@ def test_all_logits_alike(cdll: ctypes.CDLL, isa: str, value: float) -> None:
             assert told is not None
             assert told.rank == token + 1
             assert told.top_ids == tuple(range(len(told.top_ids)))
+            assert told.logprob == pytest.approx(-math.log(vocab), abs=1e-6)  # a sum that fills 32 bits
 
 
 def _both(sampled: Any) -> tuple[list[int], list[TokenLogprobs | None]]:
