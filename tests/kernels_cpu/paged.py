@@ -97,8 +97,10 @@ class Attention:
     def expected(self, qkv: Floats, *, rounded: bool = True) -> Floats:
         """Attention of a whole sequence by the oracle; `rounded`: on q, k and v as the KV kind keeps them."""
         q, k, v = self.parts(qkv)
-        if rounded:
-            q, k, v = ((quantized if self.kv == "int8" else halved)(x) for x in (q, k, v))
+        if rounded and self.kv == "int8":  # q and k turned alike: their products are the same
+            q, k, v = quantized(spread(q)), quantized(spread(k)), quantized(v)
+        elif rounded:
+            q, k, v = halved(q), halved(k), halved(v)
         pages = torch.stack([k, v]).transpose(1, 2)[:, None]  # one block of the whole
         positions = torch.arange(len(qkv))
         out = paged_attention(
@@ -115,6 +117,19 @@ def quantized(x: Tensor) -> Tensor:
     """int8 and back, a scale for each vector."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return torch.round(x / scale) * scale
+
+
+def spread(x: Tensor) -> Tensor:
+    """Times Hadamard's matrix, in blocks of 64, then of the greatest power of two that is left; of length as before."""
+    blocks, at = [], 0
+    while at < x.shape[-1]:
+        size = min(64, 1 << (x.shape[-1] - at).bit_length() - 1)
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        blocks.append(x[..., at : at + size] @ matrix / size**0.5)
+        at += size
+    return torch.cat(blocks, -1)
 
 
 @dataclass
@@ -176,7 +191,7 @@ class Memory:
         size = self.attention.block_size
         positions = np.concatenate([np.arange(chunk.start, chunk.end, dtype=np.int64) for chunk in chunks])
         owners = np.repeat(np.arange(len(chunks)), [chunk.end - chunk.start for chunk in chunks])
-        blocks = [chunks[owner].table[at // size] for owner, at in zip(owners, positions, strict=True)]
+        blocks = [chunks[int(owner)].table[int(at) // size] for owner, at in zip(owners, positions, strict=True)]
         return positions, np.array(blocks, np.int64) * size + positions % size
 
 

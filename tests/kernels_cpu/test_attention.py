@@ -10,8 +10,9 @@ import pytest
 
 from tests.kernels_cpu.paged import Attention, Chunk, Memory, blocks_for, in_chunks
 
-# Weights of V are rounded to bfloat16 where KV is: 2⁻⁹ of outputs of about 1; to 16 bits of the greatest for int8.
-TOLERANCE = {"bf16": 1e-2, "int8": 2e-3}
+# Weights of V are rounded to bfloat16 where KV is: 2⁻⁹ of outputs of about 1. A query's or key's code that lies between
+# two may fall either way.
+TOLERANCE = {"bf16": 1e-2, "int8": 4e-3}
 
 SHAPES = [
     Attention(),
@@ -76,7 +77,7 @@ def test_int8_keys_and_values_are_near_the_exact(cdll: ctypes.CDLL, isa: str) ->
 def test_int8_tail_of_small_weights_counts(cdll: ctypes.CDLL, isa: str) -> None:
     """One key takes nearly all, as a first token often does, and its value is small: what is left decides."""
     attention = Attention(heads=1, kv="int8", rotary_dim=0)
-    qkv = np.abs(attention.tokens(256)) * 0.1
+    qkv = np.abs(attention.tokens(256)) * np.float32(0.1)
     q, k, v = (qkv[:, i * 64 : i * 64 + 64] for i in range(3))
     q[:], k[0], v[0] = 1.0, 1.0, 0.001
     memory = Memory(cdll, isa, attention)
