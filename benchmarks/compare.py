@@ -92,6 +92,9 @@ def ratios(runs: Sequence[Run]) -> list[Ratio]:
 def markdown(runs: Sequence[Run], absent: Sequence[str]) -> str:
     """The whole comparison, for a person to read."""
     parts = [_rates(runs), _comparison(runs), _latencies(runs), _footprints(runs)]
+    for run in runs:
+        if run.failure is not None:
+            parts.append(f"{run.contestant} failed in round {run.round + 1}: {run.failure}")
     if absent:
         parts.append(f"Not installed, so not measured: {', '.join(absent)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -144,9 +147,9 @@ def _footprints(runs: Sequence[Run]) -> str:
             _median([run.idle_cores for run in mine]),
         ]
         late = figures[0] is not None and who in MODES and figures[0] > START_SECONDS
-        share = median(100 * each.client_share for run in mine for each in run.measured)
+        share = _median([100 * each.client_share for run in mine for each in run.measured])
         texts = [_number(figure, digits) for figure, digits in zip(figures, (2, 0, 0, 3), strict=True)]
-        rows.append([_owned(who), texts[0] + (" **missed**" if late else ""), *texts[1:], f"{share:.1f} %"])
+        rows.append([_owned(who), texts[0] + (" **missed**" if late else ""), *texts[1:], f"{_number(share, 1)} %"])
     head = ["", "start to first token, s", "memory then, MiB", "after load, MiB", "idle, cores", "load client's CPU"]
     about = f"Start (target: {START_SECONDS:g} s), memory of the process tree (PSS), idle CPU, the load client's share"
     return f"{about}:\n\n{_table(head, rows)}"

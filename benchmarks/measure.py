@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.contestants import Contestant
-from benchmarks.process import Started, running
+from benchmarks.process import Started, StartError, running
+from benchmarks.targets import TargetError
 from client import load
 
 SETTLE = 1.0  # seconds before the idle CPU is looked at
@@ -40,6 +41,7 @@ class Run:
     loaded_mib: float | None  # and after the workloads
     idle_cores: float | None  # CPU seconds a second without any work, after the workloads
     measured: list[Measured]
+    failure: str | None = None  # why there are no figures, in one line
 
     def result(self, workload: str) -> load.Result | None:
         return next((each.result for each in self.measured if each.result.workload == workload), None)
@@ -55,9 +57,17 @@ def order(contestants: Sequence[Contestant], number: int) -> list[Contestant]:
 async def one_run(
     contestant: Contestant, workloads: Sequence[load.Workload], book: PromptBook, number: int, patience: float
 ) -> Run:
-    """One start for all workloads, or one for each: then its memory is that of the largest."""
+    """One start for all workloads, or one for each: then its memory is that of the largest.
+
+    Who does not start, refuses, or needs more than `patience` seconds for a workload has a failure in place of figures.
+    """
     parts = [[workload] for workload in workloads] if contestant.tailored else [workloads]
-    runs = [await _session(contestant, part, book, number, patience) for part in parts]
+    try:
+        runs = [await _session(contestant, part, book, number, patience) for part in parts]
+    except (StartError, TargetError, load.ShortStreamError, TimeoutError) as error:
+        reason = str(error) or f"a workload took more than {patience:g} s"
+        print(f"round {number + 1} {contestant.name} failed: {reason}", file=sys.stderr, flush=True)
+        return Run(contestant.name, number, None, None, None, None, None, [], reason)
     return replace(
         runs[0],
         started_mib=max(run.started_mib or 0 for run in runs),
@@ -80,7 +90,10 @@ async def _session(
         first_token = time.perf_counter() - started.launched
         started_mib = started.memory()
         who = f"round {number + 1} {contestant.name}"
-        measured = [await one_workload(target, each, book[number, each.name], who) for each in workloads]
+        measured = []
+        for each in workloads:
+            async with asyncio.timeout(patience):
+                measured.append(await one_workload(target, each, book[number, each.name], who))
         loaded_mib = started.memory()
         idle = await _idle(started)
     return Run(contestant.name, number, started.ready_seconds, first_token, started_mib, loaded_mib, idle, measured)

@@ -20,6 +20,7 @@ from benchmarks.peers.engine import WIDEST
 
 POLL = 0.01  # seconds
 STOP = 30.0  # seconds
+CHILDREN = 3.0  # seconds longer
 MEBIBYTE = 1 << 20
 
 
@@ -84,13 +85,20 @@ def _pss(process: psutil.Process) -> int:
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(process.wait(), STOP)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+    """With all that it started: nobody computes on beside the next contestant."""
+    if process.returncode is not None:
+        return
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        await asyncio.wait_for(process.wait(), STOP)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+    _, left = psutil.wait_procs(children, timeout=CHILDREN)
+    for child in left:
+        child.kill()
+    psutil.wait_procs(left)
 
 
 def _last_words(log: IO[bytes], size: int = 1000) -> str:

@@ -44,9 +44,12 @@ def main() -> int:
     ) as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 1
+    failures = [run for run in runs if run.failure is not None]
+    if len(failures) == len(runs):
+        return 1  # each has said why
     print(record.summary(stem, runs))
     print(f"{stem}.json, .md, .png and .svg")
-    return 0
+    return 1 if failures else 0
 
 
 async def _runs(arguments: argparse.Namespace, stem: Path) -> list[Run]:
@@ -115,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--address", metavar="HOST:PORT", help="measure a service that runs already, for one round")
     source.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="measure nothing: of earlier JSON files")
-    parser.add_argument("--patience", type=float, default=300, metavar="S", help="for a start; default: %(default)s")
+    parser.add_argument(
+        "--patience", type=float, default=300, metavar="S", help="for a start or a workload; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="of the prompts; default: new")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--name", default="", help="of the files; default: date and time")

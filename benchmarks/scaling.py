@@ -20,7 +20,7 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks import contestants, machine
 from benchmarks.cpu_step import MODES, Bench, timed
@@ -147,7 +147,9 @@ def draw(stem: Path, steps: Sequence[Step], memory: Sequence[Held]) -> None:
         _line(footprint, mode, [each.tokens for each in held], [each.mib for each in held])
     _axes(per_step, f"ms a step, context {SHORT}", "batch", log=True)
     _axes(rate, f"tokens/s, context {SHORT}", "batch", log=True)
-    _axes(threads, f"{most} threads, times as fast as one, context {SHORT}", "batch", log=True)
+    _axes(threads, f"{most} threads, times as fast as one, context {SHORT}", "batch", log=False)
+    threads.set_xscale("log", base=2)
+    threads.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     _axes(context, "ms a step", "tokens of context", log=True)
     _axes(cost, "ms a token: a straight line in the context", "tokens of context", log=False)
     _axes(footprint, "memory of the service, MiB", "tokens in its KV blocks", log=False)
@@ -170,10 +172,12 @@ def _line(axes: Axes, label: str, x: Sequence[float], y: Sequence[float], style:
 
 def _axes(axes: Axes, title: str, what: str, log: bool) -> None:
     bare(axes)
+    axes.tick_params(axis="y", labelsize=7.5, colors=INK)
     axes.grid(axis="y", color="#e6e8ec", linewidth=0.6)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(0)

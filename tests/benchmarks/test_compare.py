@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import compare, contestants, record
 from benchmarks.contestants import UnknownContestantError
-from benchmarks.measure import order
+from benchmarks.measure import Run, order
 from benchmarks.peers import catalogue
 from tests.benchmarks.runs import result, run
 
@@ -59,6 +59,14 @@ def test_the_text_names_what_was_missed_and_who_was_absent() -> None:
     assert "| **bf16** | 3.50 **missed** | 300 | 400 | 0.004 | 2.0 % |" in lines
     assert "| llama-bf16 | 1.00 | 300 | 400 | 0.004 | 2.0 % |" in lines
     assert "Not installed, so not measured: vllm-bf16." in lines
+
+
+def test_who_failed_is_named_and_has_no_figures() -> None:
+    failed = Run("vllm-bf16", 0, None, None, None, None, None, [], "exited with 1")
+    lines = compare.markdown([*RUNS, failed], []).splitlines()
+    assert "vllm-bf16 failed in round 1: exited with 1" in lines
+    assert "| vllm-bf16 | – | – | – |" in lines
+    assert "| vllm-bf16 | – | – | – | – | – % |" in lines
 
 
 def test_a_record_is_read_back_and_drawn(tmp_path: Path) -> None:

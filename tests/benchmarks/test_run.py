@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import contestants, record
 from benchmarks import run as bench
 from benchmarks.measure import one_run
-from benchmarks.process import StartError
+from benchmarks.process import running
 from client import load
 from tests.benchmarks.runs import result, run
 from tests.client.scripted import ScriptedServer
@@ -81,10 +83,33 @@ async def test_a_peer_is_started_measured_and_stopped(tmp_path: Path, monkeypatc
     assert (tmp_path / "stopped").exists()
 
 
+async def test_what_a_peer_started_ends_with_it(tmp_path: Path) -> None:
+    child = "import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"import subprocess, sys, runpy\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "runpy.run_path(sys.argv[3], run_name='__main__')\n"
+    )
+    fake = Path(__file__).parent / "fake_peer.py"
+    command = (sys.executable, str(script), "{port}", str(tmp_path), str(fake))
+    async with running(contestants.Contestant("parent", command, "openai"), patience=30) as started:
+        (left,) = psutil.Process(started.pid).children()
+    assert not left.is_running()
+
+
 async def test_a_peer_that_dies_is_told_with_its_last_words() -> None:
     peer = contestants.openai("broken", f"{sys.executable} -c 'raise SystemExit(\"no such model {{port}}\")'")
-    with pytest.raises(StartError, match=r"^broken exited with 1: no such model \d+$"):
-        await one_run(peer, [SMALL], {}, 0, patience=30)
+    failed = await one_run(peer, [SMALL], {}, 0, patience=30)
+    assert failed.failure is not None
+    assert re.fullmatch(r"broken exited with 1: no such model \d+", failed.failure)
+    assert failed.measured == []
+
+
+async def test_a_peer_that_never_is_ready_is_a_failure() -> None:
+    peer = contestants.openai("slow", f"{sys.executable} -m http.server {{port}}")  # /health is 404: never ready
+    failed = await one_run(peer, [SMALL], {}, 0, patience=0.5)
+    assert failed.failure is not None
+    assert failed.failure.startswith("slow not ready after 0.5 s")
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
