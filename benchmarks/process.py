@@ -77,6 +77,13 @@ def free_port() -> int:
         return port
 
 
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it has just ended by itself
+        return []
+
+
 def _pss(process: psutil.Process) -> int:
     try:
         return int(process.memory_full_info().pss)
@@ -88,7 +95,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     """With all that it started: nobody computes on beside the next contestant."""
     if process.returncode is not None:
         return
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = _children(process.pid)
     process.send_signal(signal.SIGTERM)
     try:
         await asyncio.wait_for(process.wait(), STOP)
