@@ -12,6 +12,7 @@ import msgspec
 
 from benchmarks import compare, contestants, machine, plot
 from benchmarks.measure import Run
+from benchmarks.peers import catalogue
 
 
 class RecordError(Exception):
@@ -21,7 +22,8 @@ class RecordError(Exception):
 def write(stem: Path, runs: Sequence[Run], seed: int) -> None:
     """STEM.json: the figures so far, with what they depend on."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    _write(stem, {"seed": seed, "runs": [asdict(run) for run in runs]})
+    engines = {engine.name: engine.version for engine in catalogue.engines().values()}
+    _write(stem, {"engines": engines, "seed": seed, "runs": [asdict(run) for run in runs]})
 
 
 def summary(stem: Path, runs: Sequence[Run]) -> str:
