@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
             max_num_seqs=args.max_num_seqs,
             max_step_tokens=args.max_step_tokens,
             depth=args.depth,
+            long_step=args.max_num_seqs,  # whoever decodes fits into one that is not
             max_model_len=args.max_model_len,
             max_waiting=args.max_waiting,
             max_waiting_tokens=args.max_waiting_tokens,
@@ -143,7 +144,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
     add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
-    add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight")
+    add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     add("--workers", type=_whole(0), default=1, metavar="N", help="0: workers come by themselves, see --listen")
     add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")

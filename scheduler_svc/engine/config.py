@@ -13,6 +13,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences running at once
     max_step_tokens: int = 512  # positions computed in one step, drafts included
     depth: int = 1  # plans in flight
+    long_step: int = 0  # positions; behind a plan with more of them nothing is sent until it has landed; 0: no limit
     num_drafts: int = 0  # drafts a decoding row may verify
     max_model_len: int = 0  # 0: the worker's own
     max_waiting: int = 1024  # requests in the queue
@@ -40,6 +41,7 @@ _LEAST = {
     "max_num_seqs": 1,
     "max_step_tokens": 1,
     "depth": 1,
+    "long_step": 0,
     "num_drafts": 0,
     "max_model_len": 0,
     "max_waiting": 1,

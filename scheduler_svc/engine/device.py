@@ -14,10 +14,11 @@ from scheduler_svc.engine.sequence import Sequence
 class Flight:
     """A sent plan, with whom it named: its result is resolved against this, never against live state."""
 
-    __slots__ = ("fenced", "plan", "sequences")
+    __slots__ = ("fenced", "num_tokens", "plan", "sequences")
 
-    def __init__(self, plan: StepPlan, sequences: list[Sequence]) -> None:
+    def __init__(self, plan: StepPlan, sequences: list[Sequence], num_tokens: int) -> None:
         self.plan = plan
+        self.num_tokens = num_tokens  # positions computed at most
         self.sequences = sequences  # one for each of plan.rows
         self.fenced: list[tuple[int, list[int]]] = []  # (slot, blocks) that return when it has landed (R4)
 

@@ -197,7 +197,7 @@ class Planner:
         num_propose = self.config.num_drafts if any(row.sample for row in step.rows) else 0
         plan = StepPlan(device.epoch, device.step, device.release, step.admit, [], step.rows, num_propose)
         device.release = []
-        flight = Flight(plan, step.sequences)
+        flight = Flight(plan, step.sequences, self.config.max_step_tokens - step.budget)
         device.sent.append(flight)
         for sequence in step.sequences:
             sequence.flying += 1

@@ -74,7 +74,7 @@ class Scheduler:
                 self._doorkeeper.draining = True
             case _:
                 assert_never(event)
-        while self._planner and len(self._planner.device.sent) < self.config.depth and (flight := self._planner.plan()):
+        while self._planner and self._may_plan(self._planner.device) and (flight := self._planner.plan()):
             self._instructions.append(flight.plan)
         instructions, self._instructions = self._instructions, []
         return [*instructions, *self._outbox.take()]
@@ -83,6 +83,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Nobody is served, nobody waits, nothing is in flight."""
         return not self.roster.num_live and not (self.device and self.device.sent)
+
+    def _may_plan(self, device: Device) -> bool:
+        """Behind a short step, to save the worker a wait; not behind a long one: newcomers would wait for two."""
+        sent, longest = device.sent, self.config.long_step
+        return len(sent) < self.config.depth and not (longest and sent and sent[-1].num_tokens > longest)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.roster.requests

@@ -75,6 +75,18 @@ def test_planning_goes_on_while_a_token_is_being_sampled() -> None:
     assert len(w.plans) == 9, "what is in flight may be all that it wants: no row is wasted on the limit"
 
 
+def test_nothing_is_planned_behind_a_long_step() -> None:
+    w = world(depth=2, long_step=4)
+    w.submit(request("r", 6, 5))
+    w.submit(request("s", 3, 5))
+    assert [rows(plan) for plan in w.plans] == [[(1, 0, 6, 0, True)]], "who comes meanwhile is in the next"
+    w.land()
+    short = [(1, 6, 1, 0, True), (2, 0, 3, 0, True)]  # 4 positions
+    assert [rows(plan) for plan in w.plans[1:]] == [short, [(1, -1, 1, 0, True), (2, -1, 1, 0, True)]]
+    w.run()
+    w.check_ends()
+
+
 def test_blocks_cover_drafts_as_if_all_were_accepted() -> None:
     w = world(depth=2, num_drafts=3, max_step_tokens=64)
     w.submit(request("r", 4, 30))

@@ -28,6 +28,7 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
     assert engine.max_waiting_tokens == 700
     assert (engine.block_size, engine.depth, engine.prefix_caching) == (16, 2, False)
+    assert engine.long_step == 5, "all decode at once in a step that is not long"
     assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
     assert (setup.max_step_tokens, setup.threads) == (50, 3)
