@@ -126,6 +126,17 @@ def find_compiler() -> list[str]:
     )
 
 
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs that loads a library with the sanitizers: they come before all else, and with libstdc++,
+    or the first exception ends it. Python's own leaks are not ours.
+    """
+    found = [
+        subprocess.run([*find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {"LD_PRELOAD": ":".join(result.stdout.strip() for result in found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
@@ -253,6 +264,8 @@ def main() -> None:
     except LibraryError as error:
         sys.exit(f"pagewire: {error}")
     print(path)
+    if arguments.sanitize:
+        print("to run with:", *(f"{name}={value}" for name, value in sanitizer_environment().items()))
 
 
 if __name__ == "__main__":
