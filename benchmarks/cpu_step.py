@@ -71,6 +71,9 @@ class Bench:
         starts = range(0, PROMPT, CHUNK)
         batches = [self.batch([(0, start, min(CHUNK, PROMPT - start))]) for start in starts]
         last = self.samples([(PROMPT - 1) % CHUNK])
+        for batch in batches:
+            batch.point(wanted=np.zeros(0, np.int64))
+        batches[-1].point(wanted=np.array([(PROMPT - 1) % CHUNK], np.int64)).num_wanted = 1
 
         def run() -> None:
             for batch in batches[:-1]:

@@ -116,9 +116,10 @@ class Batch(Struct):
         ("cu", c_void_p), ("context_lens", c_void_p),
         ("token_ids", c_void_p), ("positions", c_void_p), ("slot_mapping", c_void_p),
         ("block_tables", c_void_p), ("table_stride", c_int64), ("adapters", c_void_p),
+        ("wanted", c_void_p), ("num_wanted", c_int64),
     )  # fmt: skip
     _arrays_: ClassVar = dict.fromkeys(
-        ("cu", "context_lens", "token_ids", "positions", "slot_mapping", "block_tables"), np.int64
+        ("cu", "context_lens", "token_ids", "positions", "slot_mapping", "block_tables", "wanted"), np.int64
     )
 
 

@@ -10,7 +10,19 @@ import pytest
 from benchmarks.random_model import Shape
 from kernels.cpu.library import Floats
 from tests.kernels_cpu import plain
-from tests.kernels_cpu.tiny import ODD, TINY, Text, advance, opened, random_model, random_tokens, spec_of
+from tests.kernels_cpu.tiny import (
+    ODD,
+    TINY,
+    Text,
+    advance,
+    arrays,
+    batch_of,
+    opened,
+    random_model,
+    random_tokens,
+    samples_of,
+    spec_of,
+)
 
 MODES = [("bf16", "bf16"), ("int8", "bf16"), ("int8", "int8"), ("int4", "bf16")]
 # Of the plain forward's spread, root mean square. What is rounded to integers falls on another side here and there.
@@ -56,6 +68,31 @@ def test_a_prefix_that_another_computed_gives_the_same_bits(isa: str, mode: tupl
         advance(model, (Text(TOKENS[:64] + [7] * 8, [5, 6, 7]), 72))
         (logits,) = advance(model, (Text(TOKENS, [5, 6, 8], computed=64), 11))
     assert np.array_equal(logits.view(np.uint32), expected[64:].view(np.uint32))
+
+
+@pytest.mark.parametrize("mode", MODES, ids="+".join)
+def test_the_bits_are_the_same_where_few_outputs_are_wanted(isa: str, mode: tuple[str, str]) -> None:
+    """The last layer of wanted tokens alone: none, the last of each row, runs within rows, nearly all."""
+    texts = [(Text(random_tokens(90, 1), [9, 4, 7]), 75), (Text(random_tokens(3, 2), [5]), 3)]
+    cases = [[], [74, 77], [0, 1, 2, 40, 73, 74, 75, 77], [76], list(range(1, 78))]
+    with opened(ODD, *mode, isa=isa, threads=2) as model:
+        batch = batch_of(texts)
+        model.forward(batch)
+        expected, hidden = model.logits(np.arange(78)), model.hidden(np.arange(78))
+        for case in cases:
+            wanted = np.array(case, np.int64)
+            batch.num_wanted = len(wanted)
+            model.forward(batch.point(wanted=wanted))
+            assert np.array_equal(model.logits(wanted).view(np.uint32), expected[wanted].view(np.uint32))
+            assert np.array_equal(model.hidden(wanted[::-1].copy()), hidden[wanted[::-1]])
+            samples = samples_of(case)
+            model.step(batch, samples)
+            assert np.array_equal(arrays(samples)["token_ids"], expected[wanted].argmax(1))
+        again = batch_of([(Text(texts[0][0].token_ids, [9, 4, 7], computed=75), 15)])
+        model.forward(again)
+        tail = model.logits(np.arange(15))
+    whole = _whole(ODD, mode, isa, texts[0][0].token_ids)
+    assert np.array_equal(tail.view(np.uint32), whole[75:].view(np.uint32))
 
 
 def test_a_long_prefill_in_one_step(isa: str) -> None:

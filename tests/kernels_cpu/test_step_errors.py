@@ -34,6 +34,14 @@ def _set(name: str, index: Any, value: int) -> Callable[[Batch], object]:
     return lambda batch: arrays(batch)[name].__setitem__(index, value)
 
 
+def _wanted(tokens: list[int]) -> Callable[[Batch], object]:
+    def want(batch: Batch) -> None:
+        batch.num_wanted = len(tokens)
+        batch.point(wanted=np.array(tokens, np.int64))
+
+    return want
+
+
 BATCHES: list[tuple[str, Callable[[Batch], object], str]] = [
     ("token", _set("token_ids", 7, VOCAB), rf"token_ids\[7\] is {VOCAB}, outside of the vocabulary of {VOCAB}"),
     ("negative token", _set("token_ids", 44, -1), r"token_ids\[44\] is -1"),
@@ -50,6 +58,9 @@ BATCHES: list[tuple[str, Callable[[Batch], object], str]] = [
     ("empty row", _set("cu", 1, 0), r"cu of row 0 is 0 … 0"),
     ("tokens", lambda batch: setattr(batch, "num_tokens", 1), r"num_tokens is 1, and must be 2"),
     ("rows", lambda batch: setattr(batch, "num_rows", -1), r"num_rows is -1"),
+    ("wanted", _wanted([3, 3]), r"wanted\[1\] is 3: they must ascend, and there are 45 tokens"),
+    ("wanted beyond", _wanted([44, 45]), r"wanted\[1\] is 45"),
+    ("many wanted", _wanted(list(range(46))), r"num_wanted is 46, and must be 0 to 45"),
     ("adapters", lambda batch: setattr(batch, "adapters", arrays(batch)["cu"].ctypes.data), "adapters are not"),
 ]  # fmt: skip
 
@@ -98,6 +109,17 @@ def test_bad_wishes(name: str, spoil: Callable[[Samples], object], reason: str) 
         with pytest.raises(LibraryError, match=reason):
             model.sample(samples)
         model.sample(samples_of([39, 44]))
+
+
+def test_outputs_that_were_not_wanted() -> None:
+    with opened(TINY, threads=2) as model:
+        batch = _two_rows()
+        _wanted([39, 44])(batch)
+        model.forward(batch)
+        for ask in (lambda: model.sample(samples_of([39, 40])), lambda: model.logits(np.array([39, 40]))):
+            with pytest.raises(LibraryError, match=r"tokens\[1\] is 40, which the last forward's `wanted` left out"):
+                ask()
+        model.sample(samples_of([44, 39]))
 
 
 def test_outputs_of_no_forward() -> None:

@@ -26,7 +26,7 @@ from worker_svc.backends.base import (
     refuse_unsupported,
     served_len,
 )
-from worker_svc.backends.cpu_model import KVForm, batch, shape, unfit, whole
+from worker_svc.backends.cpu_model import KVForm, batch, outputs_wanted, shape, unfit, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
@@ -119,11 +119,11 @@ class CpuBackend:
         inputs = build_inputs(plan, self._slots)
         outputs = None
         if any(row.masked and row.sample for row in plan.rows):
-            self._model.forward(batch(inputs))
+            self._model.forward(batch(inputs, outputs_wanted(inputs)))
         elif plan.rows:
             outputs = self._sampler.prepare(plan, inputs, self._slots, None)
             with self._naming_slots(outputs):
-                self._model.step(batch(inputs), outputs)
+                self._model.step(batch(inputs, outputs_wanted(inputs)), outputs)
         self._pending = plan, inputs, outputs
 
     def sample(self, mask: Mask | None) -> list[RowResult]:

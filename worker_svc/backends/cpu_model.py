@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from kernels.cpu import library
 from kernels.cpu.library import Floats, Layer, Spec, Weight
-from worker_svc.inputs import StepInputs
+from worker_svc.inputs import Ints, StepInputs
 from worker_svc.models.spec import ModelSpec
 from worker_svc.quant.packed import PackedModel
 
@@ -62,9 +64,20 @@ def whole(packed: PackedModel, kv: KVForm, rope: tuple[Floats, Floats]) -> Spec:
     return made.keep(packed, layers)
 
 
-def batch(inputs: StepInputs) -> library.Batch:
+def outputs_wanted(inputs: StepInputs) -> Ints:
+    """Tokens that a step answers something about, ascending: the last layer is computed for those alone."""
+    if not len(inputs.prompt_logprob_tokens):
+        return inputs.sample_tokens
+    return np.union1d(inputs.sample_tokens, inputs.prompt_logprob_tokens)
+
+
+def batch(inputs: StepInputs, wanted: Ints | None = None) -> library.Batch:
+    """`wanted`: all tokens that outputs will be asked of; None is any."""
     made = library.Batch(
-        num_rows=len(inputs.slots), num_tokens=len(inputs.token_ids), table_stride=inputs.block_tables.shape[1]
+        num_rows=len(inputs.slots),
+        num_tokens=len(inputs.token_ids),
+        table_stride=inputs.block_tables.shape[1],
+        num_wanted=0 if wanted is None else len(wanted),
     )
     return made.point(
         cu=inputs.cu,
@@ -73,6 +86,7 @@ def batch(inputs: StepInputs) -> library.Batch:
         positions=inputs.positions,
         slot_mapping=inputs.slot_mapping,
         block_tables=inputs.block_tables,
+        wanted=wanted,
     )
 
 

@@ -78,6 +78,9 @@ typedef struct {
   const int64_t *block_tables;  // [R, table_stride]
   int64_t table_stride;
   const int32_t *adapters;      // [R] or null; anything but null is refused until adapters are built
+  // Tokens that outputs may be asked of, ascending; null: any. The last layer is computed for them alone.
+  const int64_t *wanted;
+  int64_t num_wanted;
 } pw_batch;
 
 // Outputs wanted of the last forward. S of them, each for one of its tokens, in any order, repeats allowed.

@@ -103,6 +103,11 @@ void check_batch(const Model &m, const pw_batch &b) {
   if (b.cu[0] != 0 || b.cu[b.num_rows] != b.num_tokens)
     fail("cu is from %lld to %lld, and must be from 0 to %d", ll(b.cu[0]), ll(b.cu[b.num_rows]), b.num_tokens);
   for (int row = 0; row < b.num_rows; row++) check_row(m, b, row);
+  if (!b.wanted) return;
+  check_range("num_wanted", b.num_wanted, 0, b.num_tokens);
+  for (ll i = 0; i < b.num_wanted; i++)
+    if (b.wanted[i] < (i ? b.wanted[i - 1] + 1 : 0) || b.wanted[i] >= b.num_tokens)
+      fail("wanted[%lld] is %lld: they must ascend, and there are %d tokens", i, ll(b.wanted[i]), b.num_tokens);
 }
 
 void check_tokens(const Model &m, const int64_t *tokens, int count) {
@@ -110,6 +115,8 @@ void check_tokens(const Model &m, const int64_t *tokens, int count) {
   for (int i = 0; i < count; i++)
     if (tokens[i] < 0 || tokens[i] >= m.num_tokens)
       fail("tokens[%d] is %lld, and the last forward had %d", i, ll(tokens[i]), m.num_tokens);
+    else if (m.row_of(tokens[i]) < 0)
+      fail("tokens[%d] is %lld, which the last forward's `wanted` left out", i, ll(tokens[i]));
 }
 
 void check_samples(const Model &m, const pw_samples &s) {

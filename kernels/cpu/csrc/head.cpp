@@ -82,8 +82,7 @@ class Head {
     const pw_spec &s = m_.spec;
     const Operand out = m_.wanted_rows.operand(s.lm_head, 0);
     auto item = [&](int, int i) {
-      const float *x = m_.x.as<float>() + tokens[i] * s.hidden_size;
-      m_.kernels.prepare(x, s.final_norm, s.norm_eps, s.hidden_size, out, i);
+      m_.kernels.prepare(m_.residual(tokens[i]), s.final_norm, s.norm_eps, s.hidden_size, out, i);
     };
     m_.team.share(thread, rows, item);
     mark(thread, Phase::norm);
@@ -162,7 +161,7 @@ void Model::write_hidden(const int64_t *tokens, int count, float *out) {
   check_tokens(*this, tokens, count);
   const int64_t width = spec.hidden_size;
   auto item = [&](int, int i) {
-    kernels.normalize(x.as<float>() + tokens[i] * width, spec.final_norm, spec.norm_eps, int(width), out + i * width);
+    kernels.normalize(residual(tokens[i]), spec.final_norm, spec.norm_eps, int(width), out + i * width);
   };
   auto body = [&](int thread) { team.share(thread, count, item); };
   team.run(body);

@@ -82,14 +82,20 @@ struct Model {
   Memory kv;  // [layer][page][kv head]
   size_t kv_layer_bytes;
 
-  // The last forward's, [tokens, …]: `x` holds the residual, and outputs are made from it until the next one.
+  // The last forward's, [tokens, …]: `x` holds the residual, and outputs are made from it until the next one — or from
+  // `last_x`, where the last layer was computed for some tokens alone: token t is row rows[t], or −1 of none.
   int num_tokens = 0;
-  Memory x, qkv, attended, gated, attend_scratch;
+  Memory x, qkv, attended, gated, attend_scratch, last_x, last_qkv, last_scratch;
+  std::vector<int32_t> rows;  // [tokens]; empty where all were computed
   Rows hidden_rows, attended_rows, gated_rows;
   // Outputs.
   Rows wanted_rows;
   Memory logits, best, sample_scratch;
 
+  int64_t row_of(int64_t token) const { return rows.empty() ? token : rows[token]; }
+  const float *residual(int64_t token) const {
+    return (rows.empty() ? x : last_x).as<float>() + row_of(token) * spec.hidden_size;
+  }
   void forward(const pw_batch &);
   void sample(const pw_samples &);
   void write_logits(const int64_t *tokens, int count, float *out);

@@ -6,67 +6,133 @@
 // Each element is made by one thread in one order, so who made it never shows.
 #include "model.h"
 
+#include <cstring>
+
 namespace pw {
 namespace {
 
 constexpr int FEW = 4;    // rows that every thread prepares for itself: that is quicker than to wait for others
 constexpr int BLOCK = 4;  // rows prepared at a time, where they are shared
 
+// What a layer's second half is computed for: all tokens, or in the last layer those whose outputs are wanted.
+struct Part {
+  const pw_batch *batch;
+  int rows;
+  float *x, *qkv;
+  char *scratch;  // attention's plan
+};
+
+// The wanted tokens as a batch of their own: what attention reads of one. A row is a run of tokens that follow each
+// other, with a copy of its sequence's table.
+struct Wanted {
+  std::vector<int64_t> cu, context_lens, positions, tables;
+  pw_batch batch{};
+
+  explicit Wanted(const pw_batch &b) {
+    if (!pruned(b)) return;
+    int row = 0;
+    for (int64_t i = 0; i < b.num_wanted; i++) {
+      const int64_t token = b.wanted[i];
+      const bool follows = i && token == b.wanted[i - 1] + 1 && token < b.cu[row + 1];
+      while (token >= b.cu[row + 1]) row++;
+      if (!follows) {
+        cu.push_back(i);
+        context_lens.push_back(0);
+        const int64_t *table = b.block_tables + row * b.table_stride;
+        tables.insert(tables.end(), table, table + b.table_stride);
+      }
+      positions.push_back(b.positions[token]);
+      context_lens.back() = b.positions[token] + 1;
+    }
+    batch.num_rows = int32_t(cu.size());
+    batch.num_tokens = int32_t(b.num_wanted);
+    cu.push_back(b.num_wanted);
+    batch.cu = cu.data(), batch.context_lens = context_lens.data(), batch.positions = positions.data();
+    batch.block_tables = tables.data(), batch.table_stride = b.table_stride;
+  }
+
+  static bool pruned(const pw_batch &b) { return b.wanted && b.num_wanted < b.num_tokens; }
+};
+
 class Forward {
  public:
-  Forward(Model &model, const pw_batch &batch) : m_(model), b_(batch), rows_(batch.num_tokens) {
+  Forward(Model &model, const pw_batch &batch)
+      : m_(model), b_(batch), wanted_(batch), some_(Wanted::pruned(batch)) {
     const pw_spec &s = m_.spec;
     const pw_layer &first = m_.layers[0];
-    const int copies = rows_ <= FEW ? m_.team.size() : 1;
+    const int rows = b_.num_tokens, copies = few() ? m_.team.size() : 1;
     qkv_ld_ = round_up(first.qkv.n, PW_PANEL);
-    m_.x.reserve(size_t(rows_) * s.hidden_size * sizeof(float), "residual");
-    m_.qkv.reserve(size_t(rows_) * qkv_ld_ * sizeof(float), "queries");
-    m_.attended.reserve(size_t(rows_) * first.o.k * sizeof(float), "attention's results");
-    m_.gated.reserve(size_t(rows_) * round_up(s.intermediate_size, 32) * sizeof(float), "gated rows");
-    m_.hidden_rows.reserve(first.qkv, rows_, copies);
-    m_.attended_rows.reserve(first.o, rows_, copies);
-    m_.gated_rows.reserve(first.down, rows_, copies);
-    const int threads = m_.team.size();
-    m_.attend_scratch.reserve(size_t(m_.kernels.attend_bytes(m_.shape, b_, threads)), "attention's plan");
-    m_.kernels.attend_plan(m_.shape, b_, threads, m_.attend_scratch.as<char>());
+    m_.attended.reserve(size_t(rows) * first.o.k * sizeof(float), "attention's results");
+    m_.gated.reserve(size_t(rows) * round_up(s.intermediate_size, 32) * sizeof(float), "gated rows");
+    m_.hidden_rows.reserve(first.qkv, rows, copies);
+    m_.attended_rows.reserve(first.o, rows, copies);
+    m_.gated_rows.reserve(first.down, rows, copies);
+    all_ = part(b_, m_.x, m_.qkv, m_.attend_scratch);
+    last_ = some_ ? part(wanted_.batch, m_.last_x, m_.last_qkv, m_.last_scratch) : all_;
+    m_.rows.clear();
+    if (some_) m_.rows.assign(size_t(rows), -1);
+    for (int i = 0; some_ && i < last_.rows; i++) m_.rows[size_t(b_.wanted[i])] = i;
   }
 
   void operator()(int thread) {
     const pw_spec &s = m_.spec;
-    auto item = [&](int, int i) {
-      m_.kernels.embed(s, b_.token_ids[i], m_.x.as<float>() + int64_t(i) * s.hidden_size);
-    };
-    m_.team.share(thread, rows_, item);
+    auto item = [&](int, int i) { m_.kernels.embed(s, b_.token_ids[i], all_.x + int64_t(i) * s.hidden_size); };
+    m_.team.share(thread, all_.rows, item);
     mark(thread, Phase::embed);
     char *pages = m_.kv.as<char>();
     for (const pw_layer &layer : m_.layers) {
-      attention(thread, layer, pages);
-      mlp(thread, layer);
+      write_kv(thread, layer, pages);
+      const bool last = &layer == &m_.layers.back();
+      if (last && some_) gather(thread);
+      const Part &part = last ? last_ : all_;
+      if (part.rows) attention(thread, layer, pages, part);
+      if (part.rows) mlp(thread, layer, part);
       pages += m_.kv_layer_bytes;
     }
   }
 
  private:
-  void attention(int thread, const pw_layer &layer, char *pages) {
-    const int64_t width = layer.o.k;
-    float *qkv = m_.qkv.as<float>(), *attended = m_.attended.as<float>(), *x = m_.x.as<float>();
-    const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, x, layer.attn_norm);
-    m_.kernels.gemm(m_.team, thread, layer.qkv, normed, rows_, {Then::store, qkv, qkv_ld_, nullptr, 0, &layer.o});
+  Part part(const pw_batch &batch, Memory &x, Memory &qkv, Memory &scratch) {
+    const int rows = batch.num_tokens, threads = m_.team.size();
+    x.reserve(size_t(rows) * m_.spec.hidden_size * sizeof(float), "residual");
+    qkv.reserve(size_t(rows) * qkv_ld_ * sizeof(float), "queries");
+    scratch.reserve(size_t(m_.kernels.attend_bytes(m_.shape, batch, threads)), "attention's plan");
+    m_.kernels.attend_plan(m_.shape, batch, threads, scratch.as<char>());
+    return {&batch, rows, x.as<float>(), qkv.as<float>(), scratch.as<char>()};
+  }
+
+  // Queries of all tokens, turned; keys and values into their pages.
+  void write_kv(int thread, const pw_layer &layer, char *pages) {
+    const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, all_.rows, all_.x, layer.attn_norm);
+    m_.kernels.gemm(m_.team, thread, layer.qkv, normed, all_.rows,
+                    {Then::store, all_.qkv, qkv_ld_, nullptr, 0, &layer.o});
     mark(thread, Phase::qkv);
-
     auto item = [&](int, int i) {
-      m_.kernels.write_kv(m_.shape, layer, qkv + i * qkv_ld_, b_.positions[i], b_.slot_mapping[i], pages);
+      m_.kernels.write_kv(m_.shape, layer, all_.qkv + i * qkv_ld_, b_.positions[i], b_.slot_mapping[i], pages);
     };
-    m_.team.share(thread, rows_, item);
+    m_.team.share(thread, all_.rows, item);
     mark(thread, Phase::write_kv);
+  }
 
-    m_.kernels.attend(m_.team, thread, m_.shape, layer.window, b_, qkv, qkv_ld_, pages, attended,
-                      m_.attend_scratch.as<char>());
+  // The wanted tokens' queries and residuals, moved together.
+  void gather(int thread) {
+    const int64_t width = m_.spec.hidden_size, queries = m_.layers[0].o.k;
+    auto item = [&](int, int i) {
+      memcpy(last_.x + i * width, all_.x + b_.wanted[i] * width, size_t(width) * sizeof(float));
+      memcpy(last_.qkv + i * qkv_ld_, all_.qkv + b_.wanted[i] * qkv_ld_, size_t(queries) * sizeof(float));
+    };
+    m_.team.share(thread, last_.rows, item);
+    mark(thread, Phase::norm);
+  }
+
+  void attention(int thread, const pw_layer &layer, const char *pages, const Part &part) {
+    float *attended = m_.attended.as<float>();
+    m_.kernels.attend(m_.team, thread, m_.shape, layer.window, *part.batch, part.qkv, qkv_ld_, pages, attended,
+                      part.scratch);
     mark(thread, Phase::attend);
-
-    const Operand seen = prepare(thread, layer.o, m_.attended_rows, attended, nullptr, width);
-    m_.kernels.gemm(m_.team, thread, layer.o, seen, rows_,
-                     {Then::add, x, m_.spec.hidden_size, nullptr, 0, &layer.gate_up});
+    const Operand seen = prepare(thread, layer.o, m_.attended_rows, part.rows, attended, nullptr, layer.o.k);
+    m_.kernels.gemm(m_.team, thread, layer.o, seen, part.rows,
+                    {Then::add, part.x, m_.spec.hidden_size, nullptr, 0, &layer.gate_up});
     mark(thread, Phase::o);
   }
 
@@ -75,10 +141,9 @@ class Forward {
     return &layer == &m_.layers.back() ? &m_.spec.lm_head : &(&layer)[1].qkv;
   }
 
-  void mlp(int thread, const pw_layer &layer) {
-    float *x = m_.x.as<float>();
+  void mlp(int thread, const pw_layer &layer, const Part &part) {
     const int activation = m_.spec.activation;
-    const Operand normed = prepare(thread, layer.gate_up, m_.hidden_rows, x, layer.mlp_norm);
+    const Operand normed = prepare(thread, layer.gate_up, m_.hidden_rows, part.rows, part.x, layer.mlp_norm);
     const int64_t width = round_up(layer.down.k, 32);
     // What the epilogue rounds is the operand already, unless a part of its padding would be left unwritten.
     const bool direct = layer.down.kind == PW_BF16 && width <= layer.gate_up.n / 2;
@@ -86,28 +151,30 @@ class Forward {
     auto *rounded = static_cast<uint16_t *>(gated.data);
     const Output out = direct ? Output{Then::glu, nullptr, gated.stride, rounded, activation, &layer.down}
                               : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation, &layer.down};
-    m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, rows_, out);
+    m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, part.rows, out);
     mark(thread, Phase::gate_up);
 
-    if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, m_.gated.as<float>(), nullptr, width);
-    m_.kernels.gemm(m_.team, thread, layer.down, gated, rows_,
-                     {Then::add, x, m_.spec.hidden_size, nullptr, 0, after(layer)});
+    if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, part.rows, m_.gated.as<float>(), nullptr, width);
+    m_.kernels.gemm(m_.team, thread, layer.down, gated, part.rows,
+                    {Then::add, part.x, m_.spec.hidden_size, nullptr, 0, after(layer)});
     mark(thread, Phase::down);
   }
 
-  // All rows of `x`, `ld` apart, as what `w` multiplies.
-  Operand prepare(int thread, const pw_weight &w, const Rows &rows, const float *x, const float *norm, int64_t ld = 0) {
+  bool few() const { return b_.num_tokens <= FEW; }
+
+  // `rows` of `x`, `ld` apart, as what `w` multiplies.
+  Operand prepare(int thread, const pw_weight &w, const Rows &to, int rows, const float *x, const float *norm,
+                  int64_t ld = 0) {
     if (!ld) ld = m_.spec.hidden_size;
-    const bool few = rows_ <= FEW;
-    const Operand out = rows.operand(w, few ? thread : 0);
+    const Operand out = to.operand(w, few() ? thread : 0);
     auto item = [&](int, int block) {
-      for (int i = block * BLOCK; i < (block + 1) * BLOCK && i < rows_; i++)
+      for (int i = block * BLOCK; i < (block + 1) * BLOCK && i < rows; i++)
         m_.kernels.prepare(x + i * ld, norm, m_.spec.norm_eps, w.k, out, i);
     };
-    if (few)
+    if (few())
       item(thread, 0);
     else
-      m_.team.share(thread, (rows_ + BLOCK - 1) / BLOCK, item);
+      m_.team.share(thread, (rows + BLOCK - 1) / BLOCK, item);
     mark(thread, Phase::norm);
     return out;
   }
@@ -118,8 +185,10 @@ class Forward {
 
   Model &m_;
   const pw_batch &b_;
-  const int rows_;
+  const Wanted wanted_;
+  const bool some_;
   int64_t qkv_ld_;
+  Part all_, last_;
 };
 
 static_assert(FEW <= BLOCK, "a thread that prepares rows for itself prepares one block");

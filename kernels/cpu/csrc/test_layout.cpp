@@ -66,6 +66,8 @@ extern "C" __attribute__((visibility("default"))) const char *pw_test_layout() {
     AT(Batch, pw_batch, block_tables);
     AT(Batch, pw_batch, table_stride);
     AT(Batch, pw_batch, adapters);
+    AT(Batch, pw_batch, wanted);
+    AT(Batch, pw_batch, num_wanted);
     SIZE(Samples, pw_samples);
     AT(Samples, pw_samples, num);
     AT(Samples, pw_samples, tokens);
