@@ -122,3 +122,16 @@ def test_a_quota_of_cgroup_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert usable_cpus(tmp_path) == 4
     _write(tmp_path / "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "150000\n")
     assert usable_cpus(tmp_path) == 2
+
+
+def test_a_team_as_large_as_the_machine_has_a_cpu_each_and_leaves_the_caller_free() -> None:
+    cpus = os.sched_getaffinity(0)
+    known = set(os.listdir("/proc/self/task"))
+    with opened(TINY, threads=len(cpus)) as model:
+        _step(model, 5)
+        team = [int(task) for task in os.listdir("/proc/self/task") if task not in known]
+        homes = [os.sched_getaffinity(task) for task in team]
+        assert os.sched_getaffinity(0) == cpus
+    assert len(team) == len(cpus) - 1
+    assert all(len(home) == 1 for home in homes)
+    assert len(set.union(set(), *homes)) == len(team)
