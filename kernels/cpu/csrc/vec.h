@@ -96,6 +96,12 @@ PW_INLINE f32x16 min(f32x16 a, f32x16 b) {
   for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] < y.part[i] ? x.part[i] : y.part[i];
   return r.v;
 }
+PW_INLINE i32x16 max(i32x16 a, i32x16 b) {
+  const i32parts x{a}, y{b};
+  i32parts r;
+  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] > y.part[i] ? x.part[i] : y.part[i];
+  return r.v;
+}
 PW_INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7FFFFFFFu); }
 
 // a · b + c, rounded once where the set can.
@@ -112,34 +118,65 @@ PW_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
-// Sums and maxima of the lanes, always in the same order.
-PW_INLINE float sum(f32x16 v) {
-  float a[16];
-  store(a, v);
-  for (int step = 8; step; step >>= 1)
-    for (int i = 0; i < step; i++) a[i] += a[i + step];
-  return a[0];
-}
-PW_INLINE int32_t sum(i32x16 v) {
-  int32_t total = 0;
-  for (int i = 0; i < 16; i++) total += v[i];
-  return total;
-}
-PW_INLINE float max_lane(f32x16 v) {
-  float a[16];
-  store(a, v);
-  for (int step = 8; step; step >>= 1)
-    for (int i = 0; i < step; i++) a[i] = a[i] > a[i + step] ? a[i] : a[i + step];
-  return a[0];
+// v with the lanes i and i ^ STEP in each other's place.
+template <int STEP>
+PW_INLINE f32x16 exchanged(f32x16 v) {
+  static_assert(STEP == 1 || STEP == 2 || STEP == 4 || STEP == 8, "a power of two below 16");
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)v;  // masked: without, GCC 12 warns of what the intrinsics leave undefined
+  if (STEP < 4) return (f32x16)_mm512_maskz_permute_ps(0xFFFF, x, STEP == 1 ? 0xB1 : 0x4E);
+  return (f32x16)_mm512_maskz_shuffle_f32x4(0xFFFF, x, x, STEP == 4 ? 0xB1 : 0x4E);
+#elif defined(__AVX2__)
+  union { f32x16 v; __m256 h[2]; } x{v}, y;
+  for (int i = 0; i < 2; i++) {
+    if (STEP == 8) y.h[i] = x.h[1 - i];
+    else if (STEP == 4) y.h[i] = _mm256_permute2f128_ps(x.h[i], x.h[i], 1);
+    else y.h[i] = _mm256_permute_ps(x.h[i], STEP == 1 ? 0xB1 : 0x4E);
+  }
+  return y.v;
+#elif defined(__SSE2__)
+  union { f32x16 v; __m128 h[4]; } x{v}, y;
+  for (int i = 0; i < 4; i++)
+    y.h[i] = STEP < 4 ? _mm_shuffle_ps(x.h[i], x.h[i], STEP == 1 ? 0xB1 : 0x4E) : x.h[i ^ STEP / 4];
+  return y.v;
+#else
+  f32x16 y;
+  for (int i = 0; i < 16; i++) y[i] = v[i ^ STEP];
+  return y;
+#endif
 }
 
-// To the nearest, ties to even. NaN may become an infinity: nobody rounds one here.
-PW_INLINE u32x16 to_bf16(f32x16 v) {
-  u32x16 b = (u32x16)v;
-  return (b + 0x7FFFu + ((b >> 16) & 1u)) >> 16;
+// Sums and maxima of the lanes, always in the same order.
+PW_INLINE float sum(f32x16 v) {
+  v += exchanged<8>(v);
+  v += exchanged<4>(v);
+  v += exchanged<2>(v);
+  return v[0] + v[1];
+}
+PW_INLINE int32_t sum(i32x16 v) {
+  v += (i32x16)exchanged<8>((f32x16)v);
+  v += (i32x16)exchanged<4>((f32x16)v);
+  v += (i32x16)exchanged<2>((f32x16)v);
+  return v[0] + v[1];
+}
+PW_INLINE float max_lane(f32x16 v) {
+  v = max(v, exchanged<8>(v));
+  v = max(v, exchanged<4>(v));
+  v = max(v, exchanged<2>(v));
+  return v[0] > v[1] ? v[0] : v[1];
+}
+
+// To the nearest, ties to even. Nobody rounds a NaN here; what is below every normal number may become zero.
+PW_INLINE u16x16 to_bf16(f32x16 v) {
+#if defined(__AVX512BF16__)
+  return (u16x16)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const u32x16 b = (u32x16)v;
+  return __builtin_convertvector((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16, u16x16);
+#endif
 }
 PW_INLINE void store_bf16(uint16_t *p, f32x16 v) {
-  u16x16 h = __builtin_convertvector(to_bf16(v), u16x16);
+  const u16x16 h = to_bf16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
 PW_INLINE float bf16_to_float(uint16_t h) {
