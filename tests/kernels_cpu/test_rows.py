@@ -103,15 +103,17 @@ def test_int8_is_rotated_with_one_scale_a_row(cdll: ctypes.CDLL, isa: str, k: in
         assert sums[0] == data.astype(int).sum()
 
 
-@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("k", [*SIZES, 160, 224])
 def test_int4_has_a_scale_a_group(cdll: ctypes.CDLL, isa: str, k: int) -> None:
-    x = normal(k)
-    data, scale, _, offsets = prepared(cdll, isa, "int4", x)
-    groups = padded(x).reshape(-1, 32)
-    np.testing.assert_allclose(scale, np.abs(groups).max(1) / 127, rtol=1e-6)
-    codes = data.reshape(-1, 32)
-    assert np.abs(codes - groups / scale[:, None]).max() < 0.501
-    assert offsets.tobytes() == (scale * codes.sum(1, dtype=np.float32)).astype(np.float32).tobytes()
+    x, weight = normal(k), normal(k, 1)
+    for norm in (None, weight):
+        data, scale, _, offsets = prepared(cdll, isa, "int4", x, norm)
+        y = x if norm is None else rms_norm(torch.from_numpy(x), torch.from_numpy(norm), EPS).numpy()
+        groups = padded(y).reshape(-1, 32)
+        np.testing.assert_allclose(scale, np.abs(groups).max(1) / 127, rtol=1e-6 if norm is None else 3e-6)
+        codes = data.reshape(-1, 32)
+        assert np.abs(codes - groups / scale[:, None]).max() < 0.501
+        assert offsets.tobytes() == (scale * codes.sum(1, dtype=np.float32)).astype(np.float32).tobytes()
 
 
 def test_rows_of_nothing_and_of_no_numbers(cdll: ctypes.CDLL, isa: str) -> None:
