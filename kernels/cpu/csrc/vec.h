@@ -216,10 +216,13 @@ PW_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16);
 PW_INLINE i32x16 to_int(f32x16 v) { return __builtin_convertvector(v, i32x16); }  // toward zero
 // To the nearest, ties to even, for |v| < 2^22.
 PW_INLINE f32x16 round(f32x16 v) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)v, 8);
+#else
   const f32x16 magic = splat(12582912.0f);  // 1.5 · 2^23
   return (v + magic) - magic;
+#endif
 }
-
 PW_INLINE i32x16 nearest(f32x16 v) {  // likewise
 #if defined(__AVX512F__)
   return (i32x16)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)v);
@@ -252,11 +255,11 @@ PW_INLINE f32x16 exp(f32x16 x) {
 // 2^t of t ≤ 0, to 3e-6; 0 of −∞. A minimax polynomial of 2^f on [−½, ½] that is 1 at 0, then 2^n.
 PW_INLINE f32x16 exp2_below(f32x16 t) {
 #if defined(__AVX512F__)
-  const __m512 clamped = _mm512_maskz_max_ps(0xFFFF, _mm512_set1_ps(-300.0f), (__m512)t);  // NaN stays: the second's
-  const f32x16 n = (f32x16)_mm512_maskz_roundscale_ps(0xFFFF, clamped, 8), f = (f32x16)clamped - n;
+  const f32x16 clamped = (f32x16)_mm512_maskz_max_ps(0xFFFF, _mm512_set1_ps(-300.0f), (__m512)t);  // NaN stays NaN
 #else
-  const f32x16 clamped = max(splat(-126.0f), t), n = round(clamped), f = clamped - n;
+  const f32x16 clamped = max(splat(-126.0f), t);
 #endif
+  const f32x16 n = round(clamped), f = clamped - n;
   f32x16 p = splat(9.585382389e-3f);
   p = fma(p, f, splat(5.590662826e-2f));
   p = fma(p, f, splat(2.402403817e-1f));
