@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # which some print even into a pipe
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -23,7 +25,7 @@ class Tool:
         if path is None:
             return f"no `{self.name}` on the PATH ({self.about}, {wanted} or newer)"
         done = subprocess.run([path, *self.version], capture_output=True, text=True, timeout=60, check=False)
-        found = re.search(r"\d+(\.\d+)+|\d+", done.stdout + done.stderr)
+        found = re.search(r"\d+(\.\d+)*", COLOURS.sub("", done.stdout + done.stderr))
         if done.returncode != 0 or found is None:
             return f"`{self.name} {' '.join(self.version)}` says no version ({self.about}, {wanted} or newer is needed)"
         if tuple(map(int, found[0].split("."))) < self.least:

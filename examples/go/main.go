@@ -49,7 +49,7 @@ var parts = []struct {
 func main() {
 	address := flag.String("address", "127.0.0.1:50051", "of the server")
 	prompt := flag.String("prompt", "The capital of France is", "what the model continues")
-	overload := flag.Int("overload", 0, "offer this many streams at once, more than the server runs and queues; 0 offers none")
+	overload := flag.Int("overload", 0, "streams to offer at once, more than the server runs and queues; 0: none")
 	flag.Parse()
 	if flag.NArg() > 0 || *overload < 0 || *prompt == "" {
 		fmt.Fprintln(os.Stderr, "only flags are taken, -prompt may not be empty, -overload not be negative; see -help")

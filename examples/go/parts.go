@@ -96,7 +96,8 @@ func (c *client) cancelByID(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if _, err := c.inference.CancelGeneration(ctx, &pb.CancelGenerationRequest{RequestId: first(header, "request-id")}); err != nil {
+	named := &pb.CancelGenerationRequest{RequestId: first(header, "request-id")}
+	if _, err := c.inference.CancelGeneration(ctx, named); err != nil {
 		return "", err
 	}
 	r, err := expect(codes.Canceled, drain(call))
