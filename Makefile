@@ -11,7 +11,7 @@ LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-full nightly bench lint stubs go-stubs lock
+.PHONY: help setup setup-dev serve test test-full nightly bench clients ghz lint stubs go-stubs lock
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,12 @@ nightly: .venv/dev ## the long profiles: events, fuzz, soak
 
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clients: .venv/runtime ## build and run the clients of other languages against a live server
+	$(BIN)/python -m examples $(ARGS)
+
+ghz: .venv/runtime ## a load test by ghz; needs go
+	$(BIN)/python -m examples ghz $(ARGS)
 
 lint: .venv/dev ## ruff, mypy, import-linter, buf
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/buf lint
