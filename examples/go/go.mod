@@ -1,5 +1,6 @@
 module pagewire.dev
 
+// Debian 13 has 1.24, and google.golang.org/grpc 1.80 is the last that it compiles.
 go 1.24.0
 
 require (
