@@ -36,6 +36,7 @@ class ServiceConfig:
     host: str
     port: int
     drain_timeout: float
+    stream_interval: float  # seconds
     loop: LoopConfig
 
 
@@ -94,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         record=args.record,
     )
     name = args.served_model_name or Path(model).name.removesuffix(".gguf")
-    return ServiceConfig(model, name, args.host, args.port, args.drain_timeout, loop)
+    return ServiceConfig(model, name, args.host, args.port, args.drain_timeout, args.stream_interval / 1000, loop)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -169,6 +170,13 @@ def _build_parser() -> argparse.ArgumentParser:
         default=600.0,
         metavar="SECONDS",
         help="how long a drain waits for running calls",
+    )
+    add(
+        "--stream-interval",
+        type=_number,
+        default=20.0,
+        metavar="MS",
+        help="milliseconds between two messages of a stream, but for its first and its end; 0: a message a step",
     )
     add("--record", type=Path, metavar="FILE", help="log every engine event, for `pagewire replay FILE`")
     unbuilt = parser.add_argument_group("known, and refused until they are built")
