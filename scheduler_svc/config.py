@@ -14,6 +14,7 @@ from typing import NoReturn
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 
+SHORT_STEP = 4  # positions: such a step takes little longer than one of a single row
 FAKE = "fake:"  # a model that is none, for tests: its worker imports no torch
 
 
@@ -64,6 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
             max_step_tokens=args.max_step_tokens,
             depth=args.depth,
             long_step=args.max_num_seqs,  # whoever decodes fits into one that is not
+            short_step=SHORT_STEP,
+            short_depth=2 * args.depth if args.depth > 1 else 1,
             max_model_len=args.max_model_len,
             max_waiting=args.max_waiting,
             max_waiting_tokens=args.max_waiting_tokens,

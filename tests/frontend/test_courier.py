@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.wire import Answer, EngineStats, FinishReason, Outputs, Sampling, ServiceStatus, Submit, TokenDelta
+from protos.wire import Answer, EngineStats, FinishReason, Outputs, Sampling, ServiceStatus, Submit
 from scheduler_svc.frontend.courier import Courier
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.streams import Call, Ending, Gain

@@ -36,7 +36,8 @@ class Decode:
     def __init__(self, model: Model, inputs: StepInputs, batch: Batch, outputs: Outputs, slots: SlotTable) -> None:
         ids = inputs.slots
         self._slots, self._ids, self._batch, self.outputs = slots, ids, batch, outputs
-        self._plain = [Row(slot, -1, 1, 0, [], True) for slot in ids.tolist()]
+        self._slot_list = ids.tolist()
+        self._plain = [Row(slot, -1, 1, 0, [], True) for slot in self._slot_list]
         self._known = slots.token_ids.reshape(-1)  # a view of all tables in a row
         known_at = ids * slots.max_model_len + inputs.context_lens
         # All that is one more in each step, in one array.
@@ -81,9 +82,14 @@ class Decode:
 
     def results(self) -> list[RowResult]:
         """Of the step that was run. Raises SamplerError for the first slot that could not be sampled."""
-        token_ids, logprobs = CpuSampler.finish(self.outputs)
-        self._known[self._known_at] = token_ids
-        return sampled_results(self._plain, self._ends.tolist(), token_ids.tolist(), logprobs)
+        out, starts = self.outputs, self._ends.tolist()
+        token_ids = out.sampled.tolist()
+        if out.scores is not None or min(token_ids) < 0:
+            results = sampled_results(self._plain, starts, token_ids, CpuSampler.finish(out)[1])
+        else:
+            results = list(map(RowResult, self._slot_list, starts, [[token] for token in token_ids]))
+        self._known[self._known_at] = out.sampled
+        return results
 
     def settle(self) -> None:
         """The table learns how far its slots have come."""
