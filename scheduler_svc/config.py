@@ -177,7 +177,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add(
         "--stream-interval",
         type=_number,
-        default=20.0,
+        default=25.0,
         metavar="MS",
         help="milliseconds between two messages of a stream, but for its first and its end; 0: a message a step",
     )
