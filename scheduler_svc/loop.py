@@ -279,7 +279,7 @@ class EngineLoop:
         process = self._process
         if process is None or self._link.fatal:
             return
-        if process.pid and process.exit_fd in ready:
+        if process.exit_fd in ready and process.has_ended():
             poller.unregister(process.exit_fd)
             for event in self._link.exited(process.reap(), self._now):
                 self._feed(event)

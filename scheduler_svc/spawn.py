@@ -54,6 +54,9 @@ class WorkerProcess:
         """In a row, the present one included."""
         return self._futile
 
+    def has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
     def reap(self) -> str:
         """After its end: how it ended, in words; empty if by `kill`. Sets `start_at` for the next one."""
         assert self._process is not None

@@ -50,6 +50,15 @@ class SchedulerEnd:
         for message in messages:
             self.router.send_multipart((self.peer, encode(message)))
 
+    def send_together(self, *messages: ToWorker) -> None:
+        self.router.send_multipart((self.peer, *map(encode, messages)))
+
+    def receive_together(self) -> list[FromWorker]:
+        """What was sent together."""
+        first = self.receive_any()
+        together, self._frames = [decode_from_worker(frame) for frame in self._frames], deque()
+        return [first, *together]
+
     def receive_any(self) -> FromWorker:
         if not self._frames:
             assert self.router.poll(PATIENCE_MS), f"nothing came within {PATIENCE_MS} ms"
