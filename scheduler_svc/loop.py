@@ -176,7 +176,10 @@ class EngineLoop:
             os.eventfd_read(self._bell)
         for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
-        if self._socket.router in ready or self._socket.monitor in ready:
+        if self._socket.monitor in ready:
+            for peer, gone in self._socket.gone():
+                yield from self._link.hear(peer, gone, self._now)
+        if self._socket.router in ready:
             for peer, heard in self._socket.hear():
                 yield from self._link.hear(peer, heard, self._now)
         yield from self._link.expire(self._now)

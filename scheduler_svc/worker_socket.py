@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from protos.codec import DecodeError, decode_from_worker, encode
 from protos.wire import FromWorker, ToWorker
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
-_AT_ONCE = 256  # messages heard before the loop does something else
 _LARGEST = 256 << 20  # bytes of a message that is read at all
 
 
@@ -55,31 +55,32 @@ class WorkerSocket:
         self.endpoint: str = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def hear(self) -> Iterator[tuple[bytes, Heard]]:
-        """What has come, up to a bound; a peer's end before any newcomer's words."""
-        gone = self._ended()
-        for _ in range(_AT_ONCE):
-            if not _has_come(self.router):
-                break
-            frames = self.router.recv_multipart(zmq.DONTWAIT, copy=False)
-            peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
-            if self._peers.get(connection) != peer:
-                gone += self._ended()  # perhaps of whoever had this descriptor before
-                self._peers[connection] = peer
-                for ended in gone:
-                    yield ended, Gone()
-                gone.clear()
-            for frame in frames[1:]:
-                yield peer, _decode(frame)
-        for ended in gone:
-            yield ended, Gone()
+        """What one peer has sent together, if anything; another's end before any newcomer's words."""
+        try:
+            frames = self._receive()
+        except zmq.Again:
+            return
+        peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
+        if self._peers.get(connection) != peer:
+            yield from self.gone()  # perhaps whoever had this descriptor before
+            self._peers[connection] = peer
+        for frame in frames[1:]:
+            yield peer, _decode(frame)
 
-    def _ended(self) -> list[bytes]:
-        peers = []
-        while _has_come(self.monitor):
-            connection = recv_monitor_message(self.monitor, zmq.DONTWAIT)["value"]
-            if peer := self._peers.pop(connection, None):
-                peers.append(peer)
-        return peers
+    def gone(self) -> Iterator[tuple[bytes, Gone]]:
+        """Whose connections have ended."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                connection = recv_monitor_message(self.monitor, zmq.DONTWAIT)["value"]
+                if peer := self._peers.pop(connection, None):
+                    yield peer, Gone()
+
+    def _receive(self) -> list[zmq.Frame]:
+        """As recv_multipart, which asks the socket for what each frame knows."""
+        frames = [self.router.recv(zmq.DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self.router.recv(zmq.DONTWAIT, copy=False))
+        return frames
 
     def send(self, peer: bytes, *messages: ToWorker) -> bool:
         """False where the peer is not connected any more."""
@@ -96,11 +97,6 @@ class WorkerSocket:
         self.monitor.close()
         self.router.close()
         self._context.term()
-
-
-def _has_come(socket: zmq.Socket[bytes]) -> bool:
-    """To be told by an exception that nothing has costs ten times as much."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _decode(frame: zmq.Frame) -> Heard:
