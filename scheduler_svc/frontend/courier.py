@@ -1,6 +1,6 @@
 """From the engine's thread to the event loop's: at once what somebody waits for, the rest a few times a second.
 
-A stream that is read by a person is as good with fifty messages a second as with five hundred, and each message costs a
+A stream that is read by a person is as good with forty messages a second as with five hundred, and each message costs a
 writer, a system call and the client's own work. So the tokens of all calls go out together, at most once an interval.
 """
 
