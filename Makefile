@@ -2,6 +2,7 @@
 MODEL ?= smollm2-135m
 ARGS ?=
 OUT ?= protos
+GO_OUT ?= examples/go
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -10,7 +11,7 @@ LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-full nightly bench lint stubs lock
+.PHONY: help setup setup-dev serve test test-full nightly bench clients ghz lint stubs go-stubs lock
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -34,11 +35,21 @@ nightly: .venv/dev ## the long profiles: events, fuzz, soak
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+clients: .venv/runtime ## build and run the clients of other languages against a live server
+	$(BIN)/python -m examples $(ARGS)
+
+ghz: .venv/runtime ## a load test by ghz; needs go
+	$(BIN)/python -m examples ghz $(ARGS)
+
 lint: .venv/dev ## ruff, mypy, import-linter, buf
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/buf lint
 
 stubs: .venv/dev ## regenerate the gRPC stubs from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/pagewire/v1/*.proto
+
+go-stubs: .venv/dev ## regenerate those of the Go example; needs go
+	GOBIN=$(CURDIR)/build/go go -C examples/go install tool
+	PATH=$(CURDIR)/build/go:$$PATH $(BIN)/python -m grpc_tools.protoc -I protos --go_out=$(GO_OUT) --go_opt=module=pagewire.dev --go-grpc_out=$(GO_OUT) --go-grpc_opt=module=pagewire.dev protos/pagewire/v1/*.proto
 
 lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(LOCK) --extra build pyproject.toml -o requirements.lock

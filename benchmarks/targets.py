@@ -68,7 +68,7 @@ class Grpc:
 @asynccontextmanager
 async def service(address: str) -> AsyncIterator[Target]:
     """A Pagewire server that runs already."""
-    async with grpc.aio.insecure_channel(address, api.channel_options(30)) as channel:
+    async with grpc.aio.insecure_channel(address, api.channel_options(api.Keepalive())) as channel:
         yield GrpcTarget(channel)
 
 

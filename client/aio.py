@@ -1,41 +1,97 @@
-"""The asyncio client of `pagewire.v1`: the calls of `client.client`, awaited."""
+"""The asyncio client of `pagewire.v1`: the calls of `client.client`, awaited, with the same retries and errors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
 from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from client import api
-from client.errors import typed
+from client.errors import CancelledError, ServiceError, typed
+from client.retry import Attempts
+
+if TYPE_CHECKING:
+    Call = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+    Start = Callable[[inference_pb2.GenerateRequest, float | None], Call]
+
+T = TypeVar("T")
 
 
 class Generation(AsyncIterator[api.Chunk]):
     """One request's stream. Leave it early by `cancel()`, or as an asynchronous context manager."""
 
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
-        address: str,
-    ) -> None:
-        self._call, self._address = call, address
-        self._responses = aiter(call)
+    def __init__(self, start: Start, request: inference_pb2.GenerateRequest, address: str, attempts: Attempts) -> None:
+        self._start, self._request = start, request
+        self._address, self._attempts = address, attempts
+        self._brought = False  # whether a chunk has been handed out
+        self._left = asyncio.Event()
+        self._again = asyncio.Lock()  # held by the one task that waits for another attempt and begins it
+        self._begin()
+
+    def _begin(self) -> None:
+        self._call = self._start(self._request, self._attempts.time_left())
+        self._responses = aiter(self._call)
 
     async def __anext__(self) -> api.Chunk:
-        with typed(self._address):
-            return api.chunk(await anext(self._responses))
+        response = await self._reach(lambda: anext(self._responses))
+        self._brought = True
+        return api.chunk(response)
 
     async def metadata(self) -> dict[str, str]:
-        """`request-id`, `seed`, `fingerprint` and `exact`; waits for the server's first word."""
-        with typed(self._address):
-            return api.metadata(await self._call.initial_metadata())
+        """`request-id`, `seed`, `fingerprint` and `exact`; waits for the server's first word.
+
+        From then on id and seed stay what they are, should the call be made again.
+        """
+        metadata = await self._reach(self._announced)
+        api.told(self._request, metadata)
+        return metadata
+
+    async def _announced(self) -> dict[str, str]:
+        call = self._call
+        metadata = api.metadata(await call.initial_metadata())
+        if not metadata and await call.code() is not grpc.StatusCode.OK:  # a refusal comes without
+            await anext(aiter(call))  # raises it
+        return metadata
+
+    async def _reach(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What `read` finds, in this attempt or in a later one."""
+        while True:
+            call = self._call
+            try:
+                with typed(self._address):
+                    return await read()
+            except ServiceError as error:
+                await self._begin_again(call, error)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._left.is_set() or (task and task.cancelling()):
+                    raise  # it is the task that was cancelled, not the call
+                raise CancelledError(grpc.StatusCode.CANCELLED, "cancelled by this client") from None
+
+    async def _begin_again(self, failed: Call, error: ServiceError) -> None:
+        """Raises `error` where it is the last word."""
+        async with self._again:
+            if self._call is not failed:  # another task has begun again meanwhile
+                return
+            pause = None if self._brought else self._attempts.pause(error)
+            if pause is None:
+                raise error
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._left.wait()
+            if self._left.is_set():
+                raise CancelledError(grpc.StatusCode.CANCELLED, "cancelled before another attempt") from error
+            self._begin()
 
     def cancel(self) -> None:
-        """Ends the request; does nothing once the stream has ended."""
+        """Ends the request, or the wait for another attempt; does nothing once the stream has ended."""
+        self._left.set()
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -48,11 +104,17 @@ class Generation(AsyncIterator[api.Chunk]):
 
 
 class Client:
-    """One connection, used within one event loop. Timeouts are in seconds, for a whole call."""
+    """One connection, used within one event loop. Arguments are those of `client.client.Client`."""
 
-    def __init__(self, address: str = api.DEFAULT_ADDRESS, *, keepalive_seconds: float = 30) -> None:
-        self.address = address
-        self._channel = grpc.aio.insecure_channel(address, api.channel_options(keepalive_seconds))
+    def __init__(
+        self,
+        address: str = api.DEFAULT_ADDRESS,
+        *,
+        retry: api.Retry | None = None,
+        keepalive: api.Keepalive | None = api.Keepalive(),
+    ) -> None:
+        self.address, self.retry = address, retry
+        self._channel = grpc.aio.insecure_channel(address, api.channel_options(keepalive))
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._check = self._channel.unary_unary(
@@ -72,23 +134,38 @@ class Client:
         timeout: float | None = None,
     ) -> Generation:
         request = api.generate_request(prompt, sampling, request_id, priority, cache_salt)
-        return Generation(self._inference.Generate(request, timeout=timeout), self.address)
+        return Generation(self._start, request, self.address, Attempts(self.retry, timeout))
+
+    def _start(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Call:
+        return self._inference.Generate(request, timeout=timeout)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout: float | None = None) -> list[int]:
         request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
-        with typed(self.address):
-            return list((await self._inference.Tokenize(request, timeout=timeout)).token_ids)
+        response = await self._retried(lambda left: self._inference.Tokenize(request, timeout=left), timeout)
+        return list(response.token_ids)
 
     async def detokenize(
         self, ids: list[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
-        with typed(self.address):
-            return (await self._inference.Detokenize(request, timeout=timeout)).text
+        response = await self._retried(lambda left: self._inference.Detokenize(request, timeout=left), timeout)
+        return response.text
 
     async def model(self, *, timeout: float | None = None) -> api.GetModelResponse:
-        with typed(self.address):
-            return await self._inference.GetModel(inference_pb2.GetModelRequest(), timeout=timeout)
+        request = inference_pb2.GetModelRequest()
+        return await self._retried(lambda left: self._inference.GetModel(request, timeout=left), timeout)
+
+    async def _retried(self, call: Callable[[float | None], Awaitable[T]], timeout: float | None) -> T:
+        attempts = Attempts(self.retry, timeout)
+        while True:
+            try:
+                with typed(self.address):
+                    return await call(attempts.time_left())
+            except ServiceError as error:
+                pause = attempts.pause(error)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """Ends a running request of any client."""

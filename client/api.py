@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from pagewire.v1.admin_pb2 import GetStatsResponse
 from pagewire.v1.inference_pb2 import (
@@ -18,6 +19,8 @@ from pagewire.v1.inference_pb2 import (
     TokenIds,
 )
 
+from client.retry import Retry
+
 __all__ = [
     "DEFAULT_ADDRESS",
     "ChatMessage",
@@ -28,13 +31,16 @@ __all__ = [
     "GenerateFinished",
     "GetModelResponse",
     "GetStatsResponse",
+    "Keepalive",
     "Prompt",
+    "Retry",
     "SamplingParams",
     "TokenIds",
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 << 20
+LEAST_KEEPALIVE, MOST_KEEPALIVE = 10, 86_400  # seconds; a Pagewire server allows a ping every 10 s
 
 # Text, token ids, or a conversation.
 Prompt = str | TokenIds | Sequence[ChatMessage]
@@ -42,15 +48,42 @@ Prompt = str | TokenIds | Sequence[ChatMessage]
 Chunk = GenerateDelta | GenerateFinished
 
 
-def channel_options(keepalive_seconds: float) -> list[tuple[str, int]]:
-    """A silent stream's connection is pinged this often, so that a dead host is noticed; an idle one is left alone."""
-    return [
-        ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 0),
+@dataclass(frozen=True)
+class Keepalive:
+    """How a dead host is told from a silent stream: by HTTP/2 pings, as long as a call is open."""
+
+    seconds: float = 30.0  # between pings
+    timeout: float = 10.0  # for the answer to one: without it every call on the connection ends with UNAVAILABLE
+    idle: bool = False  # pings without any call open as well, so that a balancer keeps the connection
+
+    def __post_init__(self) -> None:
+        if not LEAST_KEEPALIVE <= self.seconds <= MOST_KEEPALIVE:
+            limits = (
+                f"{LEAST_KEEPALIVE} to {MOST_KEEPALIVE}: a server closes the connection of whoever pings more often"
+            )
+            raise ValueError(f"keepalive seconds is {self.seconds:g}: must be from {limits}")
+        if not 0 < self.timeout <= MOST_KEEPALIVE:
+            raise ValueError(f"keepalive timeout is {self.timeout:g}: must be over 0 and at most {MOST_KEEPALIVE} s")
+
+
+def channel_options(keepalive: Keepalive | None) -> list[tuple[str, int]]:
+    options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # A server that comes back is found within seconds; gRPC's own backoff grows to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
+    if keepalive:
+        options += [
+            ("grpc.keepalive_time_ms", int(keepalive.seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(keepalive.timeout * 1000)),
+            ("grpc.keepalive_permit_without_calls", int(keepalive.idle)),
+            # Alone, keepalive_timeout left a dead host unnoticed for another minute: pings have a time of their own.
+            ("grpc.http2.ping_timeout_ms", int(keepalive.timeout * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),  # no limit: a queued stream is silent for as long as it waits
+        ]
+    return options
 
 
 def generate_request(
@@ -69,6 +102,13 @@ def generate_request(
 
 def chunk(response: GenerateResponse) -> Chunk:
     return response.delta if response.HasField("delta") else response.finished
+
+
+def told(request: GenerateRequest, metadata: dict[str, str]) -> None:
+    """Makes a repeated request keep the id and the seed that its caller has been told."""
+    request.request_id = metadata.get("request-id", request.request_id)
+    if "seed" in metadata:
+        request.sampling.seed = int(metadata["seed"])
 
 
 def metadata(pairs: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

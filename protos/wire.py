@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL = 1  # raised when a peer of the previous version could misread a message
+PROTOCOL = 2  # raised when a peer of the previous version could misread a message
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):

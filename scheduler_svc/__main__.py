@@ -8,6 +8,7 @@ import gc
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from scheduler_svc.loop import EngineLoop
 from scheduler_svc.record import LogError, replay
 
 if TYPE_CHECKING:
-    from protos.wire import ServiceStatus, ToFrontend
+    from protos.wire import ServiceStatus
     from scheduler_svc.config import ServiceConfig
     from scheduler_svc.frontend.model import ServedModel
     from scheduler_svc.frontend.server import Frontend, FrontendConfig
@@ -55,6 +56,7 @@ def _serve(settings: ServiceConfig, loop: EngineLoop, began: float) -> int:
 
 
 async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: ServedModel, began: float) -> int:
+    from scheduler_svc.frontend.courier import Courier
     from scheduler_svc.frontend.engine_link import EngineLink
     from scheduler_svc.frontend.server import Frontend, PortInUseError
 
@@ -82,16 +84,12 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
             took = time.monotonic() - began
             _say(f"ready: {settings.served_name} at {settings.host}:{port}, {took:.1f} s after the start")
 
-    def deliver(batch: list[ToFrontend]) -> None:
-        for message in batch:
-            link.deliver(message)
-
-    def deliver_soon(batch: list[ToFrontend]) -> None:
+    def call_soon(collect: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended: nobody waits for this any more
-            asyncio_loop.call_soon_threadsafe(deliver, batch)
+            asyncio_loop.call_soon_threadsafe(collect)
 
     link.on_status(watch)
-    loop.attach(deliver_soon)
+    loop.attach(Courier(link, settings.stream_interval, call_soon, asyncio_loop.call_later).post)
     return await _until_ended(frontend, signals, failed, settings.drain_timeout)
 
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 
+SHORT_STEP = 4  # positions: such a step takes little longer than one of a single row
 FAKE = "fake:"  # a model that is none, for tests: its worker imports no torch
 
 
@@ -36,6 +37,7 @@ class ServiceConfig:
     host: str
     port: int
     drain_timeout: float
+    stream_interval: float  # seconds
     loop: LoopConfig
 
 
@@ -63,6 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
             max_step_tokens=args.max_step_tokens,
             depth=args.depth,
             long_step=args.max_num_seqs,  # whoever decodes fits into one that is not
+            short_step=SHORT_STEP,
+            short_depth=2 * args.depth if args.depth > 1 else 1,
             max_model_len=args.max_model_len,
             max_waiting=args.max_waiting,
             max_waiting_tokens=args.max_waiting_tokens,
@@ -94,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         record=args.record,
     )
     name = args.served_model_name or Path(model).name.removesuffix(".gguf")
-    return ServiceConfig(model, name, args.host, args.port, args.drain_timeout, loop)
+    return ServiceConfig(model, name, args.host, args.port, args.drain_timeout, args.stream_interval / 1000, loop)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -169,6 +173,13 @@ def _build_parser() -> argparse.ArgumentParser:
         default=600.0,
         metavar="SECONDS",
         help="how long a drain waits for running calls",
+    )
+    add(
+        "--stream-interval",
+        type=_number,
+        default=25.0,
+        metavar="MS",
+        help="milliseconds between two messages of a stream, but for its first and its end; 0: a message a step",
     )
     add("--record", type=Path, metavar="FILE", help="log every engine event, for `pagewire replay FILE`")
     unbuilt = parser.add_argument_group("known, and refused until they are built")

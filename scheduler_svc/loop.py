@@ -129,17 +129,19 @@ class EngineLoop:
         poller = zmq.Poller()
         for source in (self._socket.router, self._socket.monitor, self._bell):
             poller.register(source, zmq.POLLIN)
-        self._keep_worker(poller)
+        self._keep_worker(poller, set())
         self._begun.set()
         while not self._stopping:
-            poller.poll(self._patience())
+            ready = {source for source, _ in poller.poll(self._patience())}
             self._now = self._clock()
             if self._now - self._ticked >= _FINEST_TICK:
                 self._ticked = self._now
                 self._feed(Tick(self._now))
-            for event in self._hear():
+            for event in self._hear(ready):
                 self._feed(event)
-            self._keep_worker(poller)
+            for event in self._link.send_plans(self._now):
+                self._feed(event)
+            self._keep_worker(poller, ready)
             self._post()
             self._audit()
 
@@ -168,14 +170,18 @@ class EngineLoop:
             due.append(deadline)
         return int(max(0.0, min(due) - now) * 1000) + 1 if due else None
 
-    def _hear(self) -> Iterator[Event]:
+    def _hear(self, ready: set[object]) -> Iterator[Event]:
         """Each event is fed before the next is looked for."""
-        with contextlib.suppress(BlockingIOError):
+        if self._bell in ready:
             os.eventfd_read(self._bell)
         for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
-        for peer, heard in self._socket.hear():
-            yield from self._link.hear(peer, heard, self._now)
+        if self._socket.monitor in ready:
+            for peer, gone in self._socket.gone():
+                yield from self._link.hear(peer, gone, self._now)
+        if self._socket.router in ready:
+            for peer, heard in self._socket.hear():
+                yield from self._link.hear(peer, heard, self._now)
         yield from self._link.expire(self._now)
 
     def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
@@ -213,7 +219,7 @@ class EngineLoop:
             for instruction in instructions:
                 match instruction:
                     case StepPlan():
-                        events.extend(self._link.send_plan(instruction, self._now))
+                        self._link.add_plan(instruction, self._now)
                     case Outputs():
                         self._outgoing.append(instruction)
                     case EndEpoch(epoch, reason) if epoch == self._link.epoch:
@@ -271,12 +277,12 @@ class EngineLoop:
         failed = bool(link.fatal or self._failure)
         return ServiceStatus(self._is_serving(), reason, link.ready, [link.status], self._engine.stats(), failed)
 
-    def _keep_worker(self, poller: zmq.Poller) -> None:
+    def _keep_worker(self, poller: zmq.Poller, ready: set[object]) -> None:
         """Notices a dead process, and starts one where none runs and none has to be waited for."""
         process = self._process
         if process is None or self._link.fatal:
             return
-        if process.has_ended():
+        if process.exit_fd in ready and process.has_ended():
             poller.unregister(process.exit_fd)
             for event in self._link.exited(process.reap(), self._now):
                 self._feed(event)

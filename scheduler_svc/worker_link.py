@@ -22,7 +22,6 @@ from protos.wire import (
     Status,
     StepPlan,
     StepResult,
-    ToWorker,
     WorkerStatus,
 )
 from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
@@ -43,7 +42,7 @@ class WorkerLink:
     def __init__(
         self,
         setup: Setup,
-        send: Callable[[bytes, ToWorker], bool],
+        send: Callable[..., bool],  # (peer, *messages) → whether the peer is there
         process: WorkerProcess | None,
         *,
         step_deadline: float,
@@ -56,7 +55,8 @@ class WorkerLink:
         self._hello: Hello | None = None
         self._epoch: Epoch | None = None  # from its Setup to its end
         self._status: Status | None = None
-        self._in_flight: deque[int] = deque()  # steps sent and not answered
+        self._in_flight: deque[int] = deque()  # steps planned and not answered
+        self._unsent: list[StepPlan] = []  # the last of them
         self._strange = 0  # messages that were none, from peers that are not the worker
         self._since = 0.0  # when the silence began that a deadline measures
         self.serving = False
@@ -115,13 +115,18 @@ class WorkerLink:
                 if peer == self._peer and heard.epoch == self._epoch:
                     yield from self._believe(heard, now)
 
-    def send_plan(self, plan: StepPlan, now: float) -> Iterator[Event]:
+    def add_plan(self, plan: StepPlan, now: float) -> None:
+        """For the next `send_plans`: one message wakes a worker once."""
         if plan.epoch != self._epoch:
             return  # made before the engine heard of the epoch's end
         if not self._in_flight:
             self._since = now
         self._in_flight.append(plan.step)
-        if not self._send(self._peer, plan):
+        self._unsent.append(plan)
+
+    def send_plans(self, now: float) -> Iterator[Event]:
+        plans, self._unsent = [plan for plan in self._unsent if plan.epoch == self._epoch], []
+        if plans and not self._send(self._peer, *plans):
             yield from self.lose("its connection broke", now)
 
     def lose(self, reason: str, now: float) -> Iterator[Event]:

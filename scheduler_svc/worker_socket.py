@@ -13,7 +13,6 @@ from protos.codec import DecodeError, decode_from_worker, encode
 from protos.wire import FromWorker, ToWorker
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
-_AT_ONCE = 256  # messages heard before the loop does something else
 _LARGEST = 256 << 20  # bytes of a message that is read at all
 
 
@@ -33,7 +32,9 @@ Heard = FromWorker | Gone | Garbled
 
 
 class WorkerSocket:
-    """Raises OSError where the endpoint cannot be bound."""
+    """A frame is a message; what is sent together comes together.
+
+    Raises OSError where the endpoint cannot be bound."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -54,40 +55,37 @@ class WorkerSocket:
         self.endpoint: str = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def hear(self) -> Iterator[tuple[bytes, Heard]]:
-        """What has come, up to a bound; a peer's end before any newcomer's words."""
-        gone = self._ended()
-        for _ in range(_AT_ONCE):
-            try:  # to ask first whether something has come costs more than what has come
-                frames = self.router.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                break
-            peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
-            if self._peers.get(connection) != peer:
-                gone += self._ended()  # perhaps of whoever had this descriptor before
-                self._peers[connection] = peer
-                for ended in gone:
-                    yield ended, Gone()
-                gone.clear()
-            try:
-                yield peer, decode_from_worker(b"".join(frame.buffer for frame in frames[1:]))
-            except DecodeError as error:
-                yield peer, Garbled(f"{sum(len(frame) for frame in frames[1:])} bytes that are no message: {error}")
-        for ended in gone:
-            yield ended, Gone()
+        """What one peer has sent together, if anything; another's end before any newcomer's words."""
+        try:
+            frames = self._receive()
+        except zmq.Again:
+            return
+        peer, connection = frames[0].bytes, frames[-1].get(zmq.SRCFD)
+        if self._peers.get(connection) != peer:
+            yield from self.gone()  # perhaps whoever had this descriptor before
+            self._peers[connection] = peer
+        for frame in frames[1:]:
+            yield peer, _decode(frame)
 
-    def _ended(self) -> list[bytes]:
-        peers = []
+    def gone(self) -> Iterator[tuple[bytes, Gone]]:
+        """Whose connections have ended."""
         with contextlib.suppress(zmq.Again):
             while True:
                 connection = recv_monitor_message(self.monitor, zmq.DONTWAIT)["value"]
                 if peer := self._peers.pop(connection, None):
-                    peers.append(peer)
-        return peers
+                    yield peer, Gone()
 
-    def send(self, peer: bytes, message: ToWorker) -> bool:
+    def _receive(self) -> list[zmq.Frame]:
+        """As recv_multipart, which asks the socket for what each frame knows."""
+        frames = [self.router.recv(zmq.DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self.router.recv(zmq.DONTWAIT, copy=False))
+        return frames
+
+    def send(self, peer: bytes, *messages: ToWorker) -> bool:
         """False where the peer is not connected any more."""
         try:
-            self.router.send_multipart((peer, encode(message)), zmq.DONTWAIT)
+            self.router.send_multipart((peer, *map(encode, messages)), zmq.DONTWAIT)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -99,3 +97,10 @@ class WorkerSocket:
         self.monitor.close()
         self.router.close()
         self._context.term()
+
+
+def _decode(frame: zmq.Frame) -> Heard:
+    try:
+        return decode_from_worker(frame.bytes)
+    except DecodeError as error:
+        return Garbled(f"{len(frame)} bytes that are no message: {error}")

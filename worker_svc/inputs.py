@@ -48,7 +48,7 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
     counts = np.where(own, np.minimum(most, known - computed), most)
     starts = np.where(own, computed, starts)
     ends = starts + counts
-    _check(slots, ids, starts, ends, samples)
+    check(slots, ids, starts, ends, samples)
     slots.computed[ids] = ends
 
     if (counts == 1).all():  # nobody is in a prompt: most steps
@@ -86,7 +86,7 @@ def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
     return np.flatnonzero(wanted[owners] & (positions + 1 < slots.prompt_lens[ids][owners]))
 
 
-def _check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints) -> None:
+def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints) -> None:
     """What R1 promises of a row. The arrays first, so that a sound step costs a few comparisons."""
     computed, known = slots.computed[ids], slots.lengths[ids]
     covered = slots.block_counts[ids] * slots.block_size

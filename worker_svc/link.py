@@ -10,15 +10,17 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from protos.codec import DecodeError, decode_to_worker, encode
-from protos.wire import FromWorker, Hello, ToWorker
+from protos.wire import FromWorker, Hello, StepPlan, StepResult, ToWorker
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000  # answered by ZeroMQ's own thread
+_READABLE = int(zmq.POLLIN)  # the enumeration's own `&` is slow
 GRACE = 1.0  # seconds that the main thread gets to end by itself when a spawned worker's link is closed
 
 
@@ -41,7 +43,7 @@ Received = ToWorker | Closed | Garbled
 
 class Link:
     """`send`, `receive` and `close` belong to the main thread. A Hello goes out at every connection, the first and
-    later ones, as soon as the main thread receives.
+    later ones, as soon as the main thread receives. A frame is a message, and what was sent together comes together.
 
     `reconnect`: a scheduler that goes away is waited for. Otherwise its going ends this process, also when the main
     thread hangs in a step.
@@ -59,6 +61,8 @@ class Link:
         self._dealer.setsockopt(zmq.LINGER, 500)
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
         self._monitor = self._dealer.get_monitor_socket(events)
+        self._inbox: deque[Received] = deque()  # has come, and was not received yet
+        self._held: list[bytes] = []  # results on their way, see `answer`
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by the watch: look at the two below
         self._connected = threading.Event()  # and not greeted yet
         self._gone = threading.Event()
@@ -71,8 +75,18 @@ class Link:
         self._watch.start()
 
     def send(self, message: FromWorker) -> None:
-        with contextlib.suppress(zmq.Again):  # no scheduler: what it asked has ended with it
-            self._dealer.send(encode(message), zmq.DONTWAIT)
+        """And every result before it."""
+        frames, self._held = [*self._held, encode(message)], []
+        self._send(frames)
+
+    def answer(self, result: StepResult) -> None:
+        """Sends a result; perhaps with the next one, while more plans wait here than results would: whoever plans has
+        to be woken, and that costs both sides more than what it is told.
+        """
+        self._held.append(encode(result))
+        self._collect()
+        if len(self._held) >= len(self._inbox) or not _needs_no_answer(self._inbox[0]):
+            self._send_held()
 
     def receive(self, timeout: float | None = None) -> Received:
         """Raises queue.Empty after `timeout` seconds."""
@@ -80,8 +94,11 @@ class Link:
         while True:
             if self._connected.is_set():
                 self._greet()
-            with contextlib.suppress(zmq.Again):
-                return self._decode(self._dealer.recv_multipart(zmq.DONTWAIT))
+            if not self._inbox:
+                self._collect()
+            if self._inbox:
+                return self._inbox.popleft()
+            self._send_held()
             if self._gone.is_set():
                 return Closed("the scheduler is gone")
             patience = None if deadline is None else max(0, 1 + int(1000 * (deadline - time.monotonic())))
@@ -124,9 +141,32 @@ class Link:
         finally:
             os._exit(1)  # also where stderr has gone with the scheduler
 
-    @staticmethod
-    def _decode(frames: list[bytes]) -> Received:
-        try:
-            return decode_to_worker(b"".join(frames))
-        except DecodeError as error:
-            return Garbled(f"the scheduler sent {sum(map(len, frames))} bytes that are no message: {error}")
+    def _collect(self) -> None:
+        """What has come, into the inbox."""
+        while int(self._dealer.getsockopt(zmq.EVENTS)) & _READABLE:  # an exception where nothing has come costs more
+            more = True
+            while more:
+                frame = self._dealer.recv(zmq.DONTWAIT, copy=False)  # it knows of `more`: no option to be asked
+                self._inbox.append(_decode(frame.bytes))
+                more = frame.more
+
+    def _send_held(self) -> None:
+        if self._held:
+            frames, self._held = self._held, []
+            self._send(frames)
+
+    def _send(self, frames: list[bytes]) -> None:
+        with contextlib.suppress(zmq.Again):  # no scheduler: what it asked has ended with it
+            self._dealer.send_multipart(frames, zmq.DONTWAIT)
+
+
+def _decode(frame: bytes) -> Received:
+    try:
+        return decode_to_worker(frame)
+    except DecodeError as error:
+        return Garbled(f"the scheduler sent {len(frame)} bytes that are no message: {error}")
+
+
+def _needs_no_answer(message: Received) -> bool:
+    """A plan that can be followed before the scheduler knows the result of the one before. A mask needs that (R3)."""
+    return isinstance(message, StepPlan) and not any(row.masked for row in message.rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from protos.wire import RowResult, StepPlan, TokenLogprobs
+from protos.wire import Row, RowResult, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
 
@@ -26,12 +26,24 @@ def build_results(
     """
     starts = slots.lengths[inputs.slots].tolist()
     slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
+    if len(token_ids) == len(starts) and not prompt_logprobs:  # most steps
+        return sampled_results(plan.rows, starts, token_ids.tolist(), logprobs)
     results = [RowResult(row.slot, start, []) for row, start in zip(plan.rows, starts, strict=True)]
     for i, token, entry in zip(inputs.sample_rows.tolist(), token_ids.tolist(), logprobs, strict=True):
         results[i] = RowResult(results[i].slot, starts[i], [token], [] if entry is None else [entry])
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
     return results
+
+
+def sampled_results(
+    rows: Sequence[Row], starts: list[int], token_ids: list[int], logprobs: Sequence[TokenLogprobs | None]
+) -> list[RowResult]:
+    """Of rows that all sampled."""
+    return [
+        RowResult(row.slot, start, [token]) if entry is None else RowResult(row.slot, start, [token], [entry])
+        for row, start, token, entry in zip(rows, starts, token_ids, logprobs, strict=True)
+    ]
 
 
 def _by_row(inputs: StepInputs, prompt_logprobs: Sequence[TokenLogprobs]) -> dict[int, list[TokenLogprobs]]:

@@ -136,7 +136,7 @@ class SlotTable:
         self.admissions[slot] = self._admitted
         self.prompt_lens[slot] = admit.prompt_len
         self.append(slot, admit.token_ids)
-        self._add_blocks(slot, admit.block_ids)
+        self.add_blocks(slot, admit.block_ids)
         self.params[slot] = (
             sampling.seed,
             within(0.0, sampling.temperature, MAX_FLOAT),
@@ -154,11 +154,12 @@ class SlotTable:
     def _bring(self, row: Row) -> None:
         self.held(row.slot)
         if row.new_block_ids:
-            self._add_blocks(row.slot, row.new_block_ids)
+            self.add_blocks(row.slot, row.new_block_ids)
         if row.append_token_ids:
             self.append(row.slot, row.append_token_ids)
 
-    def _add_blocks(self, slot: int, block_ids: Sequence[Sequence[int]]) -> None:
+    def add_blocks(self, slot: int, block_ids: Sequence[Sequence[int]]) -> None:
+        """To the end of its table, of each KV group."""
         if len(block_ids) != 1:
             raise SlotError(f"slot {slot} gets blocks of {len(block_ids)} KV groups, where this worker has 1")
         new = np.asarray(block_ids[0], np.int64)

@@ -126,7 +126,7 @@ class Worker:
             return
         done = self._clock()
         timings = Timings(computed - arrived, done - computed, arrived - self._idle_since)
-        self._link.send(StepResult(plan.epoch, plan.step, rows, [], timings))
+        self._link.answer(StepResult(plan.epoch, plan.step, rows, [], timings))
         self._idle_since = done
 
     def _await_mask(self, plan: StepPlan) -> Mask | None:

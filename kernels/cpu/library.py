@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -243,6 +244,11 @@ class Model:
     def step(self, batch: Batch, samples: Samples) -> None:
         """Both, where no row is masked."""
         self._library.check(self._c.pw_step(self.handle, byref(batch), byref(samples)))
+
+    def repeated(self, batch: Batch, samples: Samples) -> Callable[[], None]:
+        """`step` with these two, whose arrays may have changed at each call."""
+        check, step, arguments = self._library.check, self._c.pw_step, (self.handle, byref(batch), byref(samples))
+        return lambda: check(step(*arguments))
 
     def logits(self, tokens: Ints) -> Floats:
         """Raw logits [count, vocab] of tokens of the last forward."""

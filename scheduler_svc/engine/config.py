@@ -14,6 +14,8 @@ class EngineConfig:
     max_step_tokens: int = 512  # positions computed in one step, drafts included
     depth: int = 1  # plans in flight
     long_step: int = 0  # positions; behind a plan with more of them nothing is sent until it has landed; 0: no limit
+    short_step: int = 0  # positions; behind a plan with no more of them there may be
+    short_depth: int = 1  # … so many in flight, where that is more than `depth`
     num_drafts: int = 0  # drafts a decoding row may verify
     max_model_len: int = 0  # 0: the worker's own
     max_waiting: int = 1024  # requests in the queue
@@ -42,6 +44,8 @@ _LEAST = {
     "max_step_tokens": 1,
     "depth": 1,
     "long_step": 0,
+    "short_step": 0,
+    "short_depth": 1,
     "num_drafts": 0,
     "max_model_len": 0,
     "max_waiting": 1,

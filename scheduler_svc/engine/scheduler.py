@@ -85,9 +85,17 @@ class Scheduler:
         return not self.roster.num_live and not (self.device and self.device.sent)
 
     def _may_plan(self, device: Device) -> bool:
-        """Behind a short step, to save the worker a wait; not behind a long one: newcomers would wait for two."""
-        sent, longest = device.sent, self.config.long_step
-        return len(sent) < self.config.depth and not (longest and sent and sent[-1].num_tokens > longest)
+        """Behind another one, to save the worker a wait; not behind a long one: newcomers would wait for two. Behind
+        short ones several, so that worker and loop need not wake each other for every single one.
+        """
+        sent, config = device.sent, self.config
+        if not sent:
+            return True
+        newest = sent[-1].num_tokens
+        if config.long_step and newest > config.long_step:
+            return False
+        depth = max(config.depth, config.short_depth) if newest <= config.short_step else config.depth
+        return len(sent) < depth
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.roster.requests

@@ -1,7 +1,7 @@
-"""Token ids → text, one token at a time, for streams: never half a character, and the whole is `Tokenizer.decode`.
+"""Token ids → text, piece by piece, for streams: never half a character, and the whole is `Tokenizer.decode`.
 
-What is written is a pure function of the ids seen so far, whatever the batches that they came in. A step costs the
-bytes of its token, however long the stream is.
+What is written is a pure function of the ids seen so far, whatever the batches that they came in. A token costs its
+bytes, however long the stream is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer(Protocol):
-    def step(self, token_id: int) -> str:
-        """The characters that this token completes."""
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The characters that these tokens complete."""
 
     def finish(self) -> str:
         """What was held, now that no more tokens come: an unfinished character reads as U+FFFD."""
@@ -64,8 +64,9 @@ class _ByteLevelDetokenizer:
         self._pieces = pieces
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def step(self, token_id: int) -> str:
-        return self._utf8.decode(self._pieces[token_id]) if token_id < len(self._pieces) else ""
+    def feed(self, token_ids: Sequence[int]) -> str:
+        pieces, count = self._pieces, len(self._pieces)
+        return self._utf8.decode(b"".join([pieces[i] for i in token_ids if i < count]))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", True)
@@ -116,7 +117,10 @@ class _ByteFallbackDetokenizer:
         self._pieces, self._strip = pieces, strip_first
         self._run = bytearray()
 
-    def step(self, token_id: int) -> str:
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._step(token_id) for token_id in token_ids])
+
+    def _step(self, token_id: int) -> str:
         match self._pieces[token_id] if token_id < len(self._pieces) else None:
             case None:
                 return ""

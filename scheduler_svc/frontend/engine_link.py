@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from protos.wire import (
@@ -29,24 +29,43 @@ class Transport(Protocol):
     def send(self, message: ToEngine) -> None: ...
 
 
-Sink = Callable[[TokenDelta], None]
+class Receiver(Protocol):
+    """A call, as the link sees it. It serves every other call too: so nothing may escape from either."""
+
+    def take(self, deltas: Sequence[TokenDelta]) -> None:
+        """What has come. It need not go on to the client before `wake`."""
+
+    def wake(self) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Route:
     """One call's way. Its id may belong to a newer call once `unfinished` is 0, so what ends a call goes by this."""
 
-    sink: Sink | None  # None: nobody listens any more
+    receiver: Receiver | None  # None: nobody listens any more
     unfinished: int  # indices that the engine has not finished
+    looks: bool  # the receiver looks at each delta as it comes, and may end the stream by it
+    gathered: list[TokenDelta] = field(default_factory=list)
+    begun: set[int] = field(default_factory=set)  # indices that have brought a token
 
     def forget(self) -> None:
-        self.sink = None
+        self.receiver = None
+
+    def hurries(self, delta: TokenDelta) -> bool:
+        """An index's first tokens, and its end, wait for nobody."""
+        return delta.finish_reason is not None or delta.index not in self.begun
+
+    def hand_over(self) -> None:
+        gathered, self.gathered = self.gathered, []
+        if self.receiver and gathered:
+            self.receiver.take(gathered)
 
 
 class EngineLink:
-    """Routes a frontend's messages: one sink a running request, one future a question.
+    """Routes a frontend's messages: one receiver a running request, one future a question.
 
-    Lives in the event loop's thread; whoever receives from the engine calls `deliver` there.
+    Lives in the event loop's thread; whoever receives from the engine calls `take` there for every message, and `flush`
+    as often as calls shall write what hurries nobody (see Courier). `deliver` is both.
     """
 
     def __init__(self, frontend: str = "") -> None:
@@ -54,6 +73,7 @@ class EngineLink:
         self.status: ServiceStatus | None = None  # the newest seen
         self._transport: Transport | None = None
         self._routes: dict[str, Route] = {}
+        self._waiting: dict[Route, None] = {}  # for `flush`, in the order of their first deltas
         self._futures: dict[int, asyncio.Future[Answer]] = {}
         self._tokens = itertools.count(1)
         self._watchers: list[Callable[[ServiceStatus], None]] = []
@@ -75,9 +95,9 @@ class EngineLink:
     def __len__(self) -> int:
         return len(self._routes)
 
-    def submit(self, submits: Sequence[Submit], sink: Sink) -> Route:
-        """`sink` gets every TokenDelta of the request until `forget`. The caller checks that the id is new here."""
-        route = self._routes[submits[0].request_id] = Route(sink, len(submits))
+    def submit(self, submits: Sequence[Submit], receiver: Receiver, looks: bool = False) -> Route:
+        """`receiver` gets every TokenDelta of the request until `forget`. The caller checks that the id is new here."""
+        route = self._routes[submits[0].request_id] = Route(receiver, len(submits), looks)
         for message in submits:
             self._send(message)
         return route
@@ -96,6 +116,32 @@ class EngineLink:
             del self._futures[token]
 
     def deliver(self, message: ToFrontend) -> None:
+        self.take(message)
+        self.flush()
+
+    def hurries(self, message: ToFrontend) -> bool:
+        """Whether it should be taken at once. May be asked from another thread: it only looks, and an answer that is
+        late by a message costs that message some milliseconds, or saves it some.
+        """
+        if not isinstance(message, Outputs):
+            return True
+        routes = self._routes
+        for delta in message.items:
+            route = routes.get(delta.request_id)
+            if route and (route.looks or route.hurries(delta)):
+                return True
+        return False
+
+    def flush(self) -> bool:
+        """All calls may write what has come for them. False where nothing has."""
+        waiting, self._waiting = self._waiting, {}
+        for route in waiting:
+            route.hand_over()
+            if route.receiver:
+                route.receiver.wake()
+        return bool(waiting)
+
+    def take(self, message: ToFrontend) -> None:
         match message:
             case Outputs(items=items):
                 for delta in items:
@@ -111,8 +157,18 @@ class EngineLink:
         route = self._routes.get(delta.request_id)
         if route is None:
             return
-        if route.sink:
-            route.sink(delta)
+        route.gathered.append(delta)
+        hurries = route.hurries(delta)
+        if hurries or route.looks:
+            route.hand_over()
+        if hurries:
+            self._waiting.pop(route, None)
+            if delta.token_ids:
+                route.begun.add(delta.index)
+            if route.receiver:
+                route.receiver.wake()
+        else:
+            self._waiting[route] = None
         if delta.finish_reason is not None:
             route.unfinished -= 1
             if route.unfinished == 0:

@@ -1,14 +1,15 @@
 """From the engine's deltas to what one call may send: text, stop strings, usage, and one ending an index.
 
-A call's sink takes deltas as they come; its writer takes, whenever the call is writable, all that has gathered since.
-So a slow reader gets few large messages, and what waits for it is bounded by the context.
+A call takes deltas as they come; its writer takes, whenever it is woken and the call is writable, all that has gathered
+since. So a slow reader gets few large messages, and what waits for it is bounded by the context. Text is made when a
+message is, unless stop strings have to be looked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -65,10 +66,11 @@ class IndexStream:
     def __init__(self, index: int, rules: TextRules, detokenizer: Detokenizer | None, started: float) -> None:
         self.index, self._rules, self._detokenizer, self._started = index, rules, detokenizer, started
         self._matcher = StopMatcher(rules.stop, rules.include_stop) if rules.stop else None
-        self._token_ids: list[int] = []  # not taken yet, one text and perhaps one logprobs each
+        self._token_ids: list[int] = []  # not taken yet, perhaps one logprobs each, and with stop strings one text each
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._hides_last = False  # of all tokens: it has no text
         self._tail = ""  # text that only the end set free
         self._taken = self._completion = self._cached = self._drafted = self._accepted = 0
         self._first_token = 0.0
@@ -95,13 +97,19 @@ class IndexStream:
 
     def _extend(self, delta: TokenDelta) -> str:
         """Takes tokens up to the one that completes a stop string, and returns that string."""
-        hides_last = delta.stop_token_id >= 0 and not self._rules.include_stop
+        self._hides_last = delta.stop_token_id >= 0 and not self._rules.include_stop
+        if self._matcher is None:
+            self._completion += len(delta.token_ids)
+            self._token_ids += delta.token_ids
+            self._logprobs += delta.logprobs
+            return ""
+        assert self._detokenizer, "stop strings are looked for in text"
         last = len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             self._completion += 1
             text, stop = "", None
-            if self._detokenizer and not (hides_last and i == last):
-                text, stop = self._match(self._detokenizer.step(token_id))
+            if not (self._hides_last and i == last):
+                text, stop = self._match(self._detokenizer.feed((token_id,)))
             self._token_ids.append(token_id)
             self._texts.append(text)
             if delta.logprobs:
@@ -117,8 +125,8 @@ class IndexStream:
 
     def _flush(self) -> str:
         """No more tokens come: sets free what was held. A stop string may show only now, in half a character."""
-        if self._detokenizer is None:
-            return ""
+        if self._detokenizer is None or (self._token_ids and self._matcher is None):
+            return ""  # the text of the last tokens will have it
         self._tail, stop = self._match(self._detokenizer.finish())
         if self._matcher and not stop:
             self._tail += self._matcher.flush()
@@ -146,12 +154,24 @@ class IndexStream:
         prompt_logprobs, self._prompt_logprobs = _split(self._prompt_logprobs, prompt_count)
         count = 0 if self._prompt_logprobs else _that_fit(self._logprobs) if self._logprobs else MAX_ENTRIES
         token_ids, self._token_ids = _split(self._token_ids, count)
-        texts, self._texts = _split(self._texts, count)
+        text = self._text(token_ids)
         logprobs, self._logprobs = _split(self._logprobs, count)
         if not self._token_ids and not self._prompt_logprobs:
-            texts, self._tail = [*texts, self._tail], ""
+            text, self._tail = text + self._tail, ""
         self._taken += len(token_ids)
-        return Gain(self.index, token_ids, "".join(texts), logprobs, prompt_logprobs, self._taken, self._cached)
+        return Gain(self.index, token_ids, text, logprobs, prompt_logprobs, self._taken, self._cached)
+
+    def _text(self, token_ids: list[int]) -> str:
+        """Of tokens that are being taken."""
+        if self._matcher:
+            texts, self._texts = _split(self._texts, len(token_ids))
+            return "".join(texts)
+        if self._detokenizer is None or not token_ids:
+            return ""
+        if self._token_ids or not self.ending:
+            return self._detokenizer.feed(token_ids)
+        shown = token_ids[:-1] if self._hides_last else token_ids
+        return self._detokenizer.feed(shown) + self._detokenizer.finish()
 
 
 def _that_fit(logprobs: list[TokenLogprobs]) -> int:
@@ -164,7 +184,7 @@ def _split(items: list[T], count: int) -> tuple[list[T], list[T]]:
 
 @dataclass
 class Call:
-    """One client's call: a sink for the engine, an iterator for the writer."""
+    """One client's call: a receiver for the engine, an iterator for the writer."""
 
     prepared: Prepared
     link: EngineLink
@@ -172,6 +192,7 @@ class Call:
     streams: list[IndexStream]
     _route: Route = field(init=False)
     _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
+    _due: dict[int, None] = field(default_factory=dict)  # those that had it when the writer was woken last
     _failure: ServiceError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _over: bool = False
@@ -188,16 +209,22 @@ class Call:
             for i in range(len(prepared.submits))
         ]
         call = cls(prepared, link, clock, streams)
-        call._route = link.submit(prepared.submits, call.sink)
+        call._route = link.submit(prepared.submits, call, looks=bool(rules.stop))
         return call
 
-    def sink(self, delta: TokenDelta) -> None:
+    def take(self, deltas: Sequence[TokenDelta]) -> None:
         """Called by the link, which serves every other call too: so nothing may escape."""
         try:
-            self._take_in(delta)
+            for delta in deltas:
+                self._take_in(delta)
         except Exception:
             log.exception("request %s: a delta could not be taken in", self.prepared.request_id)
             self._failure = internal(self.prepared.request_id)
+            self.wake()
+
+    def wake(self) -> None:
+        self._due |= self._changed
+        self._changed.clear()
         self._wake.set()
 
     def _take_in(self, delta: TokenDelta) -> None:
@@ -208,6 +235,8 @@ class Call:
         if stream.push(delta, self.clock()):
             self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)
         self._changed[delta.index] = None
+        if stream.ending:
+            self.wake()
 
     async def outputs(self) -> AsyncIterator[Gain | Ending]:
         """Ends with the last index. Raises ServiceError where the engine ended the request otherwise."""
@@ -215,11 +244,11 @@ class Call:
         while unfinished:
             await self._wake.wait()
             self._wake.clear()
-            while self._changed:
-                stream = self.streams[next(iter(self._changed))]
-                del self._changed[stream.index]
+            while self._due:
+                stream = self.streams[next(iter(self._due))]
+                del self._due[stream.index]
                 if gain := stream.take():
-                    self._changed[stream.index] = None  # behind the others: it may gain faster than the client reads
+                    self._due[stream.index] = None  # behind the others: it may gain faster than the client reads
                     yield gain
                     continue
                 if self._failure:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -20,18 +21,24 @@ PATIENCE = 20.0  # seconds, for what must happen
 
 
 class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
-    """Prompts `bad`, `overloaded`, `lost` and `forever` do what they say; all others are echoed and end."""
+    """A prompt's first word may be a misbehaviour; all others are echoed and end.
 
-    def __init__(self) -> None:
+    `bad`, `overloaded`, `quota` and `large` are refused, `status NAME` with that code; `lost` and `stutter` break
+    behind the first words; `forever` goes on. `busy N` is refused N times and then echoed, `gone N` likewise.
+    """
+
+    def __init__(self, port: int = 0) -> None:
         self.requests: list[pb.GenerateRequest] = []
+        self.time_left: list[float | None] = []  # of each of them when it came
         self.cancelled = threading.Event()
+        self.failing = 0  # so many calls of the others are UNAVAILABLE
         self.vocabulary: dict[str, int] = {}
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
         self.health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         self._server.start()
 
     def close(self) -> None:
@@ -43,26 +50,28 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
 
     def Generate(self, request: pb.GenerateRequest, context: Context) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
+        self.time_left.append(context.time_remaining())
         words = self._words(request)
         match words:
             case ["bad"]:
-                violation = error_details_pb2.BadRequest.FieldViolation(
-                    field="sampling.temperature", description="-1 is below 0"
-                )
-                bad = error_details_pb2.BadRequest(field_violations=[violation])
-                _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid request", bad)
-            case ["overloaded"]:
-                retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2))
-                _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry)
+                _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid request", BAD)
+            case ["status", name]:
+                context.abort(grpc.StatusCode[name], "as you wish")
+            case ["large"]:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message is too large")
         request_id = request.request_id or f"r{len(self.requests)}"
+        seed = request.sampling.seed if request.sampling.HasField("seed") else len(self.requests)
         if words == ["forever"]:
             context.add_callback(self.cancelled.set)  # before the first word: a client may leave with it
-        context.send_initial_metadata((("request-id", request_id), ("seed", str(request.sampling.seed))))
+        context.send_initial_metadata((("request-id", request_id), ("seed", str(seed))))
+        self._behind_the_metadata(words, context)
         for word in words:
             yield pb.GenerateResponse(delta=pb.GenerateDelta(text=f"{word} ", token_ids=[self._id(word)]))
         match words:
             case ["lost"]:
                 context.abort(grpc.StatusCode.INTERNAL, "the worker is gone")
+            case ["stutter", *_]:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
             case ["forever"]:
                 assert self.cancelled.wait(PATIENCE), "nobody cancelled"
         usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words))
@@ -71,6 +80,24 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
                 finish_reason=pb.FINISH_REASON_LENGTH, usage=usage, timings=pb.Timings(total=1)
             )
         )
+
+    def _behind_the_metadata(self, words: list[str], context: Context) -> None:
+        """Refuses as the engine does: what the frontend knows of a request has been sent already."""
+        match words:
+            case ["overloaded"]:
+                _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", _retry_in(2000))
+            case ["quota"]:
+                info = error_details_pb2.ErrorInfo(reason="QUOTA", metadata={"tenant": "us"})
+                _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "over the quota", QUOTA, _retry_in(2000), info)
+            case ["busy", times, *_] if len(self.requests) <= int(times):
+                _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", _retry_in(10))
+            case ["gone", times, *_] if len(self.requests) <= int(times):
+                context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+
+    def _fail(self, context: Context) -> None:
+        if self.failing > 0:
+            self.failing -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
 
     def _words(self, request: pb.GenerateRequest) -> list[str]:
         """Of a text or the last message of a conversation; token ids bring `max_tokens` words."""
@@ -86,19 +113,23 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         return self.vocabulary.setdefault(word, len(self.vocabulary))
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        self._fail(context)
         return pb.TokenizeResponse(token_ids=[self._id(word) for word in request.text.split()])
 
     def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        self._fail(context)
         words = list(self.vocabulary)
         return pb.DetokenizeResponse(text=" ".join(words[i] for i in request.token_ids))
 
     def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        self._fail(context)
         return pb.GetModelResponse(name="echo", max_model_len=1000)
 
     def CancelGeneration(self, request: pb.CancelGenerationRequest, context: Context) -> pb.CancelGenerationResponse:
         context.abort(grpc.StatusCode.NOT_FOUND, f"no running request {request.request_id!r}")
 
     def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
+        self._fail(context)
         return admin_pb2.GetStatsResponse(running=3)
 
     def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
@@ -108,14 +139,25 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         return admin_pb2.FlushCacheResponse(freed_blocks=7)
 
 
-def _refuse(
-    context: Context,
-    code: grpc.StatusCode,
-    message: str,
-    detail: error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
-) -> NoReturn:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status = status_pb2.Status(code=code.value[0], message=message, details=[packed])
+BAD = error_details_pb2.BadRequest(
+    field_violations=[
+        error_details_pb2.BadRequest.FieldViolation(field="sampling.temperature", description="-1 is below 0")
+    ]
+)
+QUOTA = error_details_pb2.QuotaFailure(
+    violations=[error_details_pb2.QuotaFailure.Violation(subject="tenant:us", description="1000 tokens a minute")]
+)
+
+
+def _retry_in(milliseconds: int) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(milliseconds)
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _refuse(context: Context, code: grpc.StatusCode, message: str, *details: Message) -> NoReturn:
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort raises")

@@ -6,9 +6,10 @@ import grpc
 import pytest
 
 from client import aio, errors
-from client.api import ChatMessage, Chunk, GenerateDelta, SamplingParams, TokenIds
+from client.api import ChatMessage, Chunk, GenerateDelta, Keepalive, SamplingParams, TokenIds, channel_options
 from client.client import Client
 from tests.client.scripted import PATIENCE, ScriptedServer
+from tests.client.wire import swallowing_wire
 
 
 def text(chunks: list[Chunk]) -> str:
@@ -65,6 +66,79 @@ def test_overload_says_when_to_come_back(server: ScriptedServer) -> None:
         list(client.generate("overloaded"))
     assert caught.value.retry_after == 2
     assert str(caught.value) == "the queue is full (RESOURCE_EXHAUSTED); try again in 2 s"
+
+
+def test_a_quota_names_whose_it_is(server: ScriptedServer) -> None:
+    with Client(server.address) as client, pytest.raises(errors.OverloadedError) as caught:
+        list(client.generate("quota"))
+    assert caught.value.quota == (errors.QuotaViolation("tenant:us", "1000 tokens a minute"),)
+    assert (caught.value.reason, caught.value.info) == ("QUOTA", {"tenant": "us"})
+    assert str(caught.value) == "tenant:us: 1000 tokens a minute; try again in 2 s"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("DEADLINE_EXCEEDED", errors.DeadlineError),
+        ("NOT_FOUND", errors.NotFoundError),
+        ("ALREADY_EXISTS", errors.AlreadyExistsError),
+        ("FAILED_PRECONDITION", errors.FailedPreconditionError),
+        ("UNAUTHENTICATED", errors.UnauthenticatedError),
+        ("PERMISSION_DENIED", errors.PermissionDeniedError),
+        ("UNIMPLEMENTED", errors.UnimplementedError),
+        ("INTERNAL", errors.InternalError),
+        ("UNAVAILABLE", errors.UnavailableError),
+        ("CANCELLED", errors.CancelledError),
+        ("DATA_LOSS", errors.ServiceError),
+    ],
+)
+async def test_every_status_has_its_class_in_both_clients(
+    status: str, kind: type[errors.ServiceError], server: ScriptedServer
+) -> None:
+    with Client(server.address) as client, pytest.raises(errors.ServiceError) as caught:
+        client.generate(f"status {status}").metadata()
+    async with aio.Client(server.address) as client_aio:
+        with pytest.raises(errors.ServiceError) as caught_aio:
+            await client_aio.generate(f"status {status}").metadata()
+    for error in (caught.value, caught_aio.value):
+        assert type(error) is kind
+        assert str(error) == f"as you wish ({status})"
+
+
+def test_a_timeout_is_a_deadline(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        generation = client.generate("forever", timeout=0.2)
+        with pytest.raises(errors.DeadlineError):
+            list(generation)
+
+
+def test_pings_are_as_frequent_as_a_server_allows() -> None:
+    options = dict(channel_options(Keepalive(seconds=10, timeout=0.5, idle=True)))
+    assert options["grpc.keepalive_time_ms"] == 10_000
+    assert options["grpc.keepalive_timeout_ms"] == options["grpc.http2.ping_timeout_ms"] == 500
+    assert options["grpc.keepalive_permit_without_calls"] == 1
+    without = dict(channel_options(None))
+    assert not {name for name in without if "keepalive" in name or "ping" in name}
+    assert without["grpc.max_reconnect_backoff_ms"] == options["grpc.max_reconnect_backoff_ms"] == 5_000
+    for seconds in (9.9, 0, float("nan"), 100_000):
+        with pytest.raises(ValueError, match=r"keepalive seconds is .*: must be from 10 to 86400"):
+            Keepalive(seconds=seconds)
+    with pytest.raises(ValueError, match="keepalive timeout is 0: must be over 0"):
+        Keepalive(timeout=0)
+
+
+@pytest.mark.full
+def test_a_dead_host_is_told_from_a_silent_stream(server: ScriptedServer) -> None:
+    """Behind a wire that swallows everything from some moment on; up to 11 s, because pings are no more frequent."""
+    with (
+        swallowing_wire(server.address) as (address, swallow),
+        Client(address, keepalive=Keepalive(seconds=10, timeout=1)) as client,
+    ):
+        generation = client.generate("forever", timeout=60)
+        next(generation)
+        swallow.set()
+        with pytest.raises(errors.UnavailableError):
+            next(generation)
 
 
 def test_nobody_listens(server: ScriptedServer) -> None:

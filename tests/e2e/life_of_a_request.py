@@ -90,7 +90,7 @@ def tell(model: Path) -> dict[str, str]:
         inner, outer = f"ipc://{directory}/scheduler", f"ipc://{directory}/workers"
         flags = ["--port", "0", "--workers", "0", "--listen", inner, "--record", str(log), "--block-size", "8"]
         flags += ["--dtype", "float32", "--kv-cache-gib", "0.05", "--max-model-len", "512", "--max-num-seqs", "4"]
-        flags += ["--depth", "1"]
+        flags += ["--depth", "1", "--stream-interval", "0"]
         command = [sys.executable, "-m", "scheduler_svc", str(model), *flags]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as scheduler:
             tap = Tap(inner, outer)

@@ -87,6 +87,21 @@ def test_nothing_is_planned_behind_a_long_step() -> None:
     w.check_ends()
 
 
+def test_behind_short_steps_more_are_planned_than_behind_others() -> None:
+    w = world(depth=2, long_step=4, short_step=1, short_depth=3)
+    w.submit(request("r", 6, 20))
+    w.land()
+    assert [rows(plan) for plan in w.plans[1:]] == [[(1, 6, 1, 0, True)], *[[(1, -1, 1, 0, True)]] * 2]
+    w.submit(request("s", 1, 6))
+    assert len(w.plans) == 4, "whoever comes waits for what is in flight"
+    w.land()
+    assert [rows(plan) for plan in w.plans[4:]] == [[(1, -1, 1, 0, True), (2, 0, 1, 0, True)]]
+    w.land()
+    assert len(w.plans) == 5, "behind two rows there are no three"
+    w.run()
+    w.check_ends()
+
+
 def test_blocks_cover_drafts_as_if_all_were_accepted() -> None:
     w = world(depth=2, num_drafts=3, max_step_tokens=64)
     w.submit(request("r", 4, 30))

@@ -52,6 +52,8 @@ class Engine(RuleBasedStateMachine):
                 max_step_tokens=data.draw(st.sampled_from([max(least, 8), max(least, 8) + 9, 64]), "max_step_tokens"),
                 depth=data.draw(st.integers(1, 3), "depth"),
                 long_step=data.draw(st.sampled_from([0, 0, max_num_seqs]), "long_step"),
+                short_step=data.draw(st.sampled_from([0, 0, 2]), "short_step"),
+                short_depth=data.draw(st.sampled_from([1, 3, 5]), "short_depth"),
                 num_drafts=num_drafts,
                 max_waiting=data.draw(st.sampled_from([6, 50]), "max_waiting"),
                 max_waiting_tokens=data.draw(st.sampled_from([100, 5000]), "max_waiting_tokens"),

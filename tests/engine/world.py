@@ -207,7 +207,7 @@ class World:
         stats = self.scheduler.stats()
         assert stats.num_blocks == stats.free_blocks + stats.cached_blocks + stats.owned_blocks + stats.fenced_blocks
         assert stats.running <= self.config.max_num_seqs
-        assert len(self.results) <= self.config.depth
+        assert len(self.results) <= max(self.config.depth, self.config.short_depth)
         for sequence in self.scheduler.roster.running:
             assert self.worker is not None
             length = len(self.worker.slots[sequence.slot].tokens)

@@ -25,7 +25,7 @@ SAMPLES = [
 
 def stream(tokenizer: Tokenizer, token_ids: list[int], skip: bool) -> list[str]:
     detokenizer = tokenizer.detokenizer(skip)
-    return [*(detokenizer.step(token_id) for token_id in token_ids), detokenizer.finish()]
+    return [*(detokenizer.feed([token_id]) for token_id in token_ids), detokenizer.finish()]
 
 
 @pytest.mark.parametrize("text", SAMPLES)

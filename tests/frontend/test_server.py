@@ -81,9 +81,14 @@ async def test_reflection(service: Service, version: str) -> None:
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     listed = {entry.name for entry in (await call.read()).list_services_response.service}
     assert listed == {*symbols, "grpc.reflection.v1alpha.ServerReflection"}
-    for symbol in symbols:
+    methods = ["pagewire.v1.InferenceService.Generate", "vllm.grpc.engine.VllmEngine.Abort"]  # what ghz asks for
+    for symbol in [*symbols, *methods]:
         await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
         assert (await call.read()).file_descriptor_response.file_descriptor_proto
+    await call.write(
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="pagewire.v1.InferenceService.Nothing")
+    )
+    assert (await call.read()).error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
     await call.done_writing()
 
 

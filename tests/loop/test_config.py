@@ -18,17 +18,19 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--host 127.0.0.2 --port 1234 --served-model-name m --device cpu --backend torch --dtype float32 "
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
-        "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --record log "
+        "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
         "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
     assert (parsed.host, parsed.port, parsed.served_name, parsed.drain_timeout) == ("127.0.0.2", 1234, "m", 6)
+    assert parsed.stream_interval == 0.0075
     loop, engine, setup = parsed.loop, parsed.loop.engine, parsed.loop.setup
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
     assert engine.max_waiting_tokens == 700
     assert (engine.block_size, engine.depth, engine.prefix_caching) == (16, 2, False)
     assert engine.long_step == 5, "all decode at once in a step that is not long"
+    assert (engine.short_step, engine.short_depth) == (config.SHORT_STEP, 4)
     assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
     assert (setup.max_step_tokens, setup.threads) == (50, 3)
@@ -71,6 +73,7 @@ def test_boot_ids_differ() -> None:
         ("--max-num-seqs 600", "max_step_tokens is 512: must be at least"),
         ("--kv-cache-gib -1", "-1 is not in"),
         ("--kv-cache-gib nan", "nan is not in"),
+        ("--stream-interval -1", "-1 is not in"),
         ("--step-deadline 0", "0 is not over 0"),
         ("--step-deadline -1", "-1 is not over 0"),
         ("--load-deadline 0", "0 is not over 0"),

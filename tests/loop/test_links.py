@@ -16,7 +16,20 @@ import pytest
 import zmq
 
 from protos.codec import decode_to_worker, encode
-from protos.wire import PROTOCOL, Epoch, Fault, Hello, Ready, RowResult, Setup, Shutdown, StepPlan, StepResult, ToWorker
+from protos.wire import (
+    PROTOCOL,
+    Epoch,
+    Fault,
+    Hello,
+    Ready,
+    RowResult,
+    Sampling,
+    Setup,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    ToWorker,
+)
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.loop import EngineLoop
 from scheduler_svc.worker_socket import Gone, WorkerSocket
@@ -178,6 +191,28 @@ def test_a_worker_that_contradicts_the_engine_gets_a_new_epoch(tmp_path: Path, w
         worker.say(Ready(setup.epoch, 0, 1024))
         for _ in range(made[0].sampling.max_tokens):  # the first computes the whole prompt, too
             worker.step()
+        observer.until_finished(made)
+        assert_undisturbed(observer, made)
+
+
+def test_plans_of_one_moment_travel_together(tmp_path: Path) -> None:
+    config = external(tmp_path)
+    config = replace(config, engine=replace(config.engine, depth=3))
+    with running(config) as observer, peer(observer.loop.endpoint) as worker:
+        worker.begin()
+        made = submits(1, random.Random(4), max_tokens=1)
+        made[0] = msgspec.structs.replace(made[0], sampling=Sampling(max_tokens=5))
+        observer.loop.send(made[0])
+        together, results = [3, 2], list[StepResult]()
+        for count in together:
+            assert worker.socket.poll(PATIENCE_MS), "no plan"
+            plans = [decode_to_worker(frame) for frame in worker.socket.recv_multipart()]
+            assert len(plans) == count
+            for plan in plans:
+                assert isinstance(plan, StepPlan)
+                worker.backend.forward(plan)
+                results.append(StepResult(plan.epoch, plan.step, worker.backend.sample(None)))
+            worker.socket.send_multipart([encode(result) for result in results[-count:]])
         observer.until_finished(made)
         assert_undisturbed(observer, made)
 

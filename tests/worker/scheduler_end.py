@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ class SchedulerEnd:
         self._context = zmq.Context()
         self.router: zmq.Socket[bytes]
         self.peer = b""
+        self._frames: deque[bytes] = deque()  # of the message that is being received
         self.listen()
 
     def listen(self) -> None:
@@ -48,10 +50,21 @@ class SchedulerEnd:
         for message in messages:
             self.router.send_multipart((self.peer, encode(message)))
 
+    def send_together(self, *messages: ToWorker) -> None:
+        self.router.send_multipart((self.peer, *map(encode, messages)))
+
+    def receive_together(self) -> list[FromWorker]:
+        """What was sent together."""
+        first = self.receive_any()
+        together, self._frames = [decode_from_worker(frame) for frame in self._frames], deque()
+        return [first, *together]
+
     def receive_any(self) -> FromWorker:
-        assert self.router.poll(PATIENCE_MS), f"nothing came within {PATIENCE_MS} ms"
-        self.peer, data = self.router.recv_multipart()
-        return decode_from_worker(data)
+        if not self._frames:
+            assert self.router.poll(PATIENCE_MS), f"nothing came within {PATIENCE_MS} ms"
+            self.peer, *frames = self.router.recv_multipart()
+            self._frames.extend(frames)
+        return decode_from_worker(self._frames.popleft())
 
     def receive(self, kind: type[Expected]) -> Expected:
         """The next message, which must be of that kind."""

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from protos.wire import Admit, Epoch, Fault, Hello, Mask, Row, Sampling, Shutdown, StepPlan, StepResult
+from protos.wire import Admit, Epoch, Fault, FromWorker, Hello, Mask, Row, Sampling, Shutdown, StepPlan, StepResult
 from tests.worker.scheduler_end import ROOT, SchedulerEnd, first_plan, next_plan, plan, setup, worker
 from worker_svc.backends.fake import expected
 
@@ -235,3 +235,37 @@ def test_steps_go_on_in_order_over_many_plans_at_once() -> None:
         end.until_ready(setup())
         end.send(first_plan(PROMPT), *(next_plan(step) for step in range(2, 21)), plan(21, []))
         assert [end.receive(StepResult).step for _ in range(21)] == list(range(1, 22))
+
+
+def _steps(messages: list[FromWorker]) -> list[int]:
+    assert all(isinstance(message, StepResult) for message in messages)
+    return [message.step for message in messages if isinstance(message, StepResult)]
+
+
+def test_results_travel_together_while_more_plans_wait_than_results() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        end.send_together(first_plan(PROMPT), *(next_plan(step) for step in range(2, 7)))
+        assert [_steps(end.receive_together()) for _ in range(3)] == [[1, 2, 3], [4, 5], [6]]
+        end.send_together(next_plan(7), next_plan(8))
+        assert [_steps(end.receive_together()) for _ in range(2)] == [[7], [8]], "nobody waits for a plan of its own"
+
+
+def test_no_result_waits_that_a_mask_depends_on() -> None:
+    """Not even for the forward pass of the step that it is for: here one that never ends."""
+    with worker() as (end, _):
+        end.until_ready(setup(model="fake:hang=5"))
+        newcomer = Admit(2, [5, 6], 2, [[9]], Sampling(max_tokens=9))
+        masked = plan(2, [Row(1, -1, 1, sample=True, masked=True), Row(2, 0, 2, sample=True)], [newcomer])
+        end.send_together(first_plan(PROMPT), masked, next_plan(3), next_plan(4), next_plan(5))
+        assert _steps(end.receive_together()) == [1]
+
+
+def test_a_fault_comes_behind_the_results_before_it() -> None:
+    with worker() as (end, _):
+        end.until_ready(setup())
+        end.send_together(first_plan(PROMPT), next_plan(3), next_plan(4), next_plan(5))
+        result, fault = end.receive_together()
+        assert isinstance(result, StepResult)
+        assert isinstance(fault, Fault)
+        assert "step 3" in fault.reason

@@ -26,6 +26,7 @@ from worker_svc.backends.base import (
     refuse_unsupported,
     served_len,
 )
+from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_model import KVForm, batch, outputs_wanted, shape, unfit, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
 from worker_svc.inputs import StepInputs, build_inputs
@@ -50,6 +51,8 @@ class CpuBackend:
         _refuse_unsupported(setup, device)
         self._isa = isa
         self._pending: tuple[StepPlan, StepInputs, Outputs | None] | None = None
+        self._last: tuple[StepInputs, library.Batch, Outputs] | None = None  # of a step that may be repeated
+        self._decode: Decode | None = None  # while plans ask for nothing but the next token of the same slots
         try:
             self._library = library.load()
         except LibraryError as error:
@@ -103,7 +106,7 @@ class CpuBackend:
         )
 
     def reset(self, setup: Setup) -> None:
-        self._pending = None
+        self._pending = self._last = self._decode = None
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
@@ -115,6 +118,19 @@ class CpuBackend:
 
     def forward(self, plan: StepPlan) -> None:
         """Where no mask has to be waited for, sampling is in the same call."""
+        if self._decode is None and self._last is not None and not (plan.admit or plan.release):
+            self._decode = Decode(self._model, *self._last, self._slots)
+        self._last = None
+        if self._decode is not None:
+            if self._decode.advance(plan):
+                with self._naming_slots(self._decode.outputs):
+                    self._decode.run()
+                return
+            self._decode.settle()
+            self._decode = None
+        self._forward_any(plan)
+
+    def _forward_any(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
         outputs = None
@@ -122,11 +138,16 @@ class CpuBackend:
             self._model.forward(batch(inputs, outputs_wanted(inputs)))
         elif plan.rows:
             outputs = self._sampler.prepare(plan, inputs, self._slots, None)
+            made = batch(inputs, outputs_wanted(inputs))
             with self._naming_slots(outputs):
-                self._model.step(batch(inputs, outputs_wanted(inputs)), outputs)
+                self._model.step(made, outputs)
+            if repeatable(inputs, outputs):
+                self._last = inputs, made, outputs
         self._pending = plan, inputs, outputs
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
+        if self._decode is not None:
+            return self._decode.results()
         assert self._pending is not None, "forward comes first"
         (plan, inputs, outputs), self._pending = self._pending, None
         if not plan.rows:
@@ -140,7 +161,7 @@ class CpuBackend:
         return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
 
     def close(self) -> None:
-        self._pending = None
+        self._pending = self._last = self._decode = None
         self._model.close()
 
     def _fingerprint(self, packed: PackedModel, kv_kind: str, rope: tuple[Floats, Floats]) -> str:

@@ -25,6 +25,8 @@ class Outputs(Samples):
 
     slots: Ints
     sampled: Ints
+    asked: NDArray[np.void]  # PARAMS
+    edited: bool  # a slot of them wishes for edits, if perhaps not in this step
     num_top: NDArray[np.int32]  # −1: no logprobs wanted
     scores: Scores | None
 
@@ -51,6 +53,7 @@ class CpuSampler:
         params = self._params_of(slots, ids)
         out = Outputs(len(ids))
         out.slots, out.sampled, out.num_top = ids, np.empty(len(ids), np.int64), params["logprobs"]
+        out.asked, out.edited = params, edits is not None or masks is not None
         out.point(tokens=inputs.sample_tokens, params=params, token_ids=out.sampled)
         if edits is not None:
             out.num_bias, out.num_bans, out.num_penalties = map(len, (edits.bias_at, edits.ban_at, edits.penalty_at))
@@ -67,7 +70,8 @@ class CpuSampler:
             out.point(**dict(zip(("logprobs", "ranks", "top_ids", "top_logprobs"), out.scores, strict=True)))
         return out
 
-    def finish(self, out: Outputs) -> tuple[Ints, list[TokenLogprobs | None]]:
+    @staticmethod
+    def finish(out: Outputs) -> tuple[Ints, list[TokenLogprobs | None]]:
         """Tokens and their scores, None where not asked for, once the library has been called; also where that call
         failed: raises SamplerError for the first slot that could not be sampled.
         """
@@ -76,14 +80,13 @@ class CpuSampler:
             reason = NONE_ALLOWED if out.sampled[output] == -2 else NOT_NUMBERS
             raise SamplerError(f"slot {out.slots[output]}: {reason}")
         entries: list[TokenLogprobs | None] = [None] * len(out.sampled)
-        if out.scores is not None:
-            wanted = np.flatnonzero(out.num_top >= 0)
-            logprobs, ranks, top_ids, top_logprobs = out.scores
-            scores = logprobs[wanted], ranks[wanted], top_ids[wanted], top_logprobs[wanted]
-            for row, entry in zip(
-                wanted.tolist(), _told(out.sampled[wanted], out.num_top[wanted], scores), strict=True
-            ):
-                entries[row] = entry
+        if out.scores is None:
+            return out.sampled, entries
+        wanted = np.flatnonzero(out.num_top >= 0)
+        logprobs, ranks, top_ids, top_logprobs = out.scores
+        scores = logprobs[wanted], ranks[wanted], top_ids[wanted], top_logprobs[wanted]
+        for row, entry in zip(wanted.tolist(), _told(out.sampled[wanted], out.num_top[wanted], scores), strict=True):
+            entries[row] = entry
         return out.sampled, entries
 
     def prompt_logprobs(self, model: Model, inputs: StepInputs, slots: SlotTable) -> list[TokenLogprobs]:

@@ -18,7 +18,7 @@
 namespace pw {
 namespace {
 
-constexpr int64_t SPIN_NS = 50'000;  // between steps, before a thread goes to sleep
+constexpr int64_t SPIN_NS = 300'000;  // between steps, before a thread goes to sleep
 constexpr int PATIENCE = 40;         // looks at another's work (about 1 µs) before one helps
 constexpr int LOOKS = 2'000;         // … and before the CPU is offered to others after each
 

@@ -146,17 +146,24 @@ PW_INLINE f32x16 exchanged(f32x16 v) {
 #endif
 }
 
-// Sums and maxima of the lanes, always in the same order.
+// Sums and maxima of the lanes, always in the same order: halves, then halves of those.
+#if defined(__AVX512F__)
+#define PW_HALVES(name, op)                                                                                     \
+  PW_INLINE float name(f32x16 v) {                                                                              \
+    const __m256 low = _mm512_castps512_ps256((__m512)v), high = _mm512_maskz_extractf32x8_ps(255, (__m512)v, 1); \
+    const __m256 x = _mm256_##op##_ps(low, high);                                                               \
+    const __m128 y = _mm_##op##_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                     \
+    const __m128 z = _mm_##op##_ps(y, _mm_movehl_ps(y, y));                                                     \
+    return _mm_cvtss_f32(_mm_##op##_ss(z, _mm_movehdup_ps(z)));                                                 \
+  }
+PW_HALVES(sum, add)
+PW_HALVES(max_lane, max)
+#undef PW_HALVES
+#else
 PW_INLINE float sum(f32x16 v) {
   v += exchanged<8>(v);
   v += exchanged<4>(v);
   v += exchanged<2>(v);
-  return v[0] + v[1];
-}
-PW_INLINE int32_t sum(i32x16 v) {
-  v += (i32x16)exchanged<8>((f32x16)v);
-  v += (i32x16)exchanged<4>((f32x16)v);
-  v += (i32x16)exchanged<2>((f32x16)v);
   return v[0] + v[1];
 }
 PW_INLINE float max_lane(f32x16 v) {
@@ -164,6 +171,13 @@ PW_INLINE float max_lane(f32x16 v) {
   v = max(v, exchanged<4>(v));
   v = max(v, exchanged<2>(v));
   return v[0] > v[1] ? v[0] : v[1];
+}
+#endif
+PW_INLINE int32_t sum(i32x16 v) {
+  v += (i32x16)exchanged<8>((f32x16)v);
+  v += (i32x16)exchanged<4>((f32x16)v);
+  v += (i32x16)exchanged<2>((f32x16)v);
+  return v[0] + v[1];
 }
 
 // To the nearest, ties to even. Nobody rounds a NaN here; what is below every normal number may become zero.
@@ -178,6 +192,15 @@ PW_INLINE u16x16 to_bf16(f32x16 v) {
 PW_INLINE void store_bf16(uint16_t *p, f32x16 v) {
   const u16x16 h = to_bf16(v);
   __builtin_memcpy(p, &h, sizeof h);
+}
+PW_INLINE void store_bf16(uint16_t *p, f32x16 a, f32x16 b) {
+#if defined(__AVX512BF16__)
+  const __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  store_bf16(p, a);
+  store_bf16(p + 16, b);
+#endif
 }
 PW_INLINE float bf16_to_float(uint16_t h) {
   uint32_t b = uint32_t(h) << 16;
@@ -225,8 +248,19 @@ PW_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16);
 PW_INLINE i32x16 to_int(f32x16 v) { return __builtin_convertvector(v, i32x16); }  // toward zero
 // To the nearest, ties to even, for |v| < 2^22.
 PW_INLINE f32x16 round(f32x16 v) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)v, 8);
+#else
   const f32x16 magic = splat(12582912.0f);  // 1.5 · 2^23
   return (v + magic) - magic;
+#endif
+}
+PW_INLINE i32x16 nearest(f32x16 v) {  // likewise
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)v);
+#else
+  return to_int(round(v));
+#endif
 }
 
 // e^x to 1 ulp or two; 0 below −87.3, infinite above 88.7. Coefficients: minimax on [−ln 2 / 2, ln 2 / 2].
@@ -250,20 +284,24 @@ PW_INLINE f32x16 exp(f32x16 x) {
   return choose(greater(x, splat(88.72283f)), splat(__builtin_inff()), y);
 }
 
-// e^x of x ≤ 0, to 2e-7 near 0 and 4e-6 at −87 (x / ln 2 is rounded before its fraction is taken); 0 of −∞. Half of exp()'s
-// work: 2^f by a minimax polynomial on [−½, ½], then 2^n.
-PW_INLINE f32x16 exp_below(f32x16 x) {
-  const f32x16 t = max(x * 1.44269504f, splat(-300.0f)), n = round(t), f = t - n;
-  f32x16 p = splat(1.326472732e-3f);
-  p = fma(p, f, splat(9.671512991e-3f));
-  p = fma(p, f, splat(5.550733581e-2f));
-  p = fma(p, f, splat(2.4022242427e-1f));
-  p = fma(p, f, splat(6.9314700365e-1f));
+// 2^t of t ≤ 0, to 3e-6; 0 of −∞. A minimax polynomial of 2^f on [−½, ½] that is 1 at 0, then 2^n.
+PW_INLINE f32x16 exp2_below(f32x16 t) {
+#if defined(__AVX512F__)
+  const f32x16 clamped = (f32x16)_mm512_maskz_max_ps(0xFFFF, _mm512_set1_ps(-300.0f), (__m512)t);  // NaN stays NaN
+#else
+  const f32x16 clamped = max(splat(-126.0f), t);
+#endif
+  const f32x16 n = round(clamped), f = clamped - n;
+  f32x16 p = splat(9.585382389e-3f);
+  p = fma(p, f, splat(5.590662826e-2f));
+  p = fma(p, f, splat(2.402403817e-1f));
+  p = fma(p, f, splat(6.931241843e-1f));
   p = fma(p, f, splat(1.0f));
 #if defined(__AVX512F__)
   return (f32x16)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
 #else
-  return p * (f32x16)((to_int(max(n, splat(-127.0f))) + 127) << 23);
+  p *= (f32x16)((to_int(n) + 127) << 23);
+  return choose(less(t, splat(-126.0f)), splat(0.0f), p);
 #endif
 }
 

@@ -1,0 +1,68 @@
+"""From the engine's thread to the event loop's: at once what somebody waits for, the rest a few times a second.
+
+A stream that is read by a person is as good with forty messages a second as with five hundred, and each message costs a
+writer, a system call and the client's own work. So the tokens of all calls go out together, at most once an interval.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from protos.wire import Outputs, ToFrontend
+from scheduler_svc.frontend.engine_link import EngineLink
+
+
+class Courier:
+    """`post` belongs to the engine's thread, the rest to the event loop's.
+
+    While a pause lasts, posts wait for its end, unless one hurries. `call_soon` is the event loop's thread-safe one.
+    `interval` in seconds; 0 takes everything at once.
+    """
+
+    def __init__(
+        self,
+        link: EngineLink,
+        interval: float,
+        call_soon: Callable[[Callable[[], None]], object],
+        call_later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
+        self._link, self._interval, self._call_soon, self._call_later = link, interval, call_soon, call_later
+        self._posted: deque[list[ToFrontend]] = deque()
+        self._called = False  # `_collect` is on its way
+        self._pausing = False  # … or `_end_pause`
+
+    def post(self, batch: list[ToFrontend]) -> None:
+        self._posted.append(batch)  # before the looks at what the other thread resets before it collects
+        if self._called or (self._pausing and not any(map(self._link.hurries, batch))):
+            return
+        self._called = True
+        self._call_soon(self._collect)
+
+    def _collect(self) -> None:
+        self._called = False
+        brought_tokens = self._take()
+        if self._pausing:
+            return
+        self._link.flush()
+        if brought_tokens and self._interval and len(self._link):
+            self._pause()
+
+    def _end_pause(self) -> None:
+        self._pausing = False
+        self._take()
+        if self._link.flush():
+            self._pause()
+
+    def _pause(self) -> None:
+        self._pausing = True
+        self._call_later(self._interval, self._end_pause)
+
+    def _take(self) -> bool:
+        """Whether tokens were among it."""
+        brought = False
+        for _ in range(len(self._posted)):
+            for message in self._posted.popleft():
+                brought = brought or isinstance(message, Outputs)
+                self._link.take(message)
+        return brought
