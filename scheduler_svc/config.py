@@ -15,6 +15,7 @@ from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 
 SHORT_STEP = 4  # positions: such a step takes little longer than one of a single row
+STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
 FAKE = "fake:"  # a model that is none, for tests: its worker imports no torch
 
 
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         engine = EngineConfig(
             block_size=args.block_size,
             max_num_seqs=args.max_num_seqs,
-            max_step_tokens=args.max_step_tokens,
+            max_step_tokens=args.max_step_tokens or max(STEP_TOKENS, args.max_num_seqs),
             depth=args.depth,
             long_step=args.max_num_seqs,  # whoever decodes fits into one that is not
             short_step=SHORT_STEP,
@@ -143,7 +144,13 @@ def _build_parser() -> argparse.ArgumentParser:
         help="tokens of prompt and output; 0: the model's own",
     )
     add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once")
-    add("--max-step-tokens", type=_whole(1), default=512, metavar="N", help="positions computed in one step")
+    add(
+        "--max-step-tokens",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help=f"positions computed in one step; 0: {STEP_TOKENS}, or --max-num-seqs where that is more",
+    )
     add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
     add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")

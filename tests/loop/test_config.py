@@ -70,7 +70,7 @@ def test_boot_ids_differ() -> None:
         ("--port 65536", "65536 is not in 0..65535"),
         ("--max-num-seqs 0", "0 is not in 1.."),
         ("--max-num-seqs many", "many"),
-        ("--max-num-seqs 600", "max_step_tokens is 512: must be at least"),
+        ("--max-num-seqs 600 --max-step-tokens 512", "max_step_tokens is 512: must be at least"),
         ("--kv-cache-gib -1", "-1 is not in"),
         ("--kv-cache-gib nan", "nan is not in"),
         ("--stream-interval -1", "-1 is not in"),
