@@ -29,17 +29,20 @@ from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
 
+SWEEP = 1.0  # seconds between two looks for tenants that can be forgotten
+
 
 class Scheduler:
     """One worker group's engine. State changes only in `handle`."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.roster = Roster()
+        self.roster = Roster(config)
         self.device: Device | None = None
         self._planner: Planner | None = None
         self._doorkeeper = Doorkeeper(config)
         self._arrivals = 0
+        self._swept = 0.0
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
         self._max_len_reason = f"max_model_len {config.max_model_len}"
         self._last_epoch = (-1, -1)
@@ -108,7 +111,8 @@ class Scheduler:
             self._outbox.refuse(submit, *refusal)
             return
         self._arrivals += 1
-        sequence = Sequence(submit, self._arrivals, self.config.num_drafts)
+        account = self.roster.ledger.account(submit.tenant)
+        sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
         self.roster.enlist(sequence)
         self._check_length(sequence)
 
@@ -140,6 +144,9 @@ class Scheduler:
         self._doorkeeper.tick(now, self.roster.counters.started, bool(self.roster.num_queued))
         while (first := self.roster.deadlines.first()) and first[0][0] <= now:
             self._finish(first[1], FinishReason.DEADLINE, "the deadline has passed")
+        if now - self._swept >= SWEEP:
+            self._swept = now
+            self.roster.ledger.forget()
 
     # ------------------------------------------------------------ results
 
@@ -184,7 +191,7 @@ class Scheduler:
             token_ids = token_ids[:count]
         sequence.append(token_ids)
         sequence.deaths = 0
-        self.roster.counters.generated_tokens += count
+        sequence.account.output_tokens += count
         reason = None
         if token_ids[-1] in sequence.ends:
             reason = FinishReason.STOP
@@ -282,7 +289,7 @@ class Scheduler:
             recoveries=counters.recoveries,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
+            generated_tokens=roster.ledger.output_tokens,
             finished=counters.finished,
             aborted=counters.aborted,
             rejected=counters.rejected,

@@ -103,7 +103,69 @@ MUTATIONS = [
         "        sequence.flying = flying  # their results are still delivered\n",
         "        flying = 0\n",
     ),
-    Mutation("the oldest is preempted", "policy.py", "return running[-1]", "return running[0]"),
+    Mutation("the oldest is preempted", "policy.py", "else running[-1]", "else running[0]"),
+    Mutation(
+        "blocks are taken without a look at tenants",
+        "policy.py",
+        "return max(running, key=turn) if several_tenants else running[-1]",
+        "return running[-1]",
+    ),
+    Mutation(
+        "nobody is displaced",
+        "planner.py",
+        "            if self.roster.ledger.several:\n                self._displace(step)\n",
+        "",
+    ),
+    Mutation(
+        "displaced in turns",
+        "policy.py",
+        "        if parts * (newcomer.running + 1) * account.weight > (account.running - 1) * newcomer.weight:\n"
+        "            continue\n",
+        "",
+    ),
+    Mutation(
+        "displaced though it has had less",
+        "policy.py",
+        "if account is newcomer or behind < 0 or ",
+        "if account is newcomer or ",
+    ),
+    Mutation(
+        "displaced by a worse priority",
+        "policy.py",
+        " or sequence.submit.priority < waiting.submit.priority:",
+        ":",
+    ),
+    Mutation(
+        "a victim that has its row already",
+        "planner.py",
+        "return tuple(sorted(running, key=turn))",
+        "return tuple(running)",
+    ),
+    Mutation("weights that weigh nothing", "fairness.py", "config.output_cost / tenant.weight", "config.output_cost"),
+    Mutation("nobody is lifted", "fairness.py", "max(0.0, floor - self.counter)", "0.0"),
+    Mutation(
+        "lifted only while others wait",
+        "fairness.py",
+        "min(counters, default=self._passed)",
+        "min(counters, default=0.0)",
+    ),
+    Mutation("half is enough", "policy.py", "parts = 1 if behind > far else 2", "parts = 2"),
+    Mutation(
+        "a prompt costs nothing", "planner.py", "sequence.account.paid += paid", "sequence.account.paid += 0 * paid"
+    ),
+    Mutation("a prompt is paid again", "planner.py", "            sequence.unpaid -= paid\n", ""),
+    Mutation(
+        "those who run go before newcomers",
+        "planner.py",
+        "if first and (chunk is None or turn(first) < turn(chunk)):",
+        "if first and chunk is None:",
+    ),
+    Mutation(
+        "a tenant is forgotten with its counter",
+        "fairness.py",
+        "if not a.live and (floor is None or a.counter <= floor)",
+        "if not a.live",
+    ),
     Mutation(
         "preempt and admit in one step",
         "planner.py",
@@ -119,8 +181,14 @@ MUTATIONS = [
     Mutation(
         "a salt that nobody tastes",
         "prefix_cache.py",
+        "return _digest(tenant.encode(), salt.encode(), adapter.encode())",
+        "return _digest(tenant.encode(), adapter.encode())",
+    ),
+    Mutation(
+        "tenants in one cache",
+        "prefix_cache.py",
+        "return _digest(tenant.encode(), salt.encode(), adapter.encode())",
         "return _digest(salt.encode(), adapter.encode())",
-        "return _digest(adapter.encode())",
     ),
     Mutation(
         "an evicted block is still found",

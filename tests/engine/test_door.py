@@ -9,6 +9,7 @@ import pytest
 from protos.wire import FinishReason, Outputs, Submit, TokenDelta
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.door import UNKNOWN_RETRY
+from scheduler_svc.engine.fairness import Ledger
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence
 from tests.engine.world import World, request
@@ -151,8 +152,9 @@ def test_what_no_queue_can_hold_is_invalid(submit: Submit, limit: str) -> None:
 
 
 def test_an_agenda_keeps_order_and_forgets_what_left() -> None:
-    agenda: Agenda[tuple[int, int]] = Agenda()
-    made = {i: Sequence(request(f"r{i}"), i, 0) for i in range(1000)}
+    agenda: Agenda[tuple[int, int], Sequence] = Agenda()
+    account = Ledger(EngineConfig()).account("")
+    made = {i: Sequence(request(f"r{i}"), i, 0, account) for i in range(1000)}
     for i, sequence in made.items():
         agenda.add((i % 3, i), sequence)
     for i in range(1000):

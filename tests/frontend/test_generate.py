@@ -120,6 +120,28 @@ async def test_the_seed_is_fixed_before_submit(service: Service) -> None:
     assert int(metadata["request-id"], 16), "the server makes an id"
 
 
+async def test_the_tenant_comes_from_the_metadata(service: Service) -> None:
+    async for _ in service.inference.Generate(ask(n=2), metadata=(("tenant", "search"),)):
+        pass
+    await run(service, ask())
+    assert [submit.tenant for submit in service.engine.submits] == ["search", "search", ""]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "words"),
+    [
+        (["x" * 65], "metadata tenant: has 65 characters; at most 64"),
+        (["a", "b"], "metadata tenant: has 2 values; a call is of one tenant"),
+    ],
+)
+async def test_a_tenant_that_is_none_is_refused(service: Service, tenants: list[str], words: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in service.inference.Generate(ask(), metadata=[("tenant", tenant) for tenant in tenants]):
+            pass
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, words)
+    assert not service.engine.submits
+
+
 async def test_n_children_share_the_prompt_and_differ_in_seed(service: Service) -> None:
     got = await run(service, ask("hello", n=3, seed=9))
     submits = service.engine.submits
