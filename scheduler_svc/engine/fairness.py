@@ -8,16 +8,32 @@ starts no lower than those who wait there: nobody saves up by asking for nothing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence
 
 
+@dataclass(slots=True)
+class Work:
+    """What is queued, and how much of it there is to do."""
+
+    sequences: int = 0
+    prompt_tokens: int = 0
+    output_tokens: float = 0.0  # as was likely when they came
+
+    def add(self, sequence: Sequence, sign: int = 1) -> None:
+        self.sequences += sign
+        self.prompt_tokens += sign * sequence.queued_tokens
+        self.output_tokens += sign * sequence.likely_tokens
+
+
 class Account:
     """One tenant's."""
 
     __slots__ = (
+        "backlog",
         "lines",
         "live",
         "name",
@@ -38,12 +54,22 @@ class Account:
         self.output_tokens = 0  # counted with every token of every step, and nothing else is
         self.live = 0  # sequences
         self.running = 0
+        self.backlog: dict[int, Work] = {}  # by priority: of all that are live and not running; none is empty
         self.lines: dict[int, Line] = {}  # by priority; none is empty
 
     @property
     def counter(self) -> float:
         """Virtual time. It only grows."""
         return self.paid + self.output_tokens * self.output_cost
+
+    def queue(self, sequence: Sequence) -> None:
+        self.backlog.setdefault(sequence.submit.priority, Work()).add(sequence)
+
+    def unqueue(self, sequence: Sequence) -> None:
+        work = self.backlog[sequence.submit.priority]
+        work.add(sequence, -1)
+        if not work.sequences:
+            del self.backlog[sequence.submit.priority]
 
     def lift(self, floor: float) -> None:
         self.paid += max(0.0, floor - self.counter)

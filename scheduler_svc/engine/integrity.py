@@ -30,6 +30,8 @@ def _check_roster(roster: Roster) -> None:
     queued = sum(s.queued_tokens for s in live if s.state is not State.RUNNING)
     _demand(queued == roster.queued_tokens, f"{queued} tokens are queued, {roster.queued_tokens} counted")
     _check_tenants(roster, live)
+    hoping = {s.arrival for s in live if s.look_at}
+    _demand({s.arrival for s in roster.doubtful.values()} == hoping, "who has to start in time is not in the books")
     for s in live:
         _demand(s.settled == len(s.token_ids), f"{s.request_id}: settled is {s.settled} of {len(s.token_ids)} tokens")
         _demand(s.computed <= s.settled, f"{s.request_id}: {s.computed} computed of {s.settled} settled")
@@ -43,6 +45,11 @@ def _check_tenants(roster: Roster, live: list[Sequence]) -> None:
         _demand(account.live == len(own), f"tenant {account.name!r}: {account.live} counted, {len(own)} live")
         running = sum(s.state is State.RUNNING for s in own)
         _demand(account.running == running, f"tenant {account.name!r}: {account.running} counted, {running} run")
+        queued = [s for s in own if s.state is not State.RUNNING]
+        counted = sum(work.sequences for work in account.backlog.values())
+        _demand(counted == len(queued), f"tenant {account.name!r}: {counted} counted, {len(queued)} queued")
+        tokens = sum(work.prompt_tokens for work in account.backlog.values())
+        _demand(tokens == sum(s.queued_tokens for s in queued), f"tenant {account.name!r}: {tokens} tokens counted")
         waiting = {s.submit.priority for s in own if s.state is State.WAITING}
         _demand(set(account.lines) == waiting, f"tenant {account.name!r}: lines are not what waits")
 

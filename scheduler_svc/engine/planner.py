@@ -5,6 +5,7 @@ from __future__ import annotations
 from protos.wire import Admit, Row, StepPlan
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device, Flight
+from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.policy import displaced, preempted, turn
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
@@ -29,11 +30,19 @@ class Step:
 class Planner:
     """Plans for one epoch. Raises nothing: a sequence that cannot move in this step waits for a later one."""
 
-    def __init__(self, config: EngineConfig, device: Device, roster: Roster) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: Device,
+        roster: Roster,
+        forecast: Forecast,
+    ) -> None:
         self.config = config
         self.device = device
         self.kv = device.kv
         self.roster = roster
+        self.forecast = forecast
+        self._hopeless: list[Sequence] = []
         self.aside = 0  # blocks of those that were set aside in this step
         self.lone: Sequence | None = None  # the suspect that runs alone (R5)
 
@@ -64,7 +73,7 @@ class Planner:
     def _displace(self, step: Step) -> None:
         """Makes room for a tenant below its share, before any row is made: one sequence leaves at most."""
         first = self.roster.waiting.first()
-        if first is None or first.suspect:
+        if first is None or first.suspect or self._gives_up(first):
             return
         running, pool = self.roster.running, self.kv.pool
         slots_are_out = len(running) >= self.config.max_num_seqs
@@ -192,6 +201,8 @@ class Planner:
             return None
         # The next step goes on behind those that this one has set aside.
         while self.aside < MAX_ASIDE and (sequence := roster.waiting.first()):
+            if self._gives_up(sequence):
+                continue
             hits = self.kv.reusable(sequence)
             if hits is None:
                 roster.hold(sequence)
@@ -201,6 +212,19 @@ class Planner:
             return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None
         return None
 
+    def _gives_up(self, sequence: Sequence) -> bool:
+        """Nothing is begun that would come too late."""
+        if not self.forecast.is_hopeless(sequence):
+            return False
+        self.roster.give_up(sequence)
+        self._hopeless.append(sequence)
+        return True
+
+    def take_hopeless(self) -> list[Sequence]:
+        """Those that were taken from the queue, to be told that their deadline cannot be met."""
+        hopeless, self._hopeless = self._hopeless, []
+        return hopeless
+
     def _admit(self, step: Step, sequence: Sequence, hits: list[int]) -> None:
         self.kv.admit(sequence, hits)
         sequence.slot = self.device.free_slots.pop()
@@ -209,9 +233,9 @@ class Planner:
             sequence.unpaid -= sequence.computed
             counters = self.roster.counters
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
-            counters.started += 1
             counters.prompt_tokens += sequence.prompt_len
             counters.cached_tokens += sequence.cached_tokens
+            self.forecast.learn_hits(sequence.prompt_len, sequence.cached_tokens)
         submit = sequence.submit
         step.admit.append(
             Admit(

@@ -18,7 +18,8 @@ class Counters:
     """What happened so far."""
 
     steps: int = 0
-    started: int = 0  # first admissions
+    departed: int = 0  # sequences that left the queue for the first time, and the tokens they came with
+    departed_tokens: int = 0
     preemptions: int = 0
     recoveries: int = 0
     prompt_tokens: int = 0
@@ -43,6 +44,7 @@ class Roster:
         self.waiting = FairQueue()
         self.ledger = Ledger(config)
         self.deadlines: Agenda[tuple[float, int], Sequence] = Agenda()
+        self.doubtful: Agenda[tuple[float, int], Sequence] = Agenda()  # those with a deadline that never ran
         self.num_live = 0
         self.queued_tokens = 0  # of all that are live and not running
         self.counters = Counters()
@@ -66,12 +68,19 @@ class Roster:
         if deadline := sequence.submit.deadline:
             self.deadlines.add((deadline, sequence.arrival), sequence)
         self.ledger.enter(sequence.account)
+        self.expect(sequence, sequence.look_at)
         self._queue(sequence, State.WAITING, new=True)
+
+    def expect(self, sequence: Sequence, look_at: float) -> None:
+        """When to see whether it can still meet its deadline; 0 for never."""
+        self.doubtful.discard((sequence.look_at, sequence.arrival))
+        sequence.look_at = look_at
+        if look_at:
+            self.doubtful.add((look_at, sequence.arrival), sequence)
 
     def start(self, sequence: Sequence) -> None:
         self.waiting.discard(sequence)
-        self.queued_tokens -= sequence.queued_tokens
-        sequence.queued_tokens = 0
+        self._unqueue(sequence)
         sequence.state = State.RUNNING
         sequence.account.running += 1
         insort(self.running, sequence, key=_key)
@@ -79,6 +88,11 @@ class Roster:
     def hold(self, sequence: Sequence) -> None:
         self.waiting.discard(sequence)
         sequence.state = State.HOLDING
+
+    def give_up(self, sequence: Sequence) -> None:
+        """It is not to run any more, and about to be finished."""
+        self.waiting.discard(sequence)
+        sequence.state = State.LEAVING
 
     def wait_again(self, sequences: Iterable[Sequence]) -> None:
         """Followers that were woken, or the preempted whose last result is in."""
@@ -106,8 +120,9 @@ class Roster:
                 self._stop(sequence, device)
             case State.LEAVING | State.FINISHED:
                 pass
+        if sequence.state is not State.RUNNING:
+            self._unqueue(sequence)
         sequence.state = State.FINISHED
-        self.queued_tokens -= sequence.queued_tokens
         self.num_live -= 1
         self.ledger.leave(sequence.account)
         self.deadlines.discard((sequence.submit.deadline, sequence.arrival))
@@ -132,10 +147,20 @@ class Roster:
         sequence.state = state
         sequence.queued_tokens = sequence.settled
         self.queued_tokens += sequence.settled
+        sequence.account.queue(sequence)
         if new:
             self.waiting.join(sequence)
         elif state is State.WAITING:
             self.waiting.add(sequence)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        if sequence.cached_tokens < 0:
+            self.counters.departed += 1
+            self.counters.departed_tokens += sequence.queued_tokens
+        self.expect(sequence, 0.0)
+        self.queued_tokens -= sequence.queued_tokens
+        sequence.account.unqueue(sequence)
+        sequence.queued_tokens = 0
 
     def _stop(self, sequence: Sequence, device: Device) -> None:
         """It runs no more: slot and blocks go back."""

@@ -23,6 +23,7 @@ from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.door import Doorkeeper
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
 from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.planner import Planner
@@ -40,7 +41,8 @@ class Scheduler:
         self.roster = Roster(config)
         self.device: Device | None = None
         self._planner: Planner | None = None
-        self._doorkeeper = Doorkeeper(config)
+        self._forecast = Forecast(config, self.roster)
+        self._doorkeeper = Doorkeeper(config, self._forecast)
         self._arrivals = 0
         self._swept = 0.0
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
@@ -79,6 +81,8 @@ class Scheduler:
                 assert_never(event)
         while self._planner and self._may_plan(self._planner.device) and (flight := self._planner.plan()):
             self._instructions.append(flight.plan)
+        for sequence in self._planner.take_hopeless() if self._planner else ():
+            self._give_up(sequence)
         instructions, self._instructions = self._instructions, []
         return [*instructions, *self._outbox.take()]
 
@@ -113,6 +117,9 @@ class Scheduler:
         self._arrivals += 1
         account = self.roster.ledger.account(submit.tenant)
         sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
+        sequence.likely_tokens = self._forecast.likely_tokens(submit.sampling)
+        if submit.deadline:
+            sequence.look_at = self._forecast.look_at(sequence)
         self.roster.enlist(sequence)
         self._check_length(sequence)
 
@@ -137,16 +144,32 @@ class Scheduler:
         self.roster.finish(sequence, self.device)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.roster.counters.finished += 1
+            if sequence.cached_tokens >= 0:
+                used = sequence.settled - sequence.prompt_len
+                self._forecast.learn_length(sequence.sampling, used)
         else:
             self.roster.counters.aborted += 1
 
     def _tick(self, now: float) -> None:
-        self._doorkeeper.tick(now, self.roster.counters.started, bool(self.roster.num_queued))
+        self._forecast.now = now
+        self._doorkeeper.tick(now, self.roster)
         while (first := self.roster.deadlines.first()) and first[0][0] <= now:
             self._finish(first[1], FinishReason.DEADLINE, "the deadline has passed")
+        while (first := self.roster.doubtful.first()) and first[0][0] <= now:
+            sequence = first[1]
+            if self._forecast.is_hopeless(sequence):
+                self._give_up(sequence)
+            else:
+                self.roster.expect(sequence, self._forecast.look_at(sequence))
         if now - self._swept >= SWEEP:
             self._swept = now
             self.roster.ledger.forget()
+
+    def _give_up(self, sequence: Sequence) -> None:
+        left = sequence.submit.deadline - self._forecast.now
+        needed = sequence.submit.deadline - self._forecast.latest_start(sequence)
+        detail = f"given up in the queue: its deadline is in {left:.2f} s, and it takes {needed:.2f} s at least"
+        self._finish(sequence, FinishReason.DEADLINE, detail)
 
     # ------------------------------------------------------------ results
 
@@ -159,6 +182,7 @@ class Scheduler:
         if result.step != due:
             return self._distrust(f"a result for step {result.step}, due was {due}")
         flight = device.sent[0]
+        self._forecast.pace.learn(flight.num_tokens, result.timings.forward + result.timings.sample)
         rows = flight.plan.rows
         if len(result.rows) != len(rows):
             return self._distrust(f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
@@ -219,7 +243,7 @@ class Scheduler:
             self._instructions.append(EndEpoch(ready.epoch, reason))
             return
         self.device = Device(ready, self.config)
-        self._planner = Planner(self.config, self.device, self.roster)
+        self._planner = Planner(self.config, self.device, self.roster, self._forecast)
         limits = [
             (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
             (ready.max_model_len, f"max_model_len {ready.max_model_len}"),

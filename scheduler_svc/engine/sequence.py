@@ -53,7 +53,9 @@ class Sequence:
         "holds_on",
         "index",
         "last_step",
+        "likely_tokens",
         "limit",
+        "look_at",
         "max_drafts",
         "prompt_len",
         "prompt_logprobs_from",
@@ -92,6 +94,8 @@ class Sequence:
         self.cached_tokens = -1  # until the first admission
         self.deaths = 0
         self.queued_tokens = 0
+        self.likely_tokens = 1.0  # of output, as far as was known when it came
+        self.look_at = 0.0  # when to see whether it can still meet its deadline; 0: it has none, or has run
         self.unpaid = self.settled  # given tokens that the account was not charged for: each is, once at most
         self.hashes: list[bytes] = []
         self.holds_on = b""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from protos.wire import Epoch, Outputs, RowResult, Sampling, StepPlan, StepResult, Submit, Timings
+from protos.wire import Epoch, FinishReason, Outputs, RowResult, Sampling, StepPlan, StepResult, Submit, Timings
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Tick, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
@@ -27,7 +27,22 @@ class Party:
     output: Range
     begin: int = 0
     priority: int = 0
+    lifetime: tuple[float, float] | None = None  # seconds from a request to its deadline
+    again: bool = True  # another request for each that ended
     waits: list[float] = field(default_factory=list)  # seconds to each first token
+
+
+@dataclass
+class Asked:
+    party: Party
+    prompt_len: int
+    at: float
+    deadline: float
+    tokens: int = 0
+    computed: int = 0  # of the prompt, the furthest yet
+    end: FinishReason | None = None
+    ended_at: float = 0.0
+    detail: str = ""
 
 
 def step_seconds(positions: int) -> float:
@@ -54,10 +69,9 @@ class Crowd:
         self.steps = 0
         self._made = 0
         self._plans: list[StepPlan] = []
-        self._owner: dict[str, tuple[Party, float, int]] = {}  # by request id: when it was submitted, and its prompt
+        self.asked: dict[str, Asked] = {}
         self._slots: dict[int, str] = {}
         self._lengths: dict[int, int] = {}
-        self._computed: dict[str, int] = {}  # prompt tokens, the furthest yet
         self._epoch = Epoch(1, 1)
         self._tell(Tick(self.now))
         self._tell(WorkerReady(self._epoch, num_blocks, config.max_slots))
@@ -82,10 +96,19 @@ class Crowd:
         self._made += 1
         request_id = f"{party.name}-{self._made}"
         prompt = [self._made % 50_000 + 1, *range(self.random.randint(*party.prompt) - 1)]
-        self._owner[request_id] = (party, self.now, len(prompt))
+        deadline = self.now + self.random.uniform(*party.lifetime) if party.lifetime else 0.0
+        self.asked[request_id] = Asked(party, len(prompt), self.now, deadline)
         sampling = Sampling(self.random.randint(*party.output), seed=self._made)
         self._tell(
-            Submit(request_id, prompt, len(prompt), sampling, tenant=party.name, priority=party.priority),
+            Submit(
+                request_id,
+                prompt,
+                len(prompt),
+                sampling,
+                tenant=party.name,
+                priority=party.priority,
+                deadline=deadline,
+            )
         )
 
     def _step(self, plan: StepPlan) -> None:
@@ -96,13 +119,12 @@ class Crowd:
             self._lengths[admit.slot] = len(admit.token_ids)
         rows = []
         for row in plan.rows:
-            request_id = self._slots[row.slot]
-            party, _, prompt = self._owner[request_id]
+            asked = self.asked[self._slots[row.slot]]
             if row.start >= 0:
-                new = min(row.start + row.num_tokens, prompt) - max(row.start, self._computed.get(request_id, 0))
+                new = min(row.start + row.num_tokens, asked.prompt_len) - max(row.start, asked.computed)
                 if new > 0:
-                    self._computed[request_id] = min(row.start + row.num_tokens, prompt)
-                    self.served[-1][party.name] += new * self.config.prompt_cost
+                    asked.computed = min(row.start + row.num_tokens, asked.prompt_len)
+                    self.served[-1][asked.party.name] += new * self.config.prompt_cost
             token_ids = [7] if row.sample else []
             rows.append(RowResult(row.slot, self._lengths[row.slot], token_ids))
             self._lengths[row.slot] += len(token_ids)
@@ -117,13 +139,15 @@ class Crowd:
                     self._take(instruction)
                 case Outputs(items=items):
                     for delta in items:
-                        party, asked, _ = self._owner[delta.request_id]
-                        self.served[-1][party.name] += len(delta.token_ids) * self.config.output_cost
-                        if asked and delta.token_ids:
-                            party.waits.append(self.now - asked)
-                            self._owner[delta.request_id] = (party, 0.0, 0)
+                        asked = self.asked[delta.request_id]
+                        if delta.token_ids:
+                            self.served[-1][asked.party.name] += len(delta.token_ids) * self.config.output_cost
+                            if not asked.tokens:
+                                asked.party.waits.append(self.now - asked.at)
+                            asked.tokens += len(delta.token_ids)
                         if delta.finish_reason is not None:
-                            finished.append(party)
+                            asked.end, asked.ended_at, asked.detail = delta.finish_reason, self.now, delta.detail
+                            finished += [asked.party] if asked.party.again else []
                 case _:
                     raise AssertionError(instruction)
         for party in finished:

@@ -181,7 +181,7 @@ def test_slots_are_taken_by_weight() -> None:
 
 def test_a_worse_priority_displaces_nobody() -> None:
     w = world()
-    for i in range(6):
+    for i in range(4):
         w.submit(request(f"large{i}", [i] * 8, 12, tenant="large", seed=i))
     w.submit(request("small", [9] * 8, 4, tenant="small", priority=1))
     w.run()
@@ -189,16 +189,35 @@ def test_a_worse_priority_displaces_nobody() -> None:
     assert w.scheduler.stats().preemptions == 0
 
 
-def test_blocks_are_taken_from_the_tenant_with_the_most() -> None:
-    """Out of blocks, the only stream of one tenant stays, though it is the youngest."""
-    w = world(num_blocks=17, prefix_caching=False)
+def test_who_has_had_more_displaces_nobody() -> None:
+    w = world()
+    w.submit(request("before", 8, 40, tenant="a"))
+    w.run()
+    for i in range(4):
+        w.submit(request(f"b{i}", [i + 1] * 8, 40, tenant="b", seed=i))
+    w.submit(request("again", [9] * 8, 4, tenant="a"))
+    ahead, behind = (w.scheduler.roster.ledger.account(name) for name in ("a", "b"))
+    while ahead.counter > behind.counter:
+        assert w.scheduler.stats().preemptions == 0
+        w.land()
+    w.land(3)
+    assert w.scheduler.stats().preemptions == 1, "it is its turn now"
+    w.run()
+    w.check_ends()
+
+
+@pytest.mark.parametrize("num_blocks", [14, 15, 16, 17])
+@pytest.mark.parametrize("prompt", [8, 9, 10, 11])
+def test_blocks_are_taken_from_the_tenant_with_the_most(prompt: int, num_blocks: int) -> None:
+    """Out of blocks, the only stream of a tenant stays, though the youngest. Nobody leaves whose row is made."""
+    w = world(num_blocks=num_blocks, prefix_caching=False, depth=2)
     for i in range(3):
         w.submit(request(f"large{i}", [i] * 8, 24, tenant="large", seed=i))
-    w.submit(request("small", [9] * 8, 24, tenant="small", seed=9))
+    w.submit(request("small", [9] * prompt, 24, tenant="small", seed=9))
     while not w.scheduler.stats().preemptions:
         w.land()
     states = {s.request_id: s.state for s in w.scheduler.roster}
-    assert states["small"] is State.RUNNING
+    assert states["small"] is not State.LEAVING
     assert states["large2"] is not State.RUNNING
     assert states["large0"] is State.RUNNING
     w.run()

@@ -64,6 +64,7 @@ class Engine(RuleBasedStateMachine):
             align=data.draw(st.sampled_from([1, 4, 8]), "align"),
             max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
             quality=data.draw(st.sampled_from([0.0, 0.6, 1.0]), "draft quality"),
+            seconds=data.draw(st.sampled_from([None, lambda positions: 0.05 + 0.01 * positions]), "seconds"),
         )
         if data.draw(st.booleans(), "ready at once"):
             self.world.ready()
