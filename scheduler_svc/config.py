@@ -153,7 +153,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--max-step-tokens", type=_whole(1), default=512, metavar="N", help="positions computed in one step")
     add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
     add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
-    add("--tenants", type=Path, metavar="FILE", help="weights of tenants (TOML); without it all weigh the same")
+    add("--tenants", type=Path, metavar="FILE", help="weights and quotas of tenants (TOML)")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
     add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
     add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")

@@ -7,6 +7,8 @@ weight = 1.0
 
 [tenant.search]
 weight = 3.0
+tokens_per_second = 500    # quota of prompt and output tokens together; without one, none
+burst = 20000
 """
 
 from __future__ import annotations

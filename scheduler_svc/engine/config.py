@@ -11,8 +11,18 @@ class Tenant:
 
     name: str = ""  # of callers that name none
     weight: float = 1.0  # share of the tokens, beside the others' weights
+    tokens_per_second: float = 0.0  # quota of prompt and output tokens; 0: none
+    burst: float = 0.0  # tokens at once, after a pause; a longer prompt is refused
 
     def __post_init__(self) -> None:
+        for field in ("tokens_per_second", "burst"):
+            if not 0 <= getattr(self, field) <= 1e12:
+                raise ValueError(f"{field} of tenant {self.name!r} is {getattr(self, field):g}: must be in 0..1e12")
+        if (self.tokens_per_second > 0) != (self.burst >= 1):
+            raise ValueError(
+                f"tenant {self.name!r} has tokens_per_second {self.tokens_per_second:g} and burst {self.burst:g}: "
+                "a quota is both, a burst of at least 1"
+            )
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight of tenant {self.name!r} is {self.weight:g}: must be in 0.001..1000")
 

@@ -1,4 +1,4 @@
-"""Who is let into the queue, who is told to come back later, and who that it would be in vain."""
+"""Who is let into the queue, who is told to come back later, and whose deadline or quota does not allow it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Doorkeeper:
             return None
         if self.draining:
             return Refusal(FinishReason.DRAINING, "the service is draining")
-        return self._overload(submit, roster) or self._too_late(submit)
+        return self._overload(submit, roster) or self._too_late(submit) or self._over_quota(submit, roster)
 
     def _overload(self, submit: Submit, roster: Roster) -> Refusal | None:
         count, more = submit.num_siblings, submit.num_siblings * len(submit.token_ids)
@@ -118,6 +118,23 @@ class Doorkeeper:
             f"least {estimate.service:.2f} s for {submit.prompt_len} prompt and {estimate.output_tokens} output tokens"
         )
         return Refusal(FinishReason.DEADLINE, detail)
+
+    def _over_quota(self, submit: Submit, roster: Roster) -> Refusal | None:
+        account, tokens = roster.ledger.account(submit.tenant), submit.num_siblings * len(submit.token_ids)
+        bucket, name = account.bucket, f"tenant {submit.tenant!r}"
+        if bucket is None:
+            return None
+        if tokens > bucket.burst:
+            detail = f"{tokens} prompt tokens are over the burst of {name}, {bucket.burst:g}, even after a pause"
+            return Refusal(FinishReason.INVALID, detail)
+        bucket.settle(self._forecast.now, account.output_tokens)
+        if not (wait := bucket.missing(tokens)):
+            return None
+        detail = (
+            f"{name} has {max(0, int(bucket.level))} tokens left, the prompt needs {tokens}; "
+            f"its quota is {bucket.rate:g} tokens a second, {bucket.burst:g} at once"
+        )
+        return Refusal(FinishReason.QUOTA, detail, max(MIN_RETRY, wait))
 
     def tick(self, now: float, roster: Roster) -> None:
         waiting, counters = bool(roster.num_queued), roster.counters

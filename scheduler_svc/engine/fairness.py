@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.policy import Agenda
+from scheduler_svc.engine.quota import Bucket
 from scheduler_svc.engine.sequence import Sequence
 
 
@@ -34,6 +35,7 @@ class Account:
 
     __slots__ = (
         "backlog",
+        "bucket",
         "lines",
         "live",
         "name",
@@ -48,6 +50,7 @@ class Account:
     def __init__(self, tenant: Tenant, name: str, config: EngineConfig) -> None:
         self.name = name
         self.weight = tenant.weight
+        self.bucket = Bucket(tenant.tokens_per_second, tenant.burst) if tenant.burst else None
         self.prompt_cost = config.prompt_cost / tenant.weight  # of a token, on the counter
         self.output_cost = config.output_cost / tenant.weight
         self.paid = 0.0  # on the counter, besides output tokens
@@ -189,9 +192,10 @@ class Ledger:
         account.live -= 1
         self.num_live -= not account.live
 
-    def forget(self) -> None:
+    def forget(self, now: float) -> None:
         """Drops the accounts that a new one would not differ from."""
         floor = min((account.counter for account in self if account.live), default=None)
-        gone = [a.name for a in self if not a.live and (floor is None or a.counter <= floor)]
+        idle = [a for a in self if not a.live and (floor is None or a.counter <= floor)]
+        gone = [a.name for a in idle if a.bucket is None or a.bucket.is_full(now, a.output_tokens)]
         for name in gone:
             self._forgotten_tokens += self._accounts.pop(name).output_tokens

@@ -112,10 +112,12 @@ class Scheduler:
     def _submit(self, submit: Submit) -> None:
         if refusal := self._doorkeeper.refusal(submit, self.roster):
             self.roster.counters.rejected += 1
-            self._outbox.refuse(submit, *refusal)
+            self._outbox.refuse(submit, refusal.reason, refusal.detail, refusal.retry_after)
             return
         self._arrivals += 1
         account = self.roster.ledger.account(submit.tenant)
+        if account.bucket:
+            account.bucket.level -= len(submit.token_ids)
         sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
         sequence.likely_tokens = self._forecast.likely_tokens(submit.sampling)
         if submit.deadline:
@@ -141,6 +143,9 @@ class Scheduler:
         self._leave(sequence, reason)
 
     def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
+        bucket = sequence.account.bucket
+        if bucket and sequence.cached_tokens < 0:  # it never ran: its prompt is given back
+            bucket.level = min(bucket.burst, bucket.level + sequence.given)
         self.roster.finish(sequence, self.device)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.roster.counters.finished += 1
@@ -163,7 +168,7 @@ class Scheduler:
                 self.roster.expect(sequence, self._forecast.look_at(sequence))
         if now - self._swept >= SWEEP:
             self._swept = now
-            self.roster.ledger.forget()
+            self.roster.ledger.forget(now)
 
     def _give_up(self, sequence: Sequence) -> None:
         left = sequence.submit.deadline - self._forecast.now

@@ -49,6 +49,7 @@ class Sequence:
         "ends",
         "flying",
         "frontend",
+        "given",
         "hashes",
         "holds_on",
         "index",
@@ -85,7 +86,7 @@ class Sequence:
         self.arrival = arrival
         self.prompt_len = submit.prompt_len
         self.token_ids = array("I", submit.token_ids)  # no list: the collector would walk every queued prompt
-        self.settled = len(self.token_ids)
+        self.settled = self.given = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
         self.max_drafts = 0 if _counts_tokens(submit) else num_drafts

@@ -169,8 +169,8 @@ MUTATIONS = [
     Mutation(
         "preempt and admit in one step",
         "planner.py",
-        "            if not step.preempted:\n                self._admit_waiting(step)\n",
-        "            self._admit_waiting(step)\n",
+        "is_open = not step.preempted",
+        "is_open = True",
     ),
     Mutation(
         "a leader leaves in silence",
@@ -184,6 +184,36 @@ MUTATIONS = [
         "return _digest(tenant.encode(), salt.encode(), adapter.encode())",
         "return _digest(tenant.encode(), adapter.encode())",
     ),
+    Mutation("a deadline at its word", "door.py", "if estimate.total <= left:", "if True:"),
+    Mutation("a queue that nobody counts", "forecast.py", "wait += self._seconds(work)", "wait += 0.0"),
+    Mutation(
+        "another tenant's whole queue is ahead",
+        "forecast.py",
+        "min(self._seconds(work), own_turn * account.weight / own.weight)",
+        "self._seconds(work)",
+    ),
+    Mutation("the hopeless wait", "scheduler.py", "if self._forecast.is_hopeless(sequence):", "if False:"),
+    Mutation("the hopeless are begun", "planner.py", "if not self.forecast.is_hopeless(sequence):", "if True:"),
+    Mutation("who runs is given up", "roster.py", "        self.expect(sequence, 0.0)\n", ""),
+    Mutation(
+        "lengths are not learned",
+        "forecast.py",
+        "if _can_end(sampling):\n            self",
+        "if False:\n            self",
+    ),
+    Mutation("a stall is a pace", "forecast.py", "seconds = min(seconds, OUTLIER * usual)", "pass"),
+    Mutation(
+        "a bucket without a bottom", "door.py", "if not (wait := bucket.missing(tokens)):", "if (wait := 0.0) == 0.0:"
+    ),
+    Mutation("output tokens are free", "quota.py", " - (output_tokens - self._seen)", ""),
+    Mutation("a bucket that runs over", "quota.py", "min(self.burst, self.level + ", "(self.level + "),
+    Mutation(
+        "one prompt for all siblings",
+        "door.py",
+        "submit.num_siblings * len(submit.token_ids)\n        bucket",
+        "len(submit.token_ids)\n        bucket",
+    ),
+    Mutation("what never ran is paid", "scheduler.py", "bucket.level + sequence.given", "bucket.level"),
     Mutation(
         "tenants in one cache",
         "prefix_cache.py",

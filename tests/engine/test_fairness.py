@@ -89,6 +89,14 @@ def test_nobody_saves_up() -> None:
     assert crowd.share("late", 650, WINDOW) == pytest.approx(0.5, abs=0.06)
 
 
+def test_nobody_saves_up_while_nobody_waits() -> None:
+    busy, late = Party("busy", 8, (5, 60), (5, 60)), Party("late", 40, (5, 60), (5, 60), begin=600)
+    crowd = Crowd(config(), [busy, late])
+    crowd.run(900)
+    assert crowd.share("busy", 600, 100) > 0.3
+    assert crowd.share("late", 600, 100) > 0.3
+
+
 def test_a_stream_in_turns_is_no_saving_either() -> None:
     """A tenant that always has less than its share is lifted whenever it comes again."""
     small, large = Party("small", 1, (5, 10), (5, 10)), Party("large", 40, (5, 60), (5, 60))
@@ -268,6 +276,24 @@ def test_a_tenant_is_forgotten_when_nothing_of_it_matters() -> None:
     w.check_ends()
     w.tick(2.0)
     assert list(w.scheduler.roster.ledger) == []
+
+
+def test_who_has_had_much_is_remembered_while_others_have_had_less() -> None:
+    w = world()
+    w.submit(request("other", 8, 100, tenant="b"))
+    w.submit(request("r", [1] * 40, 4, tenant="a"))
+    w.land(6)
+    assert w.streams["r", 0].end is not None
+    ledger = w.scheduler.roster.ledger
+    counter = ledger.account("a").counter
+    assert counter > ledger.account("b").counter
+    w.tick(2.0)
+    assert ledger.account("a").counter == counter
+    w.land(40)
+    w.tick(2.0)
+    assert [account.name for account in ledger] == ["b"]
+    w.run()
+    w.check_ends()
 
 
 @pytest.mark.parametrize(

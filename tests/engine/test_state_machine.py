@@ -58,7 +58,7 @@ class Engine(RuleBasedStateMachine):
                 max_waiting=data.draw(st.sampled_from([6, 50]), "max_waiting"),
                 max_waiting_tokens=data.draw(st.sampled_from([100, 5000]), "max_waiting_tokens"),
                 prefix_caching=data.draw(st.sampled_from([True, True, True, False]), "prefix_caching"),
-                tenants=data.draw(st.sampled_from([(), (Tenant("a", 3.0), Tenant("b", 0.5))]), "tenants"),
+                tenants=data.draw(st.sampled_from([(), (Tenant("a", 3.0, 20.0, 60.0), Tenant("b", 0.5))]), "tenants"),
             ),
             num_blocks=data.draw(st.sampled_from([6, 10, 16, 40]), "num_blocks"),
             align=data.draw(st.sampled_from([1, 4, 8]), "align"),

@@ -30,7 +30,6 @@ from scheduler_svc.engine.scheduler import Scheduler
 from tests.fakes import FakeWorker, expected
 
 VOCAB_SIZE = 32
-REFUSALS = (FinishReason.REJECTED, FinishReason.DRAINING, FinishReason.DUPLICATE)
 
 
 def request(
@@ -88,6 +87,7 @@ class World:
         self.config = config
         self.num_blocks, self.align, self.max_model_len, self.quality = num_blocks, align, max_model_len, quality
         self.seconds = seconds  # that a step of so many positions takes; None: no time passes, and none is reported
+        self.quotas = {tenant.name: tenant for tenant in config.tenants}
         self.scheduler = Scheduler(config)
         self.worker: FakeWorker | None = None
         self.results: deque[StepResult] = deque()  # computed, not yet delivered
@@ -252,6 +252,8 @@ class World:
                 late = end.detail.startswith(("the deadline in", "given up in the queue"))
                 assert 0 < submit.deadline <= self.now or (late and self.seconds)
                 assert not (late and stream.token_ids), "what ran is not given up"
+            case FinishReason.INVALID if "over the burst" in end.detail:
+                assert submit.num_siblings * len(submit.token_ids) > self.quotas[submit.tenant].burst
             case FinishReason.INVALID:
                 if any(name in end.detail for name in ("max_waiting ", "max_waiting_tokens ")):
                     count, config = submit.num_siblings, self.config
@@ -259,6 +261,11 @@ class World:
                     return
                 assert submit.prompt_len >= self.limit
                 assert str(self.limit) in end.detail or str(self.num_blocks - 1) in end.detail
+            case FinishReason.QUOTA:
+                quota = self.quotas[submit.tenant]
+                assert end.retry_after > 0
+                assert end.tenant == submit.tenant
+                assert f"{quota.tokens_per_second:g} tokens a second" in end.detail
             case FinishReason.REJECTED:
                 assert end.retry_after > 0
             case FinishReason.ERROR:

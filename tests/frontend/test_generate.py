@@ -299,6 +299,7 @@ async def test_a_long_backlog_is_split_below_the_clients_limit(
         (FinishReason.ABORTED, grpc.StatusCode.CANCELLED),
         (FinishReason.DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
         (FinishReason.REJECTED, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (FinishReason.QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (FinishReason.DRAINING, grpc.StatusCode.UNAVAILABLE),
         (FinishReason.ERROR, grpc.StatusCode.INTERNAL),
         (FinishReason.INVALID, grpc.StatusCode.INVALID_ARGUMENT),
@@ -317,6 +318,23 @@ async def test_finish_reasons_become_statuses(service: Service, reason: FinishRe
         assert isinstance(detail(error, error_details_pb2.BadRequest), error_details_pb2.BadRequest)
     if reason is FinishReason.DUPLICATE:
         assert not service.engine.aborts, "an abort would end the other request of this id"
+
+
+async def test_a_quota_names_its_tenant_and_when_to_come_back(service: Service) -> None:
+    refusal = TokenDelta("", 0, [], finish_reason=FinishReason.QUOTA, retry_after=2.25, detail="used up")
+    service.engine.finish_with = refusal
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in service.inference.Generate(ask(), metadata=(("tenant", "search"),)):
+            pass
+    quota = detail(caught.value, error_details_pb2.QuotaFailure)
+    retry = detail(caught.value, error_details_pb2.RetryInfo)
+    info = detail(caught.value, error_details_pb2.ErrorInfo)
+    assert isinstance(quota, error_details_pb2.QuotaFailure)
+    assert isinstance(retry, error_details_pb2.RetryInfo)
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    assert [(v.subject, v.description) for v in quota.violations] == [("tenant:search", "used up")]
+    assert retry.retry_delay.ToMilliseconds() == 2250
+    assert info.reason == "QUOTA_EXCEEDED"
 
 
 async def test_an_id_in_use_is_refused_and_the_first_goes_on(service: Service) -> None:
