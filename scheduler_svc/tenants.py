@@ -9,6 +9,7 @@ weight = 1.0
 weight = 3.0
 tokens_per_second = 500    # quota of prompt and output tokens together; without one, none
 burst = 20000
+best_priority = 0          # a smaller one is refused; without it any is taken
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ class Tenant:
     weight: float = 1.0  # share of the tokens, beside the others' weights
     tokens_per_second: float = 0.0  # quota of prompt and output tokens; 0: none
     burst: float = 0.0  # tokens at once, after a pause; a longer prompt is refused
+    best_priority: float = -100.0  # the smallest that it may ask for
 
     def __post_init__(self) -> None:
         for field in ("tokens_per_second", "burst"):

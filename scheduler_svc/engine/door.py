@@ -78,6 +78,9 @@ class Doorkeeper:
             return None
         if self.draining:
             return Refusal(FinishReason.DRAINING, "the service is draining")
+        if submit.priority < (best := roster.ledger.account(submit.tenant).best_priority):
+            detail = f"priority is {submit.priority}: tenant {submit.tenant!r} may ask for {best:g} and more"
+            return Refusal(FinishReason.INVALID, detail)
         return self._overload(submit, roster) or self._too_late(submit) or self._over_quota(submit, roster)
 
     def _overload(self, submit: Submit, roster: Roster) -> Refusal | None:

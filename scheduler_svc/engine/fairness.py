@@ -35,6 +35,7 @@ class Account:
 
     __slots__ = (
         "backlog",
+        "best_priority",
         "bucket",
         "lines",
         "live",
@@ -50,6 +51,7 @@ class Account:
     def __init__(self, tenant: Tenant, name: str, config: EngineConfig) -> None:
         self.name = name
         self.weight = tenant.weight
+        self.best_priority = tenant.best_priority
         self.bucket = Bucket(tenant.tokens_per_second, tenant.burst) if tenant.burst else None
         self.prompt_cost = config.prompt_cost / tenant.weight  # of a token, on the counter
         self.output_cost = config.output_cost / tenant.weight

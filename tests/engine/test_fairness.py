@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protos.wire import FinishReason, Outputs
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.fairness import Ledger
 from scheduler_svc.engine.sequence import State
@@ -140,6 +141,19 @@ def test_the_tenant_with_the_least_goes_first() -> None:
     names = ["a1", "a2", "b1", "a3", "c1"]  # by seed
     admitted = [names[admit.sampling.seed] for plan in w.plans for admit in plan.admit]
     assert admitted == ["a1", "c1", "b1", "a2", "a3"], "priority, then who has had less, then who came first"
+
+
+def test_a_priority_is_the_operators_to_give() -> None:
+    w = world(tenants=(Tenant("a", best_priority=-1),), default_tenant=Tenant(best_priority=0))
+    w.submit(request("r", priority=-1, tenant="a"))
+    for tenant, priority, best in (("a", -2, -1), ("b", -1, 0)):
+        (outputs,) = w.scheduler.handle(request("no", priority=priority, tenant=tenant))
+        assert isinstance(outputs, Outputs)
+        (delta,) = outputs.items
+        assert delta.finish_reason is FinishReason.INVALID
+        assert delta.detail == f"priority is {priority}: tenant {tenant!r} may ask for {best} and more"
+    w.run()
+    w.check_ends()
 
 
 # ---------------------------------------------------------------- who leaves

@@ -55,9 +55,9 @@ def test_a_model_is_served_by_its_name(path: str, name: str, tmp_path: Path) -> 
 def test_tenants_come_from_their_file(tmp_path: Path) -> None:
     file = tmp_path / "tenants.toml"
     text = "output_cost = 3\n[default]\nweight = 0.5\n[tenant.'a b']\n"
-    file.write_text(text + "[tenant.search]\nweight = 3\ntokens_per_second = 5\nburst = 9\n")
+    file.write_text(text + "[tenant.search]\nweight = 3\ntokens_per_second = 5\nburst = 9\nbest_priority = 0\n")
     engine = config.parse(["fake:", "--tenants", str(file)]).loop.engine
-    assert engine.tenants == (Tenant("a b", 1.0), Tenant("search", 3.0, 5.0, 9.0))
+    assert engine.tenants == (Tenant("a b", 1.0), Tenant("search", 3.0, 5.0, 9.0, 0.0))
     assert engine.default_tenant == Tenant("", 0.5)
     assert (engine.prompt_cost, engine.output_cost) == (1.0, 3.0)
 
@@ -66,7 +66,10 @@ def test_tenants_come_from_their_file(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("[tenant.a]\nweight = 0", "weight of tenant 'a' is 0: must be in 0.001..1000"),
-        ("[tenant.a]\nwieght = 1", "[tenant.a] has 'wieght': known are weight, tokens_per_second, burst"),
+        (
+            "[tenant.a]\nwieght = 1",
+            "[tenant.a] has 'wieght': known are weight, tokens_per_second, burst, best_priority",
+        ),
         ("[tenant.a]\nburst = 1", "tenant 'a' has tokens_per_second 0 and burst 1: a quota is both"),
         ("[default]\ntokens_per_second = 1", "tenant '' has tokens_per_second 1 and burst 0: a quota is both"),
         ("[tenant.a]\nburst = -1", "burst of tenant 'a' is -1: must be in 0..1e12"),
