@@ -8,6 +8,7 @@ from protos.wire import FinishReason, Submit
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.roster import Roster
+from scheduler_svc.engine.sequence import Sequence
 
 MIN_RETRY, MAX_RETRY = 0.05, 60.0  # seconds
 UNKNOWN_RETRY = 1.0  # seconds, before any departure from the queue was seen
@@ -62,9 +63,11 @@ class Doorkeeper:
         self._config = config
         self._forecast = forecast
         self._sequences, self._tokens = Outflow(), Outflow()
+        self.crowded_out: list[Sequence] = []  # who has to leave the queue if the last who asked is let in
 
     def refusal(self, submit: Submit, roster: Roster) -> Refusal | None:
-        """Why this sequence cannot be taken; None if it can. Siblings are let in together with the first of them."""
+        """Why this sequence cannot be taken; None if it can, see `crowded_out`. Siblings come in with the first."""
+        self.crowded_out = []
         if not 0 < submit.prompt_len <= len(submit.token_ids):
             detail = f"prompt_len is {submit.prompt_len}: must be from 1 to the {len(submit.token_ids)} token_ids"
             return Refusal(FinishReason.INVALID, detail)
@@ -81,7 +84,39 @@ class Doorkeeper:
         if submit.priority < (best := roster.ledger.account(submit.tenant).best_priority):
             detail = f"priority is {submit.priority}: tenant {submit.tenant!r} may ask for {best:g} and more"
             return Refusal(FinishReason.INVALID, detail)
-        return self._overload(submit, roster) or self._too_late(submit) or self._over_quota(submit, roster)
+        refusal = self._overload(submit, roster)
+        if refusal and refusal.reason is FinishReason.REJECTED:
+            self.crowded_out = self._crowd(submit, roster)
+        if refusal and not self.crowded_out:
+            return refusal
+        return self._too_late(submit) or self._over_quota(submit, roster)
+
+    def crowding(self) -> Refusal:
+        """What those are told who are crowded out."""
+        detail = "the queue is full: this was the newest of the tenant with the most in it, and made room for another"
+        return Refusal(FinishReason.REJECTED, detail, self._sequences.retry_after)
+
+    def _crowd(self, submit: Submit, roster: Roster) -> list[Sequence]:
+        """Whose places in a full queue a tenant gets that has less in it: the newest of the tenant with the most.
+
+        For their weights, and so that it has no more afterwards. None of them has begun, nor is of better priority.
+        """
+        own = roster.ledger.account(submit.tenant)
+        crowd = max(roster.ledger, key=lambda account: (account.queued / account.weight, account.name))
+        if crowd is own:
+            return []
+        places = roster.num_queued + submit.num_siblings - self._config.max_waiting
+        tokens = roster.queued_tokens + submit.num_siblings * len(submit.token_ids) - self._config.max_waiting_tokens
+        leaving: list[Sequence] = []
+        for sequence in crowd.newest():
+            if max(places - len(leaving), tokens) <= 0 or sequence.submit.priority < submit.priority:
+                break
+            if sequence.cached_tokens < 0:
+                leaving.append(sequence)
+                tokens -= sequence.queued_tokens
+        has_room = max(places - len(leaving), tokens) <= 0
+        left, come = crowd.queued - len(leaving), own.queued + submit.num_siblings
+        return leaving if has_room and come * crowd.weight <= left * own.weight else []
 
     def _overload(self, submit: Submit, roster: Roster) -> Refusal | None:
         count, more = submit.num_siblings, submit.num_siblings * len(submit.token_ids)

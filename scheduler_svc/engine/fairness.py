@@ -67,6 +67,16 @@ class Account:
         """Virtual time. It only grows."""
         return self.paid + self.output_tokens * self.output_cost
 
+    @property
+    def queued(self) -> int:
+        """Its sequences that are live and do not run."""
+        return self.live - self.running
+
+    def newest(self) -> Iterator[Sequence]:
+        """Who waits, worst priority first, then last come first."""
+        for priority in sorted(self.lines, reverse=True):
+            yield from self.lines[priority].sequences.newest()
+
     def queue(self, sequence: Sequence) -> None:
         self.backlog.setdefault(sequence.submit.priority, Work()).add(sequence)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
@@ -27,6 +27,10 @@ class Agenda(Generic[Key, Item]):
     def values(self) -> Iterable[Item]:
         """In the order in which they were added."""
         return self._items.values()
+
+    def newest(self) -> Iterator[Item]:
+        """Last added first."""
+        return reversed(self._items.values())
 
     def add(self, key: Key, item: Item) -> None:
         if key not in self._items:

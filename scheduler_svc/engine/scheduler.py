@@ -112,8 +112,11 @@ class Scheduler:
     def _submit(self, submit: Submit) -> None:
         if refusal := self._doorkeeper.refusal(submit, self.roster):
             self.roster.counters.rejected += 1
-            self._outbox.refuse(submit, refusal.reason, refusal.detail, refusal.retry_after)
+            self._outbox.refuse(submit, *refusal)
             return
+        for crowding in self._doorkeeper.crowded_out:
+            self._outbox.refuse(crowding.submit, *self._doorkeeper.crowding())
+            self._leave(crowding, FinishReason.REJECTED)
         self._arrivals += 1
         account = self.roster.ledger.account(submit.tenant)
         if account.bucket:
@@ -152,6 +155,8 @@ class Scheduler:
             if sequence.cached_tokens >= 0:
                 used = sequence.settled - sequence.prompt_len
                 self._forecast.learn_length(sequence.sampling, used)
+        elif reason is FinishReason.REJECTED:
+            self.roster.counters.rejected += 1
         else:
             self.roster.counters.aborted += 1
 

@@ -82,7 +82,7 @@ async def streams(running: Service, count: int, slots: int, *, may_stop: bool = 
 async def test_a_full_queue_says_its_limit_and_when_to_come_back() -> None:
     async with service("fake:delay_ms=5", "--max-num-seqs", "2", "--max-waiting", "3") as running:
         async with streams(running, 5, 2):
-            error = await refused(running, request(4))
+            error = await refused(running, request(4), "large")
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.details() == "the queue is full: 3 sequences wait, 1 more are over max_waiting 3"
         assert detail(error, RetryInfo).retry_delay.ToMilliseconds() > 0
@@ -93,7 +93,7 @@ async def test_a_full_queue_says_its_limit_and_when_to_come_back() -> None:
 async def test_a_full_queue_is_one_of_tokens_too() -> None:
     async with service("fake:delay_ms=5", "--max-num-seqs", "1", "--max-waiting-tokens", "10") as running:
         async with streams(running, 3, 1):  # two of three tokens wait
-            error = await refused(running, request(4, prompt=5))
+            error = await refused(running, request(4, prompt=5), "large")
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.details() == "the queue is full: 6 tokens wait, 5 more are over max_waiting_tokens 10"
         assert detail(error, RetryInfo).retry_delay.ToMilliseconds() > 0

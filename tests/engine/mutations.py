@@ -184,6 +184,21 @@ MUTATIONS = [
         "return _digest(tenant.encode(), salt.encode(), adapter.encode())",
         "return _digest(tenant.encode(), adapter.encode())",
     ),
+    Mutation("the queue is whose came first", "door.py", "self.crowded_out = self._crowd(submit, roster)", "pass"),
+    Mutation("crowded out by more", "door.py", "has_room and come * crowd.weight <= left * own.weight", "has_room"),
+    Mutation("crowded out though begun", "door.py", "if sequence.cached_tokens < 0:", "if True:"),
+    Mutation(
+        "crowded out by a worse priority",
+        "door.py",
+        "<= 0 or sequence.submit.priority < submit.priority:",
+        "<= 0:",
+    ),
+    Mutation(
+        "any priority for anybody",
+        "door.py",
+        "if submit.priority < (best := ",
+        "if submit.priority < -999 + 0 * (best := ",
+    ),
     Mutation("a deadline at its word", "door.py", "if estimate.total <= left:", "if True:"),
     Mutation("a queue that nobody counts", "forecast.py", "wait += self._seconds(work)", "wait += 0.0"),
     Mutation(

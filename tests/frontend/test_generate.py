@@ -414,7 +414,7 @@ async def test_a_deadline_reaches_the_engine_and_ends_the_call(service: Service)
     call = service.inference.Generate(ask(), timeout=0.3)
     await service.engine.submit_seen.wait()
     remaining = service.engine.submits[0].deadline - time.monotonic()
-    assert 0 < remaining <= 0.3
+    assert 0 < remaining <= 0.31  # gRPC rounds a timeout up
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass
