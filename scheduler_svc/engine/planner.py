@@ -79,7 +79,7 @@ class Planner:
         slots_are_out = len(running) >= self.config.max_num_seqs
         if not slots_are_out and self.kv.blocks(first.settled) + len(running) <= pool.available:
             return
-        victim = displaced(running, first)
+        victim = displaced(running, self.roster.ledger, first)
         if victim is None or any(flight.fenced for flight in self.device.sent):
             return  # nobody has too much, or what was taken already is still behind the fence
         if not slots_are_out:

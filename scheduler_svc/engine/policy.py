@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from scheduler_svc.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from scheduler_svc.engine.fairness import Account
 
 FAR = 4  # steps of all who run
 
@@ -65,24 +68,25 @@ def preempted(running: list[Sequence], several_tenants: bool) -> Sequence:
     return max(running, key=turn) if several_tenants else running[-1]
 
 
-def displaced(running: list[Sequence], waiting: Sequence) -> Sequence | None:
+def displaced(running: list[Sequence], accounts: Iterable[Account], waiting: Sequence) -> Sequence | None:
     """Who leaves so that `waiting` may come in, where its tenant is below its share; None where it has to wait.
 
     The youngest of the tenant most above its share, of no better priority than `waiting`. A tenant that has had no more
     than another may take slots from it until it has half as many, for its weight; and until it has as many while it is
     FAR behind. The rest it gets as streams end: hardly anybody is displaced where streams are short, nobody in turns.
     """
-    newcomer = waiting.account
-    far = FAR * len(running) * newcomer.output_cost
-    victim: Sequence | None = None
-    for sequence in running:
-        account = sequence.account
-        behind = account.counter - newcomer.counter
-        if account is newcomer or behind < 0 or sequence.submit.priority < waiting.submit.priority:
-            continue
-        parts = 1 if behind > far else 2
-        if parts * (newcomer.running + 1) * account.weight > (account.running - 1) * newcomer.weight:
-            continue
-        if victim is None or turn(sequence) > turn(victim):
-            victim = sequence
-    return victim
+    far = FAR * len(running) * waiting.account.output_cost
+    above = [account for account in accounts if account.running and _may_take(waiting.account, account, far)]
+    if not above:
+        return None
+    priority = waiting.submit.priority
+    victims = (s for s in running if s.account in above and s.submit.priority >= priority)
+    return max(victims, key=turn, default=None)
+
+
+def _may_take(newcomer: Account, other: Account, far: float) -> bool:
+    behind = other.counter - newcomer.counter
+    if other is newcomer or behind < 0:
+        return False
+    parts = 1 if behind > far else 2
+    return parts * (newcomer.running + 1) * other.weight <= (other.running - 1) * newcomer.weight

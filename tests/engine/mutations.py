@@ -119,22 +119,16 @@ MUTATIONS = [
     Mutation(
         "displaced in turns",
         "policy.py",
-        "        if parts * (newcomer.running + 1) * account.weight > (account.running - 1) * newcomer.weight:\n"
-        "            continue\n",
-        "",
+        "return parts * (newcomer.running + 1) * other.weight <= (other.running - 1) * newcomer.weight",
+        "return True",
     ),
     Mutation(
         "displaced though it has had less",
         "policy.py",
-        "if account is newcomer or behind < 0 or ",
-        "if account is newcomer or ",
+        "if other is newcomer or behind < 0:",
+        "if other is newcomer:",
     ),
-    Mutation(
-        "displaced by a worse priority",
-        "policy.py",
-        " or sequence.submit.priority < waiting.submit.priority:",
-        ":",
-    ),
+    Mutation("displaced by a worse priority", "policy.py", " and s.submit.priority >= priority", ""),
     Mutation(
         "a victim that has its row already",
         "planner.py",
