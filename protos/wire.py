@@ -272,6 +272,7 @@ class FinishReason(IntEnum):
     ERROR = 7  # the request itself kills workers (R5)
     INVALID = 8  # cannot be served under these limits, see `detail`
     DUPLICATE = 9  # its request id is running already
+    QUOTA = 10  # of its tenant is used up, see `retry_after`
 
 
 class FrontendHello(Wire, frozen=True):
@@ -321,10 +322,11 @@ class TokenDelta(Wire, frozen=True):
     stop_token_id: int = -1  # the id that ended it: the last of token_ids
     prompt_logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0  # prompt tokens read from the prefix cache at the first admission
-    retry_after: float = 0.0  # seconds, with REJECTED
+    retry_after: float = 0.0  # seconds, with REJECTED and QUOTA
     detail: str = ""
     num_drafted: int = 0
     num_accepted: int = 0
+    tenant: str = ""  # of a request that was refused
 
 
 class Outputs(Wire, frozen=True):

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.tenants import Tenants, TenantsError
+from scheduler_svc.tenants import load as load_tenants
 
 SHORT_STEP = 4  # positions: such a step takes little longer than one of a single row
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
@@ -60,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
     if args.workers == 0 and not args.listen:
         parser.error("--workers 0 needs --listen, or no worker could ever connect")
     try:
+        tenants = load_tenants(args.tenants) if args.tenants else Tenants()
         engine = EngineConfig(
             block_size=args.block_size,
             max_num_seqs=args.max_num_seqs,
@@ -72,8 +75,12 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
             max_waiting=args.max_waiting,
             max_waiting_tokens=args.max_waiting_tokens,
             prefix_caching=args.enable_prefix_caching,
+            tenants=tenants.named,
+            default_tenant=tenants.default,
+            prompt_cost=tenants.prompt_cost,
+            output_cost=tenants.output_cost,
         )
-    except ValueError as error:
+    except (TenantsError, ValueError) as error:
         parser.error(str(error))
     setup = Setup(
         epoch=Epoch(secrets.randbits(63), 0),
@@ -153,6 +160,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
     add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
+    add("--tenants", type=Path, metavar="FILE", help="weights and quotas of tenants (TOML)")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
     add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
     add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.roster import Roster
-from scheduler_svc.engine.sequence import State
+from scheduler_svc.engine.sequence import Sequence, State
 
 
 class IntegrityError(Exception):
@@ -29,9 +29,29 @@ def _check_roster(roster: Roster) -> None:
     _demand(not by_state[State.FINISHED], "a finished sequence is live")
     queued = sum(s.queued_tokens for s in live if s.state is not State.RUNNING)
     _demand(queued == roster.queued_tokens, f"{queued} tokens are queued, {roster.queued_tokens} counted")
+    _check_tenants(roster, live)
+    hoping = {s.arrival for s in live if s.look_at}
+    _demand({s.arrival for s in roster.doubtful.values()} == hoping, "who has to start in time is not in the books")
     for s in live:
         _demand(s.settled == len(s.token_ids), f"{s.request_id}: settled is {s.settled} of {len(s.token_ids)} tokens")
         _demand(s.computed <= s.settled, f"{s.request_id}: {s.computed} computed of {s.settled} settled")
+
+
+def _check_tenants(roster: Roster, live: list[Sequence]) -> None:
+    tenants = {s.submit.tenant for s in live}
+    _demand(roster.ledger.num_live == len(tenants), f"{roster.ledger.num_live} tenants counted, {len(tenants)} live")
+    for account in roster.ledger:
+        own = [s for s in live if s.account is account]
+        _demand(account.live == len(own), f"tenant {account.name!r}: {account.live} counted, {len(own)} live")
+        running = sum(s.state is State.RUNNING for s in own)
+        _demand(account.running == running, f"tenant {account.name!r}: {account.running} counted, {running} run")
+        queued = [s for s in own if s.state is not State.RUNNING]
+        counted = sum(work.sequences for work in account.backlog.values())
+        _demand(counted == len(queued), f"tenant {account.name!r}: {counted} counted, {len(queued)} queued")
+        tokens = sum(work.prompt_tokens for work in account.backlog.values())
+        _demand(tokens == sum(s.queued_tokens for s in queued), f"tenant {account.name!r}: {tokens} tokens counted")
+        waiting = {s.submit.priority for s in own if s.state is State.WAITING}
+        _demand(set(account.lines) == waiting, f"tenant {account.name!r}: lines are not what waits")
 
 
 def _check_slots(roster: Roster, device: Device) -> None:

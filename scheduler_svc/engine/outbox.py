@@ -19,7 +19,13 @@ class Outbox:
     def refuse(self, submit: Submit, reason: FinishReason, detail: str, retry_after: float) -> None:
         """A stream that never begins."""
         delta = TokenDelta(
-            submit.request_id, submit.index, [], finish_reason=reason, retry_after=retry_after, detail=detail
+            submit.request_id,
+            submit.index,
+            [],
+            finish_reason=reason,
+            retry_after=retry_after,
+            detail=detail,
+            tenant=submit.tenant,
         )
         self._add(submit.frontend, delta)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from protos.wire import Admit, Row, StepPlan
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device, Flight
-from scheduler_svc.engine.policy import preempted
+from scheduler_svc.engine.forecast import Forecast
+from scheduler_svc.engine.policy import displaced, preempted, turn
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import Sequence, State
@@ -29,11 +30,19 @@ class Step:
 class Planner:
     """Plans for one epoch. Raises nothing: a sequence that cannot move in this step waits for a later one."""
 
-    def __init__(self, config: EngineConfig, device: Device, roster: Roster) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: Device,
+        roster: Roster,
+        forecast: Forecast,
+    ) -> None:
         self.config = config
         self.device = device
         self.kv = device.kv
         self.roster = roster
+        self.forecast = forecast
+        self._hopeless: list[Sequence] = []
         self.aside = 0  # blocks of those that were set aside in this step
         self.lone: Sequence | None = None  # the suspect that runs alone (R5)
 
@@ -41,7 +50,7 @@ class Planner:
         """The next step, or None if nobody can move.
 
         There is no prefill and no decode: each sequence catches up from `computed` towards `hi`. Those that are one
-        token behind go first, chunks of those that are further behind fill the rest, then others are admitted.
+        token behind go first; chunks of those that are further behind, and of newcomers, fill the rest.
         """
         step = Step(self.config.max_step_tokens)
         self.aside = 0
@@ -50,17 +59,46 @@ class Planner:
                 return None  # until they have landed
             self._move_alone(step, suspect)
         else:
+            if self.roster.ledger.several:
+                self._displace(step)
             further_behind = []
-            for sequence in tuple(self.roster.running):
+            for sequence in self._in_order():
                 if sequence.ahead or sequence.computed + 1 == sequence.settled:
                     self._next_token(step, sequence)
                 else:
                     further_behind.append(sequence)
-            for sequence in further_behind:
-                self._chunk(step, sequence)
-            if not step.preempted:
-                self._admit_waiting(step)
+            self._catch_up(step, further_behind)
         return self._send(step) if step.rows else None
+
+    def _displace(self, step: Step) -> None:
+        """Makes room for a tenant below its share, before any row is made: one sequence leaves at most."""
+        first = self.roster.waiting.first()
+        if first is None or first.suspect or self._gives_up(first):
+            return
+        running, pool = self.roster.running, self.kv.pool
+        slots_are_out = len(running) >= self.config.max_num_seqs
+        if not slots_are_out and self.kv.blocks(first.settled) + len(running) <= pool.available:
+            return
+        victim = displaced(running, self.roster.ledger, first)
+        if victim is None or any(flight.fenced for flight in self.device.sent):
+            return  # nobody has too much, or what was taken already is still behind the fence
+        if not slots_are_out:
+            hits = self.kv.reusable(first)
+            if hits is None:
+                self.roster.hold(first)
+                return
+            if self.kv.room_for(first, hits, reserve=len(running)):
+                return
+        step.preempted = True
+        self.roster.preempt(victim, self.device)
+
+    def _in_order(self) -> tuple[Sequence, ...]:
+        """Who runs, first come first; but whoever may be preempted comes last, so that it has no row by then."""
+        running = self.roster.running
+        most = 2 + self.config.num_drafts // self.kv.block_size  # new blocks of a row
+        if self.roster.ledger.several and self.kv.pool.available < most * len(running):
+            return tuple(sorted(running, key=turn))
+        return tuple(running)
 
     def _next_token(self, step: Step, sequence: Sequence) -> None:
         """A row that samples, perhaps while the token that it starts from is still being sampled."""
@@ -94,7 +132,7 @@ class Planner:
         if any(flight.fenced for flight in self.device.sent):
             return -1
         while self.kv.missing(sequence, hi) > pool.available:
-            victim = preempted(self.roster.running)
+            victim = preempted(self.roster.running, self.roster.ledger.several)
             step.preempted = True
             self.roster.preempt(victim, self.device)
             if victim is sequence or victim.flying:
@@ -102,7 +140,7 @@ class Planner:
         return 0
 
     def _chunk(self, step: Step, sequence: Sequence) -> None:
-        """A row of known tokens that samples where they end."""
+        """A row of known tokens that samples where they end. The account pays for those that were given."""
         if sequence.state is not State.RUNNING:
             return  # preempted a moment ago
         missing = sequence.settled - sequence.computed
@@ -112,6 +150,10 @@ class Planner:
         step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], count == missing))
         step.sequences.append(sequence)
         step.budget -= count
+        if sequence.unpaid:
+            paid = min(count, sequence.unpaid)
+            sequence.unpaid -= paid
+            sequence.account.paid += paid * sequence.account.prompt_cost
         if count == missing:
             sequence.ahead += 1
         else:
@@ -122,14 +164,35 @@ class Planner:
         count = min(missing, step.budget)
         return count if count == missing else count - (computed + count) % self.device.align
 
-    def _admit_waiting(self, step: Step) -> None:
-        while step.budget and (entrant := self._entrant()):
-            sequence, hits = entrant
-            computed = len(hits) * self.kv.block_size
-            if sequence.suspect or not self._chunk_size(step, computed, sequence.settled - computed):
+    def _catch_up(self, step: Step, behind: list[Sequence]) -> None:
+        """The rest of the budget, to whoever's turn it is: a chunk of one that runs, or a newcomer with its first.
+
+        So the long prompts of one tenant keep nobody else's from being computed.
+        """
+        is_open = not step.preempted
+        while step.budget:
+            chunk = min(behind, key=turn) if behind else None
+            first = self.roster.waiting.first() if is_open else None
+            if first and (chunk is None or turn(first) < turn(chunk)):
+                is_open = self._admit_first(step)
+            elif chunk:
+                behind.remove(chunk)
+                self._chunk(step, chunk)
+            else:
                 return
-            self._admit(step, sequence, hits)
-            self._chunk(step, sequence)
+
+    def _admit_first(self, step: Step) -> bool:
+        """Whether the first who could come in has done so."""
+        entrant = self._entrant()
+        if entrant is None:
+            return False
+        sequence, hits = entrant
+        computed = len(hits) * self.kv.block_size
+        if sequence.suspect or not self._chunk_size(step, computed, sequence.settled - computed):
+            return False
+        self._admit(step, sequence, hits)
+        self._chunk(step, sequence)
+        return True
 
     def _entrant(self) -> tuple[Sequence, list[int]] | None:
         """The first in the queue with its cache hits, if there is room for it. Those that have to hold step aside."""
@@ -137,8 +200,9 @@ class Planner:
         if not device.free_slots or len(roster.running) >= self.config.max_num_seqs:
             return None
         # The next step goes on behind those that this one has set aside.
-        while self.aside < MAX_ASIDE and (first := roster.waiting.first()):
-            sequence = first[1]
+        while self.aside < MAX_ASIDE and (sequence := roster.waiting.first()):
+            if self._gives_up(sequence):
+                continue
             hits = self.kv.reusable(sequence)
             if hits is None:
                 roster.hold(sequence)
@@ -148,16 +212,30 @@ class Planner:
             return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None
         return None
 
+    def _gives_up(self, sequence: Sequence) -> bool:
+        """Nothing is begun that would come too late."""
+        if not self.forecast.is_hopeless(sequence):
+            return False
+        self.roster.give_up(sequence)
+        self._hopeless.append(sequence)
+        return True
+
+    def take_hopeless(self) -> list[Sequence]:
+        """Those that were taken from the queue, to be told that their deadline cannot be met."""
+        hopeless, self._hopeless = self._hopeless, []
+        return hopeless
+
     def _admit(self, step: Step, sequence: Sequence, hits: list[int]) -> None:
         self.kv.admit(sequence, hits)
         sequence.slot = self.device.free_slots.pop()
         self.roster.start(sequence)
         if sequence.cached_tokens < 0:
+            sequence.unpaid -= sequence.computed
             counters = self.roster.counters
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
-            counters.started += 1
             counters.prompt_tokens += sequence.prompt_len
             counters.cached_tokens += sequence.cached_tokens
+            self.forecast.learn_hits(sequence.prompt_len, sequence.cached_tokens)
         submit = sequence.submit
         step.admit.append(
             Admit(
@@ -177,7 +255,7 @@ class Planner:
             return self.lone
         self.lone = None
         first = self.roster.waiting.first()
-        if first and first[1].suspect and (entrant := self._entrant()) and entrant[0].suspect:
+        if first and first.suspect and (entrant := self._entrant()) and entrant[0].suspect:
             return entrant[0]
         return None
 

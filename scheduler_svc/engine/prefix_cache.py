@@ -11,9 +11,9 @@ from scheduler_svc.engine.sequence import Sequence
 DIGEST_SIZE = 16  # bytes
 
 
-def root(salt: str, adapter: str) -> bytes:
-    """The parent of a first block. Other salts and adapters never meet."""
-    return _digest(salt.encode(), adapter.encode())
+def root(tenant: str, salt: str, adapter: str) -> bytes:
+    """The parent of a first block. Other tenants, salts and adapters never meet: nobody learns what others asked."""
+    return _digest(tenant.encode(), salt.encode(), adapter.encode())
 
 
 def domain(tenant: str, salt: str) -> bytes:
@@ -49,7 +49,8 @@ class PrefixCache:
         """Digests of all full blocks of settled tokens."""
         hashes, size = sequence.hashes, self.block_size
         if len(hashes) < sequence.settled // size:
-            parent = hashes[-1] if hashes else root(sequence.submit.cache_salt, sequence.submit.adapter)
+            submit = sequence.submit
+            parent = hashes[-1] if hashes else root(submit.tenant, submit.cache_salt, submit.adapter)
             for begin in range(len(hashes) * size, sequence.settled - size + 1, size):
                 parent = chain(parent, sequence.token_ids[begin : begin + size])
                 hashes.append(parent)

@@ -6,7 +6,9 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
+from scheduler_svc.engine.fairness import FairQueue, Ledger
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence, State
 
@@ -16,12 +18,12 @@ class Counters:
     """What happened so far."""
 
     steps: int = 0
-    started: int = 0  # first admissions
+    departed: int = 0  # sequences that left the queue for the first time, and the tokens they came with
+    departed_tokens: int = 0
     preemptions: int = 0
     recoveries: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    generated_tokens: int = 0
     finished: int = 0
     aborted: int = 0
     rejected: int = 0
@@ -36,11 +38,13 @@ class Roster:
                └────── all of them, when the epoch ends
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.requests: dict[str, dict[int, Sequence]] = {}  # by request id, then index
         self.running: list[Sequence] = []  # in order of the key
-        self.waiting: Agenda[tuple[int, int]] = Agenda()
-        self.deadlines: Agenda[tuple[float, int]] = Agenda()
+        self.waiting = FairQueue()
+        self.ledger = Ledger(config)
+        self.deadlines: Agenda[tuple[float, int], Sequence] = Agenda()
+        self.doubtful: Agenda[tuple[float, int], Sequence] = Agenda()  # those with a deadline that never ran
         self.num_live = 0
         self.queued_tokens = 0  # of all that are live and not running
         self.counters = Counters()
@@ -63,29 +67,42 @@ class Roster:
         self.num_live += 1
         if deadline := sequence.submit.deadline:
             self.deadlines.add((deadline, sequence.arrival), sequence)
-        self._queue(sequence, State.WAITING)
+        self.ledger.enter(sequence.account)
+        self.expect(sequence, sequence.look_at)
+        self._queue(sequence, State.WAITING, new=True)
+
+    def expect(self, sequence: Sequence, look_at: float) -> None:
+        """When to see whether it can still meet its deadline; 0 for never."""
+        self.doubtful.discard((sequence.look_at, sequence.arrival))
+        sequence.look_at = look_at
+        if look_at:
+            self.doubtful.add((look_at, sequence.arrival), sequence)
 
     def start(self, sequence: Sequence) -> None:
-        self.waiting.discard(sequence.key)
-        self.queued_tokens -= sequence.queued_tokens
-        sequence.queued_tokens = 0
+        self.waiting.discard(sequence)
+        self._unqueue(sequence)
         sequence.state = State.RUNNING
+        sequence.account.running += 1
         insort(self.running, sequence, key=_key)
 
     def hold(self, sequence: Sequence) -> None:
-        self.waiting.discard(sequence.key)
+        self.waiting.discard(sequence)
         sequence.state = State.HOLDING
+
+    def give_up(self, sequence: Sequence) -> None:
+        """It is not to run any more, and about to be finished."""
+        self.waiting.discard(sequence)
+        sequence.state = State.LEAVING
 
     def wait_again(self, sequences: Iterable[Sequence]) -> None:
         """Followers that were woken, or the preempted whose last result is in."""
         for sequence in sequences:
             sequence.state = State.WAITING
-            self.waiting.add(sequence.key, sequence)
+            self.waiting.add(sequence)
 
     def preempt(self, sequence: Sequence, device: Device) -> None:
         self.counters.preemptions += 1
-        self.running.remove(sequence)
-        self._vacate(sequence, device)
+        self._stop(sequence, device)
         flying = sequence.flying
         sequence.forget_device()
         sequence.flying = flying  # their results are still delivered
@@ -94,19 +111,20 @@ class Roster:
     def finish(self, sequence: Sequence, device: Device | None) -> None:
         match sequence.state:
             case State.WAITING:
-                self.waiting.discard(sequence.key)
+                self.waiting.discard(sequence)
             case State.HOLDING:
                 assert device is not None
                 device.kv.cache.let_go(sequence)
             case State.RUNNING:
                 assert device is not None
-                self.running.remove(sequence)
-                self._vacate(sequence, device)
+                self._stop(sequence, device)
             case State.LEAVING | State.FINISHED:
                 pass
+        if sequence.state is not State.RUNNING:
+            self._unqueue(sequence)
         sequence.state = State.FINISHED
-        self.queued_tokens -= sequence.queued_tokens
         self.num_live -= 1
+        self.ledger.leave(sequence.account)
         self.deadlines.discard((sequence.submit.deadline, sequence.arrival))
         siblings = self.requests[sequence.request_id]
         del siblings[sequence.index]
@@ -116,6 +134,8 @@ class Roster:
     def end_epoch(self) -> None:
         """The device is gone: all wait, in their old order, with all their tokens."""
         self.running.clear()
+        for account in self.ledger:
+            account.running = 0
         for sequence in self:
             sequence.forget_device()
             if sequence.state is State.RUNNING:
@@ -123,14 +143,29 @@ class Roster:
             elif sequence.state is not State.WAITING:
                 self.wait_again([sequence])
 
-    def _queue(self, sequence: Sequence, state: State) -> None:
+    def _queue(self, sequence: Sequence, state: State, new: bool = False) -> None:
         sequence.state = state
         sequence.queued_tokens = sequence.settled
         self.queued_tokens += sequence.settled
-        if state is State.WAITING:
-            self.waiting.add(sequence.key, sequence)
+        sequence.account.queue(sequence)
+        if new:
+            self.waiting.join(sequence)
+        elif state is State.WAITING:
+            self.waiting.add(sequence)
 
-    def _vacate(self, sequence: Sequence, device: Device) -> None:
+    def _unqueue(self, sequence: Sequence) -> None:
+        if sequence.cached_tokens < 0:
+            self.counters.departed += 1
+            self.counters.departed_tokens += sequence.queued_tokens
+        self.expect(sequence, 0.0)
+        self.queued_tokens -= sequence.queued_tokens
+        sequence.account.unqueue(sequence)
+        sequence.queued_tokens = 0
+
+    def _stop(self, sequence: Sequence, device: Device) -> None:
+        """It runs no more: slot and blocks go back."""
+        self.running.remove(sequence)
+        sequence.account.running -= 1
         woken = device.kv.cache.stop_leading(sequence)
         device.vacate(sequence)
         self.wait_again(woken)

@@ -23,11 +23,14 @@ from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.door import Doorkeeper
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
 from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
+
+SWEEP = 1.0  # seconds between two looks for tenants that can be forgotten
 
 
 class Scheduler:
@@ -35,11 +38,13 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.roster = Roster()
+        self.roster = Roster(config)
         self.device: Device | None = None
         self._planner: Planner | None = None
-        self._doorkeeper = Doorkeeper(config)
+        self._forecast = Forecast(config, self.roster)
+        self._doorkeeper = Doorkeeper(config, self._forecast)
         self._arrivals = 0
+        self._swept = 0.0
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
         self._max_len_reason = f"max_model_len {config.max_model_len}"
         self._last_epoch = (-1, -1)
@@ -76,6 +81,8 @@ class Scheduler:
                 assert_never(event)
         while self._planner and self._may_plan(self._planner.device) and (flight := self._planner.plan()):
             self._instructions.append(flight.plan)
+        for sequence in self._planner.take_hopeless() if self._planner else ():
+            self._give_up(sequence)
         instructions, self._instructions = self._instructions, []
         return [*instructions, *self._outbox.take()]
 
@@ -107,8 +114,17 @@ class Scheduler:
             self.roster.counters.rejected += 1
             self._outbox.refuse(submit, *refusal)
             return
+        for crowding in self._doorkeeper.crowded_out:
+            self._outbox.refuse(crowding.submit, *self._doorkeeper.crowding())
+            self._leave(crowding, FinishReason.REJECTED)
         self._arrivals += 1
-        sequence = Sequence(submit, self._arrivals, self.config.num_drafts)
+        account = self.roster.ledger.account(submit.tenant)
+        if account.bucket:
+            account.bucket.level -= len(submit.token_ids)
+        sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
+        sequence.likely_tokens = self._forecast.likely_tokens(submit.sampling)
+        if submit.deadline:
+            sequence.look_at = self._forecast.look_at(sequence)
         self.roster.enlist(sequence)
         self._check_length(sequence)
 
@@ -130,16 +146,40 @@ class Scheduler:
         self._leave(sequence, reason)
 
     def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
+        bucket = sequence.account.bucket
+        if bucket and sequence.cached_tokens < 0:  # it never ran: its prompt is given back
+            bucket.level = min(bucket.burst, bucket.level + sequence.given)
         self.roster.finish(sequence, self.device)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.roster.counters.finished += 1
+            if sequence.cached_tokens >= 0:
+                used = sequence.settled - sequence.prompt_len
+                self._forecast.learn_length(sequence.sampling, used)
+        elif reason is FinishReason.REJECTED:
+            self.roster.counters.rejected += 1
         else:
             self.roster.counters.aborted += 1
 
     def _tick(self, now: float) -> None:
-        self._doorkeeper.tick(now, self.roster.counters.started, bool(self.roster.num_queued))
+        self._forecast.now = now
+        self._doorkeeper.tick(now, self.roster)
         while (first := self.roster.deadlines.first()) and first[0][0] <= now:
             self._finish(first[1], FinishReason.DEADLINE, "the deadline has passed")
+        while (first := self.roster.doubtful.first()) and first[0][0] <= now:
+            sequence = first[1]
+            if self._forecast.is_hopeless(sequence):
+                self._give_up(sequence)
+            else:
+                self.roster.expect(sequence, self._forecast.look_at(sequence))
+        if now - self._swept >= SWEEP:
+            self._swept = now
+            self.roster.ledger.forget(now)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        left = sequence.submit.deadline - self._forecast.now
+        needed = sequence.submit.deadline - self._forecast.latest_start(sequence)
+        detail = f"given up in the queue: its deadline is in {left:.2f} s, and it takes {needed:.2f} s at least"
+        self._finish(sequence, FinishReason.DEADLINE, detail)
 
     # ------------------------------------------------------------ results
 
@@ -152,6 +192,7 @@ class Scheduler:
         if result.step != due:
             return self._distrust(f"a result for step {result.step}, due was {due}")
         flight = device.sent[0]
+        self._forecast.pace.learn(flight.num_tokens, result.timings.forward + result.timings.sample)
         rows = flight.plan.rows
         if len(result.rows) != len(rows):
             return self._distrust(f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
@@ -184,7 +225,7 @@ class Scheduler:
             token_ids = token_ids[:count]
         sequence.append(token_ids)
         sequence.deaths = 0
-        self.roster.counters.generated_tokens += count
+        sequence.account.output_tokens += count
         reason = None
         if token_ids[-1] in sequence.ends:
             reason = FinishReason.STOP
@@ -212,7 +253,7 @@ class Scheduler:
             self._instructions.append(EndEpoch(ready.epoch, reason))
             return
         self.device = Device(ready, self.config)
-        self._planner = Planner(self.config, self.device, self.roster)
+        self._planner = Planner(self.config, self.device, self.roster, self._forecast)
         limits = [
             (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
             (ready.max_model_len, f"max_model_len {ready.max_model_len}"),
@@ -282,7 +323,7 @@ class Scheduler:
             recoveries=counters.recoveries,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
-            generated_tokens=counters.generated_tokens,
+            generated_tokens=roster.ledger.output_tokens,
             finished=counters.finished,
             aborted=counters.aborted,
             rejected=counters.rejected,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from array import array
 from enum import Enum, auto
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from protos.wire import Submit, TokenLogprobs
+
+if TYPE_CHECKING:
+    from scheduler_svc.engine.fairness import Account
 
 SUSPECT_DEATHS = 2  # worker deaths in flight after which a sequence runs alone (R5)
 FATAL_DEATHS = SUSPECT_DEATHS + 3  # the last three of them alone: nobody else can have killed the worker
@@ -35,6 +39,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "account",
         "ahead",
         "arrival",
         "block_ids",
@@ -44,11 +49,14 @@ class Sequence:
         "ends",
         "flying",
         "frontend",
+        "given",
         "hashes",
         "holds_on",
         "index",
         "last_step",
+        "likely_tokens",
         "limit",
+        "look_at",
         "max_drafts",
         "prompt_len",
         "prompt_logprobs_from",
@@ -63,9 +71,10 @@ class Sequence:
         "state",
         "submit",
         "token_ids",
+        "unpaid",
     )
 
-    def __init__(self, submit: Submit, arrival: int, num_drafts: int) -> None:
+    def __init__(self, submit: Submit, arrival: int, num_drafts: int, account: Account) -> None:
         """Raises OverflowError for a token id that is not an unsigned number of 32 bits."""
         sampling = submit.sampling
         self.submit = replace(submit, token_ids=_ELSEWHERE)  # its tokens are kept once, below
@@ -73,10 +82,11 @@ class Sequence:
         self.index = submit.index
         self.frontend = submit.frontend
         self.sampling = sampling
+        self.account = account
         self.arrival = arrival
         self.prompt_len = submit.prompt_len
         self.token_ids = array("I", submit.token_ids)  # no list: the collector would walk every queued prompt
-        self.settled = len(self.token_ids)
+        self.settled = self.given = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
         self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
@@ -85,6 +95,9 @@ class Sequence:
         self.cached_tokens = -1  # until the first admission
         self.deaths = 0
         self.queued_tokens = 0
+        self.likely_tokens = 1.0  # of output, as far as was known when it came
+        self.look_at = 0.0  # when to see whether it can still meet its deadline; 0: it has none, or has run
+        self.unpaid = self.settled  # given tokens that the account was not charged for: each is, once at most
         self.hashes: list[bytes] = []
         self.holds_on = b""
         self.state = State.WAITING
@@ -103,7 +116,7 @@ class Sequence:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The one order: who is admitted first, and who is preempted last."""
+        """The order among those of one tenant."""
         return (self.submit.priority, self.arrival)
 
     @property

@@ -6,14 +6,16 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from protos.wire import Ready
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.streams import Call, Ending, Gain
-from scheduler_svc.frontend.validation import Prepared, Preparer
+from scheduler_svc.frontend.validation import Caller, Prepared, Preparer
 
+TENANT_KEY: Final = "tenant"  # of the metadata; believed as it stands
 log = logging.getLogger(__name__)
 
 
@@ -56,10 +58,14 @@ class Core:
         served = (self.ready.max_model_len if self.ready else 0) or self.model.card.max_model_len
         return min(self.config.max_model_len or served, served)
 
-    def deadline(self, context: Context) -> float:
-        """As in Submit: on our clock; 0 where the client set none."""
+    def caller(self, context: Context) -> Caller:
+        """Who calls, and until when the answer is of use: on our clock; 0 where the client set no deadline."""
         remaining = context.time_remaining()
-        return 0.0 if remaining is None else self.clock() + remaining
+        tenants = (value for key, value in context.invocation_metadata() or () if key == TENANT_KEY)
+        return Caller(
+            0.0 if remaining is None else self.clock() + remaining,
+            tuple(value if isinstance(value, str) else value.decode("latin-1") for value in tenants),
+        )
 
     @asynccontextmanager
     async def call(self, prepared: Prepared, context: Context, with_text: bool = True) -> AsyncIterator[Call]:

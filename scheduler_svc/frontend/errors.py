@@ -102,6 +102,17 @@ def from_finish(delta: TokenDelta) -> ServiceError | None:
                 _retry_info(delta.retry_after or DEFAULT_RETRY_SECONDS),
                 _info("QUEUE_FULL"),
             )
+        case FinishReason.QUOTA:
+            violation = error_details_pb2.QuotaFailure.Violation(
+                subject=f"tenant:{delta.tenant}", description=_cut(delta.detail)
+            )
+            return ServiceError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                delta.detail or "the quota is used up",
+                error_details_pb2.QuotaFailure(violations=[violation]),
+                _retry_info(delta.retry_after or DEFAULT_RETRY_SECONDS),
+                _info("QUOTA_EXCEEDED"),
+            )
         case FinishReason.DRAINING:
             return ServiceError(
                 grpc.StatusCode.UNAVAILABLE, delta.detail or "the service takes no new requests", _info("DRAINING")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_ID_BYTES: Final = 256
+MAX_TENANT_BYTES: Final = 64
 MAX_SALT_BYTES: Final = 256
 MAX_STOPS: Final = 16
 MAX_STOP_IDS: Final = 64

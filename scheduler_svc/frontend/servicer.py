@@ -44,7 +44,7 @@ class InferenceService:
         )
 
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        prepared = await self.core.preparer.prepare(request, self.core.deadline(context))
+        prepared = await self.core.preparer.prepare(request, self.core.caller(context))
         async with self.core.call(prepared, context) as call:
             async for output in self.core.outputs(call, context):
                 match output:

@@ -30,6 +30,7 @@ from scheduler_svc.frontend.limits import (
     MAX_STOP_IDS,
     MAX_STOPS,
     MAX_STRING,
+    MAX_TENANT_BYTES,
     RANGES,
 )
 from scheduler_svc.frontend.model import Defaults, ModelCard, ServedModel
@@ -49,6 +50,18 @@ class Names:
 
 
 NATIVE: Final = Names()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a call says besides its request."""
+
+    deadline: float = 0.0  # as in Submit
+    tenants: tuple[str, ...] = ()  # every value of the metadata's `tenant`
+
+    @property
+    def tenant(self) -> str:
+        return self.tenants[0] if self.tenants else ""
 
 
 @dataclass(frozen=True)
@@ -103,18 +116,19 @@ class Preparer:
     async def prepare(
         self,
         request: pb.GenerateRequest,
-        deadline: float,
+        caller: Caller,
         names: Names = NATIVE,
         defaults: Defaults | None = None,
         found: Sequence[Violation] = (),
     ) -> Prepared:
-        """`deadline` as in Submit. `defaults` replaces the model's own. `found` is what the caller saw before.
+        """`defaults` replaces the model's own. `found` is what the caller saw before.
 
         Raises ServiceError INVALID_ARGUMENT with all violations, `found` included.
         """
         card, tokenizer = self.model.card, self.model.tokenizer
         violations = Violations(found)
         params = request.sampling
+        _check_caller(caller, violations)
         _check_identity(request, violations)
         _check_not_served(request, violations)
         _check_sampling(params, card, names.sampling, violations)
@@ -130,10 +144,10 @@ class Preparer:
             raise invalid([Violation(f"{names.sampling}.min_tokens", problem)])
         seed = params.seed if params.HasField("seed") else self.random_seed()
         sampling = _sampling(params, defaults, card, max_tokens, bad_words)
-        return self._prepared(request, token_ids, sampling, seed, deadline)
+        return self._prepared(request, token_ids, sampling, seed, caller)
 
     def _prepared(
-        self, request: pb.GenerateRequest, token_ids: list[int], sampling: Sampling, seed: int, deadline: float
+        self, request: pb.GenerateRequest, token_ids: list[int], sampling: Sampling, seed: int, caller: Caller
     ) -> Prepared:
         params = request.sampling
         request_id = request.request_id or uuid.uuid4().hex
@@ -147,7 +161,8 @@ class Preparer:
                 index=index,
                 num_siblings=n,
                 priority=request.priority,
-                deadline=deadline,
+                tenant=caller.tenant,
+                deadline=caller.deadline,
                 cache_salt=request.cache_salt,
                 frontend=self.frontend,
                 skip_cache=sampling.prompt_logprobs >= 0,
@@ -241,6 +256,16 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int, viol
     if token_ids and max(token_ids) >= vocab_size:
         i = next(i for i, token_id in enumerate(token_ids) if token_id >= vocab_size)
         violations.add(f"{field}[{i}]", f"is {token_ids[i]}; the vocabulary has {vocab_size} tokens, from 0")
+
+
+def _check_caller(caller: Caller, violations: Violations) -> None:
+    field, tenant = "metadata tenant", caller.tenant
+    if len(caller.tenants) > 1:
+        violations.add(field, f"has {len(caller.tenants)} values; a call is of one tenant")
+    elif len(tenant) > MAX_TENANT_BYTES:
+        violations.add(field, f"has {len(tenant)} characters; at most {MAX_TENANT_BYTES}")
+    elif not (tenant.isascii() and tenant.isprintable()):
+        violations.add(field, "must be printable ASCII")
 
 
 def _check_identity(request: pb.GenerateRequest, violations: Violations) -> None:

@@ -61,7 +61,7 @@ class VllmEngine:
         self._last_receive = self.now()
         translated, found = translate(request)
         # A router fills in the model's defaults itself (`default_sampling_params_json`): unset is vLLM's default here.
-        prepared = await self.core.preparer.prepare(translated, self.core.deadline(context), NAMES, Defaults(), found)
+        prepared = await self.core.preparer.prepare(translated, self.core.caller(context), NAMES, Defaults(), found)
         outputs = [IndexOutput(i, prepared.submits[0].token_ids) for i in range(len(prepared.submits))]
         async with self.core.call(prepared, context, with_text=False) as call:
             try:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from protos.wire import FinishReason, Outputs, Submit, TokenDelta
-from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.door import UNKNOWN_RETRY
+from scheduler_svc.engine.fairness import Ledger
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence
 from tests.engine.world import World, request
@@ -150,9 +151,100 @@ def test_what_no_queue_can_hold_is_invalid(submit: Submit, limit: str) -> None:
     assert limit in delta.detail
 
 
+def crowd(w: World) -> list[str]:
+    """Those that were crowded out so far, in order."""
+    ended = [(s.end, name) for (name, _), s in w.streams.items() if s.reason is FinishReason.REJECTED]
+    for end, _ in ended:
+        assert end is not None
+        assert end.retry_after > 0
+        assert "made room for another" in end.detail
+    return [name for _, name in ended]
+
+
+def test_a_tenant_does_not_fill_the_queue_for_others() -> None:
+    """The newest of the tenant with the most make room, until both have as many."""
+    w = world(max_waiting=6)
+    for i in range(6):
+        w.submit(request(f"a{i}", [i + 1] * 8, seed=i, tenant="a"))
+    assert refuse(w, request("a6", tenant="a")).finish_reason is FinishReason.REJECTED
+    for i in range(3):
+        w.submit(request(f"b{i}", [i + 11] * 8, seed=i, tenant="b"))
+    assert crowd(w) == ["a3", "a4", "a5"]
+    assert refuse(w, request("b3", tenant="b")).finish_reason is FinishReason.REJECTED
+    assert w.scheduler.stats().rejected == 5
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_siblings_are_made_room_for_together() -> None:
+    w = world(max_waiting=6)
+    for i in range(6):
+        w.submit(request(f"a{i}", [i + 1] * 8, seed=i, tenant="a"))
+    assert refuse(w, request("four", num_siblings=4, tenant="b")).finish_reason is FinishReason.REJECTED
+    assert crowd(w) == [], "they would have more than the other"
+    for index in range(3):
+        w.submit(request("three", seed=index, index=index, num_siblings=3, tenant="b"))
+    assert crowd(w) == ["a3", "a4", "a5"]
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_tokens_are_made_room_for() -> None:
+    w = world(max_waiting_tokens=40)
+    for i in range(4):
+        w.submit(request(f"a{i}", [i + 1] * 10, seed=i, tenant="a"))
+    w.submit(request("b", [9] * 15, tenant="b"))
+    assert crowd(w) == ["a2", "a3"]
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_a_place_in_the_queue_is_weighed() -> None:
+    w = world(max_waiting=6, tenants=(Tenant("a", 2.0),))
+    for i in range(6):
+        w.submit(request(f"a{i}", [i + 1] * 8, seed=i, tenant="a"))
+    for i in range(2):
+        w.submit(request(f"b{i}", [i + 11] * 8, seed=i, tenant="b"))
+    assert crowd(w) == ["a4", "a5"]
+    assert refuse(w, request("b2", tenant="b")).finish_reason is FinishReason.REJECTED
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_nobody_is_crowded_out_by_a_worse_priority_nor_in_vain() -> None:
+    w = world(max_waiting=3, tenants=(Tenant("b", 1.0, 1.0, 5.0),))
+    for i in range(3):
+        w.submit(request(f"a{i}", [i + 1] * 8, seed=i, tenant="a"))
+    assert refuse(w, request("low", 4, priority=1, tenant="c")).finish_reason is FinishReason.REJECTED
+    assert refuse(w, request("poor", 6, tenant="b")).finish_reason is FinishReason.INVALID
+    assert crowd(w) == []
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
+def test_who_has_begun_is_not_crowded_out() -> None:
+    w = world(max_waiting=2, max_num_seqs=2)
+    w.ready()
+    for i in range(2):
+        w.submit(request(f"a{i}", [i + 1] * 8, 12, seed=i, tenant="a"))
+    w.land(3)
+    w.crash()
+    assert w.scheduler.stats().waiting == 2
+    assert refuse(w, request("b", tenant="b")).finish_reason is FinishReason.REJECTED
+    w.ready()
+    w.run()
+    w.check_ends()
+
+
 def test_an_agenda_keeps_order_and_forgets_what_left() -> None:
-    agenda: Agenda[tuple[int, int]] = Agenda()
-    made = {i: Sequence(request(f"r{i}"), i, 0) for i in range(1000)}
+    agenda: Agenda[tuple[int, int], Sequence] = Agenda()
+    account = Ledger(EngineConfig()).account("")
+    made = {i: Sequence(request(f"r{i}"), i, 0, account) for i in range(1000)}
     for i, sequence in made.items():
         agenda.add((i % 3, i), sequence)
     for i in range(1000):

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from msgspec.structs import replace
 
 from protos.wire import Epoch, FinishReason, FrontendLost, Sampling, StepResult, Submit
-from scheduler_svc.engine.config import EngineConfig
+from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.events import Drain, FlushCache, WorkerLost, WorkerReady
 from tests.engine.world import World
 
@@ -58,11 +58,13 @@ class Engine(RuleBasedStateMachine):
                 max_waiting=data.draw(st.sampled_from([6, 50]), "max_waiting"),
                 max_waiting_tokens=data.draw(st.sampled_from([100, 5000]), "max_waiting_tokens"),
                 prefix_caching=data.draw(st.sampled_from([True, True, True, False]), "prefix_caching"),
+                tenants=data.draw(st.sampled_from([(), (Tenant("a", 3.0, 20.0, 60.0), Tenant("b", 0.5))]), "tenants"),
             ),
             num_blocks=data.draw(st.sampled_from([6, 10, 16, 40]), "num_blocks"),
             align=data.draw(st.sampled_from([1, 4, 8]), "align"),
             max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
             quality=data.draw(st.sampled_from([0.0, 0.6, 1.0]), "draft quality"),
+            seconds=data.draw(st.sampled_from([None, lambda positions: 0.05 + 0.01 * positions]), "seconds"),
         )
         if data.draw(st.booleans(), "ready at once"):
             self.world.ready()
@@ -80,6 +82,7 @@ class Engine(RuleBasedStateMachine):
         adapter=st.sampled_from(["", "", "", "a"]),
         frontend=st.sampled_from(["f", "f", "f", "g"]),
         skip_cache=st.sampled_from([False, False, False, True]),
+        tenant=st.sampled_from(["", "", "a", "b", "c"]),
     )
     def submit(
         self,
@@ -95,6 +98,7 @@ class Engine(RuleBasedStateMachine):
         adapter: str,
         frontend: str,
         skip_cache: bool,
+        tenant: str,
     ) -> None:
         prompt = (PREFIXES[family][:shared] + tail) or [1]
         self.requests += 1
@@ -108,7 +112,7 @@ class Engine(RuleBasedStateMachine):
                     index,
                     n,
                     priority,
-                    "",
+                    tenant,
                     self.world.now + lifetime if lifetime else 0.0,
                     salt,
                     adapter,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from protos.wire import (
     Abort,
@@ -16,6 +19,7 @@ from protos.wire import (
     StepPlan,
     StepResult,
     Submit,
+    Timings,
     TokenDelta,
     TokenLogprobs,
 )
@@ -26,7 +30,6 @@ from scheduler_svc.engine.scheduler import Scheduler
 from tests.fakes import FakeWorker, expected
 
 VOCAB_SIZE = 32
-REFUSALS = (FinishReason.REJECTED, FinishReason.DRAINING, FinishReason.DUPLICATE)
 
 
 def request(
@@ -79,9 +82,12 @@ class World:
         align: int = 1,
         max_model_len: int = 0,
         quality: float = 0.6,
+        seconds: Callable[[int], float] | None = None,
     ) -> None:
         self.config = config
         self.num_blocks, self.align, self.max_model_len, self.quality = num_blocks, align, max_model_len, quality
+        self.seconds = seconds  # that a step of so many positions takes; None: no time passes, and none is reported
+        self.quotas = {tenant.name: tenant for tenant in config.tenants}
         self.scheduler = Scheduler(config)
         self.worker: FakeWorker | None = None
         self.results: deque[StepResult] = deque()  # computed, not yet delivered
@@ -149,7 +155,10 @@ class World:
             if not self.results:
                 return
             self.in_flight.popleft()
-            self.send(self.results.popleft())
+            result = self.results.popleft()
+            if result.timings.forward:
+                self.tick(result.timings.forward)
+            self.send(result)
 
     def spoil(self, change: str) -> None:
         """Delivers the next result with something wrong in it; the engine must not believe it."""
@@ -240,7 +249,11 @@ class World:
             case FinishReason.LENGTH | FinishReason.STOP | FinishReason.ABORTED:
                 assert stream.asked_to_end or stream.token_ids == tokens
             case FinishReason.DEADLINE:
-                assert 0 < submit.deadline <= self.now
+                late = end.detail.startswith(("the deadline in", "given up in the queue"))
+                assert 0 < submit.deadline <= self.now or (late and self.seconds)
+                assert not (late and stream.token_ids), "what ran is not given up"
+            case FinishReason.INVALID if "over the burst" in end.detail:
+                assert submit.num_siblings * len(submit.token_ids) > self.quotas[submit.tenant].burst
             case FinishReason.INVALID:
                 if any(name in end.detail for name in ("max_waiting ", "max_waiting_tokens ")):
                     count, config = submit.num_siblings, self.config
@@ -248,6 +261,11 @@ class World:
                     return
                 assert submit.prompt_len >= self.limit
                 assert str(self.limit) in end.detail or str(self.num_blocks - 1) in end.detail
+            case FinishReason.QUOTA:
+                quota = self.quotas[submit.tenant]
+                assert end.retry_after > 0
+                assert end.tenant == submit.tenant
+                assert f"{quota.tokens_per_second:g} tokens a second" in end.detail
             case FinishReason.REJECTED:
                 assert end.retry_after > 0
             case FinishReason.ERROR:
@@ -302,7 +320,10 @@ class World:
             named[row.slot] = Named(owner, writes, frozenset(table[:hits]), frozenset(table))
         self._check_owners(named)
         self.in_flight.append(named)
-        self.results.append(self.worker.run(plan))
+        result = self.worker.run(plan)
+        if self.seconds:
+            result = replace(result, timings=Timings(forward=self.seconds(drafts)))
+        self.results.append(result)
 
     def _check_owners(self, newest: dict[int, Named]) -> None:
         """No slot and no block belongs to two owners across the plans in flight, except published read-only blocks."""

@@ -94,6 +94,7 @@ class ScriptedEngine:
                 finish_reason=self.finish_with.finish_reason,
                 retry_after=self.finish_with.retry_after,
                 detail=self.finish_with.detail,
+                tenant=submit.tenant,
             )
             asyncio.get_running_loop().call_soon(self.link.deliver, Outputs([refusal]))
             return

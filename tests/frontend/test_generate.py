@@ -120,6 +120,28 @@ async def test_the_seed_is_fixed_before_submit(service: Service) -> None:
     assert int(metadata["request-id"], 16), "the server makes an id"
 
 
+async def test_the_tenant_comes_from_the_metadata(service: Service) -> None:
+    async for _ in service.inference.Generate(ask(n=2), metadata=(("tenant", "search"),)):
+        pass
+    await run(service, ask())
+    assert [submit.tenant for submit in service.engine.submits] == ["search", "search", ""]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "words"),
+    [
+        (["x" * 65], "metadata tenant: has 65 characters; at most 64"),
+        (["a", "b"], "metadata tenant: has 2 values; a call is of one tenant"),
+    ],
+)
+async def test_a_tenant_that_is_none_is_refused(service: Service, tenants: list[str], words: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in service.inference.Generate(ask(), metadata=[("tenant", tenant) for tenant in tenants]):
+            pass
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, words)
+    assert not service.engine.submits
+
+
 async def test_n_children_share_the_prompt_and_differ_in_seed(service: Service) -> None:
     got = await run(service, ask("hello", n=3, seed=9))
     submits = service.engine.submits
@@ -277,6 +299,7 @@ async def test_a_long_backlog_is_split_below_the_clients_limit(
         (FinishReason.ABORTED, grpc.StatusCode.CANCELLED),
         (FinishReason.DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
         (FinishReason.REJECTED, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (FinishReason.QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (FinishReason.DRAINING, grpc.StatusCode.UNAVAILABLE),
         (FinishReason.ERROR, grpc.StatusCode.INTERNAL),
         (FinishReason.INVALID, grpc.StatusCode.INVALID_ARGUMENT),
@@ -295,6 +318,23 @@ async def test_finish_reasons_become_statuses(service: Service, reason: FinishRe
         assert isinstance(detail(error, error_details_pb2.BadRequest), error_details_pb2.BadRequest)
     if reason is FinishReason.DUPLICATE:
         assert not service.engine.aborts, "an abort would end the other request of this id"
+
+
+async def test_a_quota_names_its_tenant_and_when_to_come_back(service: Service) -> None:
+    refusal = TokenDelta("", 0, [], finish_reason=FinishReason.QUOTA, retry_after=2.25, detail="used up")
+    service.engine.finish_with = refusal
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in service.inference.Generate(ask(), metadata=(("tenant", "search"),)):
+            pass
+    quota = detail(caught.value, error_details_pb2.QuotaFailure)
+    retry = detail(caught.value, error_details_pb2.RetryInfo)
+    info = detail(caught.value, error_details_pb2.ErrorInfo)
+    assert isinstance(quota, error_details_pb2.QuotaFailure)
+    assert isinstance(retry, error_details_pb2.RetryInfo)
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    assert [(v.subject, v.description) for v in quota.violations] == [("tenant:search", "used up")]
+    assert retry.retry_delay.ToMilliseconds() == 2250
+    assert info.reason == "QUOTA_EXCEEDED"
 
 
 async def test_an_id_in_use_is_refused_and_the_first_goes_on(service: Service) -> None:
@@ -374,7 +414,7 @@ async def test_a_deadline_reaches_the_engine_and_ends_the_call(service: Service)
     call = service.inference.Generate(ask(), timeout=0.3)
     await service.engine.submit_seen.wait()
     remaining = service.engine.submits[0].deadline - time.monotonic()
-    assert 0 < remaining <= 0.3
+    assert 0 < remaining <= 0.31  # gRPC rounds a timeout up
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scheduler_svc import config
+from scheduler_svc.engine.config import Tenant
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,52 @@ def test_a_model_is_served_by_its_name(path: str, name: str, tmp_path: Path) -> 
     else:
         (tmp_path / path).touch()
     assert config.parse([f"{tmp_path}/{path}"]).served_name == name
+
+
+def test_tenants_come_from_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    text = "output_cost = 3\n[default]\nweight = 0.5\n[tenant.'a b']\n"
+    file.write_text(text + "[tenant.search]\nweight = 3\ntokens_per_second = 5\nburst = 9\nbest_priority = 0\n")
+    engine = config.parse(["fake:", "--tenants", str(file)]).loop.engine
+    assert engine.tenants == (Tenant("a b", 1.0), Tenant("search", 3.0, 5.0, 9.0, 0.0))
+    assert engine.default_tenant == Tenant("", 0.5)
+    assert (engine.prompt_cost, engine.output_cost) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[tenant.a]\nweight = 0", "weight of tenant 'a' is 0: must be in 0.001..1000"),
+        (
+            "[tenant.a]\nwieght = 1",
+            "[tenant.a] has 'wieght': known are weight, tokens_per_second, burst, best_priority",
+        ),
+        ("[tenant.a]\nburst = 1", "tenant 'a' has tokens_per_second 0 and burst 1: a quota is both"),
+        ("[default]\ntokens_per_second = 1", "tenant '' has tokens_per_second 1 and burst 0: a quota is both"),
+        ("[tenant.a]\nburst = -1", "burst of tenant 'a' is -1: must be in 0..1e12"),
+        ("[tenants.a]\nweight = 1", "the file has 'tenants': known are prompt_cost, output_cost, default, tenant"),
+        ("[default]\nweight = '1'", "default.weight is '1': must be a number"),
+        ("[default]\nweight = true", "default.weight is True: must be a number"),
+        ("tenant = 3", "tenant is 3: must be a table"),
+        ("prompt_cost = 0", "prompt_cost is 0: must be over 0 and at most 1000"),
+        ("weight", "Expected '=' after a key"),
+    ],
+)
+def test_a_tenants_file_that_says_nonsense_is_refused(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        config.parse(["fake:", "--tenants", str(file)])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_tenants_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.parse(["fake:", "--tenants", str(tmp_path / "none.toml")])
+    assert "none.toml" in capsys.readouterr().err
 
 
 def test_boot_ids_differ() -> None:

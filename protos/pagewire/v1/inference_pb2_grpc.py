@@ -68,6 +68,9 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+        The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+        weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+        DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,11 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`."""
+    """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+    The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+    weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+    DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
@@ -47,7 +51,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`."""
+    """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+    The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+    weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+    DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -63,7 +71,11 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`."""
+        """Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+        The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+        weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+        DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
