@@ -696,7 +696,8 @@ type GenerateRequest struct {
 	//	*GenerateRequest_Chat
 	Prompt   isGenerateRequest_Prompt `protobuf_oneof:"prompt"`
 	Sampling *SamplingParams          `protobuf:"bytes,5,opt,name=sampling,proto3" json:"sampling,omitempty"`
-	// Smaller goes first. In [-100, 100]. Default 0.
+	// Smaller goes first, whatever else waits, of any tenant: who may use it is the operator's choice. In [-100, 100].
+	// Default 0.
 	Priority *int32 `protobuf:"varint,6,opt,name=priority,proto3,oneof" json:"priority,omitempty"`
 	// Requests share cached prefixes only with those of the same salt. At most 256 bytes.
 	CacheSalt string `protobuf:"bytes,7,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`

@@ -33,6 +33,9 @@ const (
 // Text generation. Errors are gRPC statuses with google.rpc details, never fields of a response.
 type InferenceServiceClient interface {
 	// Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+	// The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+	// weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+	// DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
 	Detokenize(ctx context.Context, in *DetokenizeRequest, opts ...grpc.CallOption) (*DetokenizeResponse, error)
@@ -115,6 +118,9 @@ func (c *inferenceServiceClient) CancelGeneration(ctx context.Context, in *Cance
 // Text generation. Errors are gRPC statuses with google.rpc details, never fields of a response.
 type InferenceServiceServer interface {
 	// Streams what the model writes. The initial metadata carries `request-id`, `seed`, `fingerprint` and `exact`.
+	// The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
+	// weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
+	// DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)
 	Detokenize(context.Context, *DetokenizeRequest) (*DetokenizeResponse, error)
