@@ -21,7 +21,7 @@ import (
 )
 
 // A part that has not ended after this long has failed.
-const partLimit = 60 * time.Second
+const partLimit = 5 * time.Minute
 
 // What a part returns that did not run.
 var errSkipped = errors.New("skipped")

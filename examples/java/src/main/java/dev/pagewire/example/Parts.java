@@ -30,10 +30,10 @@ import java.util.function.Supplier;
  */
 final class Parts {
   /** A part that has not ended after so many seconds has failed. */
-  private static final int LIMIT_SECONDS = 60;
+  private static final int LIMIT_SECONDS = 300;
 
   /** Output that takes far longer than anything here waits for. */
-  private static final int ENDLESS = 4000;
+  private static final int ENDLESS = 1000;
 
   private static final Metadata.Key<String> REQUEST_ID =
       Metadata.Key.of("request-id", Metadata.ASCII_STRING_MARSHALLER);
