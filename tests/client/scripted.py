@@ -31,6 +31,8 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         self.requests: list[pb.GenerateRequest] = []
         self.time_left: list[float | None] = []  # of each of them when it came
         self.cancelled = threading.Event()
+        self.heard = threading.Event()  # while it is not set, what follows the metadata waits
+        self.heard.set()
         self.failing = 0  # so many calls of the others are UNAVAILABLE
         self.vocabulary: dict[str, int] = {}
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
@@ -64,6 +66,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         if words == ["forever"]:
             context.add_callback(self.cancelled.set)  # before the first word: a client may leave with it
         context.send_initial_metadata((("request-id", request_id), ("seed", str(seed))))
+        assert self.heard.wait(PATIENCE), "nobody read the metadata"
         self._behind_the_metadata(words, context)
         for word in words:
             yield pb.GenerateResponse(delta=pb.GenerateDelta(text=f"{word} ", token_ids=[self._id(word)]))
