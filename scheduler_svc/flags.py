@@ -1,0 +1,195 @@
+"""The flags of `pagewire serve`, by vLLM's names where it has one, and what each may be."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pagewire serve: {message}\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="pagewire serve", description="Serves a model over gRPC, each worker a child process.")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .gguf file, or a directory with safetensors, config.json and tokenizer.json"
+    )
+    for title, add_flags in _GROUPS:
+        add_flags(parser.add_argument_group(title).add_argument)
+    unbuilt = parser.add_argument_group("known, and refused until they are built")
+    for flag, kind, default in UNBUILT:
+        unbuilt.add_argument(flag, type=kind, default=default, metavar="X")
+    return parser
+
+
+Add = Callable[..., object]  # of a group
+
+
+def _service_flags(add: Add) -> None:
+    add("--host", default="127.0.0.1")
+    add("--port", type=_whole(0, 65535), default=50051, help="0 takes a free one; the ready line names it")
+    add("--served-model-name", default="", help="default: the file's or directory's name")
+    add(
+        "--drain-timeout",
+        type=_number,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a drain waits for running calls",
+    )
+    add(
+        "--stream-interval",
+        type=_number,
+        default=25.0,
+        metavar="MS",
+        help="milliseconds between two messages of a stream, but for its first and its end; 0: a message a step",
+    )
+
+
+def _model_flags(add: Add) -> None:
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16; float32 is the torch backend's, the reference",
+    )
+    add(
+        "--quantization",
+        choices=("", "int8", "int4"),
+        metavar="{int8,int4}",
+        default="",
+        help="weights in integers, made on load: int8 by channel; int4 by groups of 32 (a 4-bit GGUF keeps its own)",
+    )
+    add("--kv-cache-dtype", choices=("auto", "bf16", "int8"), default="auto", help="auto: as the backend computes")
+    add(
+        "--max-model-len",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="tokens of prompt and output; 0: the model's own",
+    )
+
+
+def _batching_flags(add: Add) -> None:
+    add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once")
+    add(
+        "--max-step-tokens",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help=f"positions computed in one step; 0: {STEP_TOKENS}, or --max-num-seqs where that is more",
+    )
+    add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
+    add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
+    add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
+    add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
+    add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+
+
+def _tenant_flags(add: Add) -> None:
+    add("--tenants", type=Path, metavar="FILE", help="weights and quotas of tenants (TOML)")
+
+
+def _worker_flags(add: Add) -> None:
+    add("--workers", type=_whole(0), default=1, metavar="N", help="0: workers come by themselves, see --listen")
+    add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")
+    add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--backend",
+        choices=("auto", "cpu", "torch", "fake"),
+        default="auto",
+        help="auto: cpu (our own kernels) for the families that are ours, torch for float32 and for all others",
+    )
+    add(
+        "--cpu-isa",
+        choices=("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic"),
+        default="auto",
+        help="instructions of the cpu backend; auto: the best that this host has",
+    )
+    add(
+        "--step-deadline",
+        type=_duration,
+        default=60.0,
+        metavar="SECONDS",
+        help="a worker is replaced if a step takes longer",
+    )
+    add(
+        "--load-deadline",
+        type=_duration,
+        default=600.0,
+        metavar="SECONDS",
+        help="… or if its start says nothing for so long",
+    )
+
+
+def _operator_flags(add: Add) -> None:
+    add("--record", type=Path, metavar="FILE", help="log every engine event, for `pagewire replay FILE`")
+
+
+_GROUPS: list[tuple[str, Callable[[Add], None]]] = [
+    ("service", _service_flags),
+    ("model", _model_flags),
+    ("batching and memory", _batching_flags),
+    ("tenants", _tenant_flags),
+    ("workers", _worker_flags),
+    ("for operators", _operator_flags),
+]
+
+UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
+    ("--tensor-parallel", int, 1),
+    ("--frontends", int, 1),
+    ("--metrics-port", int, 0),
+    ("--openai-port", int, 0),
+    ("--speculation", str, ""),
+]
+
+
+def _whole(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least}..{most if most < sys.maxsize else ''}")
+        return value
+
+    convert.__name__ = "whole number"  # argparse calls the type so
+    return convert
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1e9")
+    return value
+
+
+def _duration(text: str) -> float:
+    """Of a deadline: one of 0 would end whatever it watches at once."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not over 0 and under 1e9")
+    return value
+
+
+def _endpoint(text: str) -> str:
+    """Workers are believed, so nobody from outside this host may be one until the links are encrypted."""
+    if text.startswith("ipc://"):
+        return text
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    if not text.startswith("tcp://") or not host or not (port.isdecimal() or port == "*"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither ipc://PATH nor tcp://HOST:PORT")
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise argparse.ArgumentTypeError(f"{text!r}: only loopback addresses until links between hosts are encrypted")
+    return text
