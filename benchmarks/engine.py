@@ -18,7 +18,8 @@ from pathlib import Path
 from time import thread_time
 
 from protos import codec
-from protos.wire import Epoch, Outputs, RowResult, Sampling, StepPlan, StepResult, Submit
+from protos.engine_wire import Outputs, Submit
+from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler

@@ -17,7 +17,7 @@ from scheduler_svc.loop import EngineLoop
 from scheduler_svc.record import LogError, replay
 
 if TYPE_CHECKING:
-    from protos.wire import ServiceStatus
+    from protos.engine_wire import ServiceStatus
     from scheduler_svc.config import ServiceConfig
     from scheduler_svc.frontend.model import ServedModel
     from scheduler_svc.frontend.server import Frontend, FrontendConfig

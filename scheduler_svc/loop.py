@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
-from protos.wire import (
+from protos.engine_wire import (
     Abort,
     Answer,
     Ask,
@@ -23,11 +23,11 @@ from protos.wire import (
     Outputs,
     Question,
     ServiceStatus,
-    StepPlan,
     Submit,
     ToEngine,
     ToFrontend,
 )
+from protos.wire import StepPlan
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from protos.engine_wire import WorkerStatus
 from protos.wire import (
     PROTOCOL,
     AdapterReady,
@@ -22,7 +23,6 @@ from protos.wire import (
     Status,
     StepPlan,
     StepResult,
-    WorkerStatus,
 )
 from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
 from scheduler_svc.spawn import WorkerProcess

@@ -9,18 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from protos.wire import (
-    Admit,
-    Epoch,
-    FinishReason,
-    Row,
-    RowResult,
-    Sampling,
-    StepPlan,
-    StepResult,
-    Submit,
-    TokenLogprobs,
-)
+from protos.engine_wire import FinishReason, Submit
+from protos.wire import Admit, Epoch, Row, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 
 _MASK = (1 << 64) - 1
 

@@ -48,7 +48,7 @@ def loaded(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
     ("modules", "ours", "never"),
     [
-        (["protos.wire", "protos.codec"], {"protos"}, IO),
+        (["protos.wire", "protos.engine_wire", "protos.codec"], {"protos"}, IO),
         (
             ["scheduler_svc.engine.*"],
             {"protos", "scheduler_svc"},
@@ -96,7 +96,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 
 def test_wire_and_engine_need_nothing_but_msgspec() -> None:
     """typing_extensions comes with msgspec."""
-    found = loaded("protos.wire", "protos.codec", "scheduler_svc.engine.*")
+    found = loaded("protos.wire", "protos.engine_wire", "protos.codec", "scheduler_svc.engine.*")
     assert found - sys.stdlib_module_names == {"msgspec", "protos", "scheduler_svc", "typing_extensions"}
 
 

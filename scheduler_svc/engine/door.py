@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from protos.wire import FinishReason, Submit
+from protos.engine_wire import FinishReason, Submit
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.roster import Roster

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from protos.wire import Abort, Epoch, FrontendLost, Outputs, StepPlan, StepResult, Submit
+from protos.engine_wire import Abort, FrontendLost, Outputs, Submit
+from protos.wire import Epoch, StepPlan, StepResult
 
 
 class Happening(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):

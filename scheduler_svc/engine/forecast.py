@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protos.wire import Sampling, Submit
+from protos.engine_wire import Submit
+from protos.wire import Sampling
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.fairness import Work
 from scheduler_svc.engine.roster import Roster

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from protos.wire import FinishReason, Outputs, Row, RowResult, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
+from protos.wire import Row, RowResult
 from scheduler_svc.engine.sequence import Sequence
 
 

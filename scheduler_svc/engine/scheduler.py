@@ -9,16 +9,8 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from protos.wire import (
-    Abort,
-    EngineStats,
-    FinishReason,
-    FrontendLost,
-    Row,
-    RowResult,
-    StepResult,
-    Submit,
-)
+from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Submit
+from protos.wire import Row, RowResult, StepResult
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.door import Doorkeeper

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from protos.wire import Submit, TokenLogprobs
+from protos.engine_wire import Submit
+from protos.wire import TokenLogprobs
 
 if TYPE_CHECKING:
     from scheduler_svc.engine.fairness import Account

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from protos.wire import Outputs, ToFrontend
+from protos.engine_wire import Outputs, ToFrontend
 from scheduler_svc.frontend.engine_link import EngineLink
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from protos.wire import (
+from protos.engine_wire import (
     Abort,
     Answer,
     Ask,

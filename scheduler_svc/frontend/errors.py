@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from protos.wire import FinishReason, TokenDelta
+from protos.engine_wire import FinishReason, TokenDelta
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Anything, Anything]"
 

@@ -9,7 +9,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from protos.wire import ServiceStatus
+from protos.engine_wire import ServiceStatus
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.errors import Context, not_found
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from protos.wire import Question
+from protos.engine_wire import Question
 from scheduler_svc.frontend import health, reflection, servicer, vllm_compat
 from scheduler_svc.frontend.core import Core, FrontendConfig
 from scheduler_svc.frontend.engine_link import EngineLink

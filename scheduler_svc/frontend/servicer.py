@@ -8,7 +8,8 @@ import grpc
 from pagewire.v1 import admin_pb2, inference_pb2
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.wire import FinishReason, Question, TokenLogprobs, WorkerStatus
+from protos.engine_wire import FinishReason, Question, WorkerStatus
+from protos.wire import TokenLogprobs
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found

@@ -15,7 +15,8 @@ from typing import Final, TypeVar
 
 import grpc
 
-from protos.wire import FinishReason, TokenDelta, TokenLogprobs
+from protos.engine_wire import FinishReason, TokenDelta
+from protos.wire import TokenLogprobs
 from scheduler_svc.frontend.detokenizer import Detokenizer
 from scheduler_svc.frontend.engine_link import EngineLink, Route
 from scheduler_svc.frontend.errors import ServiceError, from_finish, internal

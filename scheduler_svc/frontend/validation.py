@@ -15,7 +15,8 @@ from typing import Final
 import msgspec
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.wire import Sampling, Submit
+from protos.engine_wire import Submit
+from protos.wire import Sampling
 from scheduler_svc.frontend.chat_template import TemplateRefusedError
 from scheduler_svc.frontend.errors import Violation, invalid
 from scheduler_svc.frontend.limits import (

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from smg_grpc_proto.generated import common_pb2  # type: ignore[import-untyped]
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
-from protos.wire import FinishReason, Question
+from protos.engine_wire import FinishReason, Question
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, ServiceError, unimplemented

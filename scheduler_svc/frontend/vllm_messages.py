@@ -7,7 +7,8 @@ from typing import Final
 from pagewire.v1 import inference_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[import-untyped]
 
-from protos.wire import FinishReason, TokenLogprobs
+from protos.engine_wire import FinishReason
+from protos.wire import TokenLogprobs
 from scheduler_svc.frontend.errors import Violation
 from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.validation import Violations

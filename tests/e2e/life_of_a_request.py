@@ -26,7 +26,8 @@ from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc
 
 from protos.codec import decode_from_worker, decode_to_worker
-from protos.wire import Hello, Outputs, Ready, Setup, StepPlan, StepResult, Submit, Wire
+from protos.engine_wire import Outputs, Submit
+from protos.wire import Hello, Ready, Setup, StepPlan, StepResult, Wire
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.record import read_log
 

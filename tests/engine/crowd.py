@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from protos.wire import Epoch, FinishReason, Outputs, RowResult, Sampling, StepPlan, StepResult, Submit, Timings
+from protos.engine_wire import FinishReason, Outputs, Submit
+from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult, Timings
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Tick, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from protos.wire import FinishReason, Outputs, Sampling, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
+from protos.wire import Sampling
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.forecast import OUTLIER, Habit, Pace
 from tests.engine.crowd import Crowd, Party

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.wire import FinishReason, Outputs
+from protos.engine_wire import FinishReason, Outputs
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.fairness import Ledger
 from scheduler_svc.engine.sequence import State

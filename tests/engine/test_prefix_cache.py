@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protos.wire import FinishReason
+from protos.engine_wire import FinishReason
 from scheduler_svc.engine import planner
 from scheduler_svc.engine.block_pool import BlockPool
 from scheduler_svc.engine.config import EngineConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protos.wire import FinishReason, Outputs, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from tests.engine.world import World, request
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from protos.wire import FinishReason, StepPlan
+from protos.engine_wire import FinishReason
+from protos.wire import StepPlan
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Event, Instruction
 from scheduler_svc.engine.scheduler import Scheduler

@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 
-from protos.wire import (
-    Admit,
-    Epoch,
-    FinishReason,
-    FrontendLost,
-    Outputs,
-    Row,
-    RowResult,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from protos.engine_wire import FinishReason, FrontendLost, Outputs
+from protos.wire import Admit, Epoch, Row, RowResult, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Drain, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler

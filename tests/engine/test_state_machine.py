@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from msgspec.structs import replace
 
-from protos.wire import Epoch, FinishReason, FrontendLost, Sampling, StepResult, Submit
+from protos.engine_wire import FinishReason, FrontendLost, Submit
+from protos.wire import Epoch, Sampling, StepResult
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.events import Drain, FlushCache, WorkerLost, WorkerReady
 from tests.engine.world import World

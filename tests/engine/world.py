@@ -9,20 +9,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from protos.wire import (
-    Abort,
-    Epoch,
-    FinishReason,
-    Outputs,
-    RowResult,
-    Sampling,
-    StepPlan,
-    StepResult,
-    Submit,
-    Timings,
-    TokenDelta,
-    TokenLogprobs,
-)
+from protos.engine_wire import Abort, FinishReason, Outputs, Submit, TokenDelta
+from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult, Timings, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.prefix_cache import domain

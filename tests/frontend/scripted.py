@@ -6,25 +6,23 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from protos.wire import (
+from protos.engine_wire import (
     Abort,
     Answer,
     Ask,
     EngineStats,
-    Epoch,
     FinishReason,
     FrontendHello,
     FrontendLost,
     Outputs,
     Question,
-    Ready,
     ServiceStatus,
     Submit,
     ToEngine,
     TokenDelta,
-    TokenLogprobs,
     WorkerStatus,
 )
+from protos.wire import Epoch, Ready, TokenLogprobs
 from scheduler_svc.frontend.engine_link import EngineLink
 
 Script = Callable[[Submit, int], int]  # (request, how many output tokens it has) → the next one

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.wire import Answer, EngineStats, FinishReason, Outputs, Sampling, ServiceStatus, Submit
+from protos.engine_wire import Answer, EngineStats, FinishReason, Outputs, ServiceStatus, Submit
+from protos.wire import Sampling
 from scheduler_svc.frontend.courier import Courier
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.streams import Call, Ending, Gain

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from pagewire.v1 import admin_pb2
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.wire import FinishReason, Outputs, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, TokenDelta
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.server import FrontendConfig
 from scheduler_svc.frontend.validation import child_seed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from protos.wire import FinishReason, Outputs, Question, Sampling, ServiceStatus, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Question, ServiceStatus, Submit, TokenDelta
+from protos.wire import Sampling
 from scheduler_svc.frontend.engine_link import EngineLink
 from tests.frontend.scripted import ScriptedEngine
 

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.wire import EngineStats
+from protos.engine_wire import EngineStats
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.server import Frontend, FrontendConfig, PortInUseError
 from tests.frontend.conftest import Service, byte_model, open_service

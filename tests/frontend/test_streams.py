@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from protos.wire import FinishReason, Outputs, Sampling, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
+from protos.wire import Sampling
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import ServiceError
 from scheduler_svc.frontend.streams import Call, Ending, Gain

@@ -20,7 +20,7 @@ from smg_grpc_proto.generated import (  # type: ignore[import-untyped]
 )
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
-from protos.wire import EngineStats, FinishReason, TokenDelta
+from protos.engine_wire import EngineStats, FinishReason, TokenDelta
 from scheduler_svc.frontend.model import Defaults, ServedModel
 from scheduler_svc.frontend.server import FrontendConfig
 from scheduler_svc.frontend.vllm_compat import Throughput

@@ -11,19 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from protos.wire import (
-    Answer,
-    Ask,
-    Epoch,
-    FinishReason,
-    Outputs,
-    Question,
-    Sampling,
-    ServiceStatus,
-    Setup,
-    Submit,
-    ToFrontend,
-)
+from protos.engine_wire import Answer, Ask, FinishReason, Outputs, Question, ServiceStatus, Submit, ToFrontend
+from protos.wire import Epoch, Sampling, Setup
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.loop import EngineLoop

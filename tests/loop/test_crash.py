@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from protos.wire import Abort, FinishReason, Question, Sampling, Submit
+from protos.engine_wire import Abort, FinishReason, Question, Submit
+from protos.wire import Sampling
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.loop.harness import Observer, assert_undisturbed, loop_config, running, submits
 

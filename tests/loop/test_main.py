@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from protos.wire import Answer, Ask, EngineStats, ServiceStatus, ToEngine
+from protos.engine_wire import Answer, Ask, EngineStats, ServiceStatus, ToEngine
 from scheduler_svc.__main__ import _until_ended
 from scheduler_svc.frontend.core import FrontendConfig
 from scheduler_svc.frontend.engine_link import EngineLink

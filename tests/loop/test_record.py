@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from protos.wire import Submit
+from protos.engine_wire import Submit
 from scheduler_svc.engine.events import WorkerLost
 from scheduler_svc.record import LogError, read_log, replay
 from tests.loop.harness import loop_config, running, submits
