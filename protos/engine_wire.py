@@ -1,0 +1,157 @@
+"""What frontends and the engine say to each other: pure messages by the rules of `protos.wire`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from protos.wire import Ready, Sampling, TokenLogprobs, Wire
+
+
+class FinishReason(IntEnum):
+    """Why a stream ended; all but the first two end the call with an error status."""
+
+    STOP = 1  # an end token, a stop id or a stop string
+    LENGTH = 2
+    ABORTED = 3
+    DEADLINE = 4
+    REJECTED = 5  # the queue is full, see `retry_after`
+    DRAINING = 6
+    ERROR = 7  # the request itself kills workers (R5)
+    INVALID = 8  # cannot be served under these limits, see `detail`
+    DUPLICATE = 9  # its request id is running already
+    QUOTA = 10  # of its tenant is used up, see `retry_after`
+
+
+class FrontendHello(Wire, frozen=True):
+    frontend: str
+
+
+class FrontendLost(Wire, frozen=True):
+    """Ends all requests of a frontend. One in the scheduler's own process cannot be lost without it: none sends it."""
+
+    frontend: str
+
+
+class Submit(Wire, frozen=True):
+    """One sequence. `n` > 1 arrives as n Submits with one request_id and indices 0..n−1."""
+
+    request_id: str
+    token_ids: list[int]  # prompt, then what a resumed stream already had
+    prompt_len: int
+    sampling: Sampling
+    index: int = 0
+    num_siblings: int = 1  # the `n` of its request
+    priority: int = 0  # smaller goes first
+    tenant: str = ""
+    deadline: float = 0.0  # on the clock that Tick brings; 0 is none
+    cache_salt: str = ""
+    adapter: str = ""
+    frontend: str = ""
+    skip_cache: bool = False  # reads nothing from the prefix cache (prompt logprobs imply it)
+
+
+class Abort(Wire, frozen=True):
+    """Ends all indices of a request, or one. `reason` STOP is the frontend's stop string."""
+
+    request_id: str
+    reason: FinishReason = FinishReason.ABORTED
+    index: int = -1  # −1: all
+
+
+class TokenDelta(Wire, frozen=True):
+    """What one sequence gained in one step; with `finish_reason` it is the sequence's last."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int = -1  # the id that ended it: the last of token_ids
+    prompt_logprobs: list[TokenLogprobs] = []
+    cached_tokens: int = 0  # prompt tokens read from the prefix cache at the first admission
+    retry_after: float = 0.0  # seconds, with REJECTED and QUOTA
+    detail: str = ""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    tenant: str = ""  # of a request that was refused
+
+
+class Outputs(Wire, frozen=True):
+    """One message per step and frontend."""
+
+    items: list[TokenDelta]
+    frontend: str = ""
+
+
+class Question(IntEnum):
+    STATS = 1
+    FLUSH_CACHE = 2
+    DRAIN = 3  # answered when the last accepted sequence has ended
+    CANCEL = 4
+
+
+class Ask(Wire, frozen=True):
+    """A question of a frontend; `token` comes back in the Answer."""
+
+    token: int
+    question: Question
+    request_id: str = ""  # with CANCEL
+    frontend: str = ""
+
+
+class EngineStats(Wire, frozen=True):
+    """Counts at one moment. num_blocks (null block aside) = free + cached + owned + fenced."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    owned_blocks: int = 0
+    fenced_blocks: int = 0
+    num_slots: int = 0
+    free_slots: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    recoveries: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    rejected: int = 0
+    draining: bool = False
+
+
+class WorkerStatus(Wire, frozen=True):
+    """One worker process as the loop sees it. `state`: starting, loading, serving or lost."""
+
+    state: str
+    pid: int = 0
+    device: str = ""
+    detail: str = ""
+    progress: float = 0.0
+
+
+class ServiceStatus(Wire, frozen=True):
+    """Pushed to every frontend when it changes, and part of every Answer."""
+
+    serving: bool
+    reason: str  # why not, in one line for a person
+    ready: Ready | None  # of the newest epoch, also while its worker is dead
+    workers: list[WorkerStatus]
+    stats: EngineStats
+    failed: bool = False  # the worker said that it can never serve this: the service stops
+
+
+class Answer(Wire, frozen=True):
+    token: int
+    status: ServiceStatus
+    found: bool = True  # with CANCEL
+    freed_blocks: int = 0  # with FLUSH_CACHE
+    frontend: str = ""
+
+
+ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask
+ToFrontend = Outputs | ServiceStatus | Answer
