@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from client import store
 # No deadline: a loaded machine is slow, and that is no error.
 settings.register_profile("pagewire", deadline=None, print_blob=True)
 settings.load_profile("pagewire")
+
+# A shell that starts its jobs in the background has them ignore SIGINT, and their children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
