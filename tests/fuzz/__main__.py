@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.fuzz import doors
-from tests.worker.scheduler_end import setup
+from tests.fuzz.links import FAKE
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         asyncio.run(doors.throw_at_scheduler(frames, seed, Path(directory)))
     print(f"{frames} frames at the scheduler's socket: nothing came of them")
     plans = arguments.count - calls - frames
-    liar = doors.throw_at_worker(plans, seed, setup(), "--backend", "fake")
+    liar = doors.throw_at_worker(plans, seed, FAKE, "--backend", "fake")
     print(f"{plans} plans that lie: {liar.faults} faults, {liar.results} results, one worker all along")
     statuses = sum(told.findings.counts.values(), Counter[str]())
     print(f"{told.findings.total} calls: {dict(statuses)}; scheduler {told.early_mib:.0f} → {told.late_mib:.0f} MiB")

@@ -32,7 +32,7 @@ from protos.wire import (
     TokenLogprobs,
 )
 from tests.fuzz.messages import mutate
-from tests.worker.scheduler_end import SchedulerEnd
+from tests.worker.scheduler_end import SchedulerEnd, setup
 
 _NUMBERS = (-(1 << 63), -(1 << 31), -2, -1, 0, 1, 2, 3, 5, 31, 32, 33, 64, 300, 1 << 20, (1 << 31) - 1, 1 << 40)
 _FLOATS = (0.0, 1.0, -1.0, 1e30, -1e30, 1e-30, 0.5)
@@ -44,6 +44,10 @@ HEARD: Sequence[FromWorker] = (
     Status(Epoch(1, 1), Phase.LOADING, progress=0.5, detail="x"),
     Fault(Epoch(1, 1), 1, "because"),
 )
+
+
+# Its poison is a token that ends a worker on purpose; this one is none of those above.
+FAKE = setup(model="fake:poison=-3")
 
 
 def lies(rng: random.Random, count: int) -> list[bytes]:
@@ -72,25 +76,25 @@ def whisper(endpoint: str, frames: Sequence[bytes], rng: random.Random) -> None:
 class PlanLiar:
     """A scheduler that begins each epoch as it should, and then plans what cannot be followed."""
 
-    def __init__(self, end: SchedulerEnd, process: subprocess.Popen[str], setup: Setup, seed: int) -> None:
+    def __init__(self, end: SchedulerEnd, process: subprocess.Popen[str], first: Setup, seed: int) -> None:
         self.end, self.process, self.rng = end, process, random.Random(seed)
-        self._setup = setup
-        self._counter = setup.epoch.counter
+        self._setup = first
+        self._counter = first.epoch.counter
         self.faults = self.results = 0
 
     def round(self) -> None:
         """One epoch: a few plans, the last of them wrong. The worker answers, or says why it cannot."""
         self._counter += 1
-        setup = msgspec.structs.replace(self._setup, epoch=Epoch(self._setup.epoch.boot, self._counter))
-        self.end.until_ready(setup)
-        good = self._good(setup.epoch)
+        begin = msgspec.structs.replace(self._setup, epoch=Epoch(self._setup.epoch.boot, self._counter))
+        self.end.until_ready(begin)
+        good = self._good(begin.epoch)
         if self.rng.random() < 0.5:
             frame = mutate(encode(self.rng.choice(good)), self.rng)
         else:
             frame = encode(self._bent(self.rng.choice(good)))
         sound = [encode(plan) for plan in good[: self.rng.randrange(3)]]
         self.end.router.send_multipart((self.end.peer, *sound, frame))
-        self.end.send(Mask(setup.epoch, 1, [], b""), LoadAdapter(setup.epoch, 99, "a", "", ""))  # the second faults
+        self.end.send(Mask(begin.epoch, 1, [], b""), LoadAdapter(begin.epoch, 99, "a", "", ""))  # the second faults
         while True:
             heard = self.end.receive_any()
             if isinstance(heard, StepResult):

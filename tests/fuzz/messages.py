@@ -74,7 +74,7 @@ def change_field(made: Message, rng: random.Random) -> Message:
     if inside and rng.random() < 0.5:
         change_field(getattr(made, rng.choice(inside).name), rng)
     elif made.DESCRIPTOR.fields:
-        field: FieldDescriptor = rng.choice(made.DESCRIPTOR.fields)
+        field: Any = rng.choice(made.DESCRIPTOR.fields)
         if rng.random() < 0.2:
             made.ClearField(field.name)
         else:

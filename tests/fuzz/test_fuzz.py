@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from tests.e2e.service import service
 from tests.fuzz import doors, rpcs
+from tests.fuzz.links import FAKE
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.worker.scheduler_end import setup
@@ -45,7 +46,7 @@ async def test_strangers_at_the_workers_socket(seed: int, tmp_path: Path) -> Non
 
 
 def test_plans_that_lie(seed: int) -> None:
-    liar = doors.throw_at_worker(100, seed, setup(), "--backend", "fake")
+    liar = doors.throw_at_worker(100, seed, FAKE, "--backend", "fake")
     assert liar.faults == 100
     assert liar.results, "some were believed up to the lie"
 
@@ -66,4 +67,4 @@ async def test_fifty_thousand(seed: int, tmp_path: Path) -> None:
     _nothing_bad(told.findings)
     assert told.late_mib - told.early_mib < 60, "memory that grows with the calls"
     await doors.throw_at_scheduler(22_500, seed, tmp_path)
-    assert doors.throw_at_worker(2500, seed, setup(), "--backend", "fake").faults == 2500
+    assert doors.throw_at_worker(2500, seed, FAKE, "--backend", "fake").faults == 2500

@@ -201,6 +201,8 @@ class FakeBackend:
             raise ValueError(f"admit to slot {admit.slot}, which is taken or not in 1..{self._max_slots}")
         if not 1 <= admit.prompt_len <= len(admit.token_ids):
             raise ValueError(f"admit with prompt_len {admit.prompt_len} of {len(admit.token_ids)} tokens")
+        if (most := max(admit.sampling.logprobs, admit.sampling.prompt_logprobs)) > self._options.vocab:
+            raise ValueError(f"admit with {most} alternatives of a vocabulary of {self._options.vocab}")
         slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [])
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
