@@ -14,6 +14,7 @@ import pytest
 from google.rpc import error_details_pb2
 from pagewire.v1 import inference_pb2 as pb
 
+from protos.engine_wire import FinishReason, TokenDelta
 from protos.wire import Ready
 from scheduler_svc.frontend.limits import MAX_HELD
 from tests.frontend.conftest import EOS, Service, byte_model, open_service
@@ -250,3 +251,15 @@ async def test_the_context_that_counts_is_the_workers() -> None:
     assert not service.engine.submits
     await service.channel.close()
     await service.frontend.stop()
+
+
+async def test_what_the_engine_ends_without_a_token_brings_no_text_twice(service: Service) -> None:
+    """A KV pool, say, in which it has no room for more: the ids that it ended with have brought all of its text."""
+    service.engine.finish_with = TokenDelta("", 0, [], finish_reason=FinishReason.LENGTH)
+    request = ask("hello", max_tokens=9, stop=["STOP"])
+    request.resume_fingerprint = READY.fingerprint
+    request.resume_token_ids.add(token_ids="a ST🎉".encode()[:-1])
+    got = await run(service, request)
+    assert (got.text[0], got.ids[0]) == ("", [])
+    assert got.finished[0].finish_reason == pb.FINISH_REASON_LENGTH
+    assert got.finished[0].usage.completion_tokens == 7
