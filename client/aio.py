@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -13,12 +13,12 @@ from grpc_health.v1 import health_pb2
 from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from client import api
-from client.errors import CancelledError, ServiceError, typed
-from client.retry import Attempts
+from client.continuation import STALE_TIMEOUT, Continuation
+from client.errors import CancelledError, NotFoundError, ServiceError, UnavailableError, typed
+from client.retry import Attempts, Places
 
 if TYPE_CHECKING:
     Call = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
-    Start = Callable[[inference_pb2.GenerateRequest, float | None], Call]
 
 T = TypeVar("T")
 
@@ -26,31 +26,38 @@ T = TypeVar("T")
 class Generation(AsyncIterator[api.Chunk]):
     """One request's stream. Leave it early by `cancel()`, or as an asynchronous context manager."""
 
-    def __init__(self, start: Start, request: inference_pb2.GenerateRequest, address: str, attempts: Attempts) -> None:
-        self._start, self._request = start, request
-        self._address, self._attempts = address, attempts
-        self._brought = False  # whether a chunk has been handed out
+    def __init__(self, client: Client, stream: Continuation) -> None:
+        self._client, self._stream = client, stream
         self._left = asyncio.Event()
         self._again = asyncio.Lock()  # held by the one task that waits for another attempt and begins it
         self._begin()
 
     def _begin(self) -> None:
-        self._call = self._start(self._request, self._attempts.time_left())
+        attempts = self._stream.attempts
+        self._target = self._client.targets[attempts.place]
+        self._place, self._heard = attempts.place, False
+        self._call = self._target.inference.Generate(self._stream.request, timeout=attempts.time_left())
         self._responses = aiter(self._call)
 
     async def __anext__(self) -> api.Chunk:
-        response = await self._reach(lambda: anext(self._responses))
-        self._brought = True
-        return api.chunk(response)
+        while (chunk := await self._reach(self._next)) is None:
+            pass
+        return chunk
+
+    async def _next(self) -> api.Chunk | None:
+        call = self._call
+        response = await anext(self._responses)
+        if not self._heard and self._stream.attempts.resume:
+            self._stream.told(api.metadata(await call.initial_metadata()))  # it is here: it came before the response
+            self._heard = True
+        return self._stream.take(response)
 
     async def metadata(self) -> dict[str, str]:
         """`request-id`, `seed`, `fingerprint` and `exact`; waits for the server's first word.
 
         From then on id and seed stay what they are, should the call be made again.
         """
-        metadata = await self._reach(self._announced)
-        api.told(self._request, metadata)
-        return metadata
+        return self._stream.told(await self._reach(self._announced))
 
     async def _announced(self) -> dict[str, str]:
         call = self._call
@@ -64,7 +71,7 @@ class Generation(AsyncIterator[api.Chunk]):
         while True:
             call = self._call
             try:
-                with typed(self._address):
+                with typed(self._target.address):
                     return await read()
             except ServiceError as error:
                 await self._begin_again(call, error)
@@ -79,15 +86,23 @@ class Generation(AsyncIterator[api.Chunk]):
         async with self._again:
             if self._call is not failed:  # another task has begun again meanwhile
                 return
-            pause = None if self._brought else self._attempts.pause(error)
-            if pause is None:
-                raise error
+            if self._stream.complete:
+                raise StopAsyncIteration from error
+            if stale := self._stream.runs_at(self._place, error):
+                with contextlib.suppress(ServiceError):  # what comes of it shows in the next attempt
+                    await self._client.cancel_at(self._target, stale, timeout=STALE_TIMEOUT)
+            pause = self._stream.again(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._left.wait()
             if self._left.is_set():
                 raise CancelledError(grpc.StatusCode.CANCELLED, "cancelled before another attempt") from error
             self._begin()
+
+    @property
+    def resumes(self) -> int:
+        """How often the stream broke and was asked to go on."""
+        return self._stream.resumes
 
     def cancel(self) -> None:
         """Ends the request, or the wait for another attempt; does nothing once the stream has ended."""
@@ -103,25 +118,46 @@ class Generation(AsyncIterator[api.Chunk]):
         self.cancel()
 
 
-class Client:
-    """One connection, used within one event loop. Arguments are those of `client.client.Client`."""
+class Target:
+    """One address and its connection."""
 
-    def __init__(
-        self,
-        address: str = api.DEFAULT_ADDRESS,
-        *,
-        retry: api.Retry | None = None,
-        keepalive: api.Keepalive | None = api.Keepalive(),
-    ) -> None:
-        self.address, self.retry = address, retry
-        self._channel = grpc.aio.insecure_channel(address, api.channel_options(keepalive))
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-        self._check = self._channel.unary_unary(
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+        self.address, self.channel = address, channel
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(channel)
+        self.check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             health_pb2.HealthCheckRequest.SerializeToString,
             health_pb2.HealthCheckResponse.FromString,
         )
+
+
+class Client:
+    """A connection, used within one event loop. Arguments are those of `client.client.Client`."""
+
+    def __init__(
+        self,
+        address: str | Sequence[str] = api.DEFAULT_ADDRESS,
+        *,
+        retry: api.Retry | None = None,
+        keepalive: api.Keepalive | None = api.Keepalive(),
+    ) -> None:
+        self.addresses, self.retry = api.addresses(address), retry
+        options = api.channel_options(keepalive)
+        self.targets = [Target(one, grpc.aio.insecure_channel(one, options)) for one in self.addresses]
+        self._places = Places(len(self.targets))
+
+    @property
+    def address(self) -> str:
+        """Where calls go now."""
+        return self._target.address
+
+    @property
+    def _target(self) -> Target:
+        return self.targets[self._places.current]
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        return Attempts(self.retry, timeout, places=self._places)
 
     def generate(
         self,
@@ -134,67 +170,71 @@ class Client:
         timeout: float | None = None,
     ) -> Generation:
         request = api.generate_request(prompt, sampling, request_id, priority, cache_salt)
-        return Generation(self._start, request, self.address, Attempts(self.retry, timeout))
-
-    def _start(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Call:
-        return self._inference.Generate(request, timeout=timeout)
+        return Generation(self, Continuation(request, self._attempts(timeout)))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout: float | None = None) -> list[int]:
         request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
-        response = await self._retried(lambda left: self._inference.Tokenize(request, timeout=left), timeout)
+        response = await self._retried(lambda target, left: target.inference.Tokenize(request, timeout=left), timeout)
         return list(response.token_ids)
 
     async def detokenize(
         self, ids: list[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
-        response = await self._retried(lambda left: self._inference.Detokenize(request, timeout=left), timeout)
+        response = await self._retried(lambda target, left: target.inference.Detokenize(request, timeout=left), timeout)
         return response.text
 
     async def model(self, *, timeout: float | None = None) -> api.GetModelResponse:
         request = inference_pb2.GetModelRequest()
-        return await self._retried(lambda left: self._inference.GetModel(request, timeout=left), timeout)
+        return await self._retried(lambda target, left: target.inference.GetModel(request, timeout=left), timeout)
 
-    async def _retried(self, call: Callable[[float | None], Awaitable[T]], timeout: float | None) -> T:
-        attempts = Attempts(self.retry, timeout)
+    async def _retried(self, call: Callable[[Target, float | None], Awaitable[T]], timeout: float | None) -> T:
+        attempts = self._attempts(timeout)
         while True:
+            target = self.targets[attempts.place]
             try:
-                with typed(self.address):
-                    return await call(attempts.time_left())
+                with typed(target.address):
+                    return await call(target, attempts.time_left())
             except ServiceError as error:
-                pause = attempts.pause(error)
-                if pause is None:
-                    raise
+                pause = attempts.again(error)
             await asyncio.sleep(pause)
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
-        """Ends a running request of any client."""
+        """Ends a running request of any client, at whichever address it runs."""
+        for target in self.targets[:-1]:
+            with contextlib.suppress(NotFoundError, UnavailableError):
+                await self.cancel_at(target, request_id, timeout=timeout)
+                return
+        await self.cancel_at(self.targets[-1], request_id, timeout=timeout)
+
+    async def cancel_at(self, target: Target, request_id: str, *, timeout: float | None = None) -> None:
         request = inference_pb2.CancelGenerationRequest(request_id=request_id)
-        with typed(self.address):
-            await self._inference.CancelGeneration(request, timeout=timeout)
+        with typed(target.address):
+            await target.inference.CancelGeneration(request, timeout=timeout)
 
     async def stats(self, *, timeout: float | None = None) -> api.GetStatsResponse:
         with typed(self.address):
-            return await self._admin.GetStats(admin_pb2.GetStatsRequest(), timeout=timeout)
+            return await self._target.admin.GetStats(admin_pb2.GetStatsRequest(), timeout=timeout)
 
     async def drain(self, *, timeout: float | None = None) -> None:
         """Returns when the last accepted request has ended; new ones are refused from now on."""
         with typed(self.address):
-            await self._admin.Drain(admin_pb2.DrainRequest(), timeout=timeout)
+            await self._target.admin.Drain(admin_pb2.DrainRequest(), timeout=timeout)
 
     async def flush_cache(self, *, timeout: float | None = None) -> int:
         """Returns how many cached blocks were freed."""
         with typed(self.address):
-            return (await self._admin.FlushCache(admin_pb2.FlushCacheRequest(), timeout=timeout)).freed_blocks
+            return (await self._target.admin.FlushCache(admin_pb2.FlushCacheRequest(), timeout=timeout)).freed_blocks
 
     async def serving(self, *, timeout: float | None = None) -> bool:
         """Whether the service as a whole says SERVING."""
         with typed(self.address):
-            answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = await self._target.check(health_pb2.HealthCheckRequest(), timeout=timeout)
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def close(self) -> None:
-        await self._channel.close()
+        for target in self.targets:
+            await target.channel.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ from pagewire.v1.inference_pb2 import (
     TokenIds,
 )
 
-from client.retry import Retry
+from client.retry import Resume, Retry
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -33,6 +33,7 @@ __all__ = [
     "GetStatsResponse",
     "Keepalive",
     "Prompt",
+    "Resume",
     "Retry",
     "SamplingParams",
     "TokenIds",
@@ -64,6 +65,14 @@ class Keepalive:
             raise ValueError(f"keepalive seconds is {self.seconds:g}: must be from {limits}")
         if not 0 < self.timeout <= MOST_KEEPALIVE:
             raise ValueError(f"keepalive timeout is {self.timeout:g}: must be over 0 and at most {MOST_KEEPALIVE} s")
+
+
+def addresses(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One or several. Raises ValueError where there is none."""
+    several = (given,) if isinstance(given, str) else tuple(given)
+    if not several or not all(several):
+        raise ValueError(f"address is {given!r}: must be HOST:PORT, or several of them")
+    return several
 
 
 def channel_options(keepalive: Keepalive | None) -> list[tuple[str, int]]:

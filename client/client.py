@@ -7,14 +7,16 @@
 
 Every call raises a `ServiceError`, or one of its kinds, where the service refuses or breaks it. With a policy,
 `Client(retry=Retry())`, a stream that has brought nothing yet is tried again when the service says so, and so are
-`tokenize`, `detokenize` and `model` (see `client.retry`). Calls about this moment, such as `stats`, never are.
+`tokenize`, `detokenize` and `model` (see `client.retry`). Calls about this moment, such as `stats`, never are. With
+`Client(retry=Resume())` a stream that broke goes on behind what it brought, also at another of several addresses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -23,14 +25,14 @@ from grpc_health.v1 import health_pb2
 from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from client import api
-from client.errors import CancelledError, ServiceError, typed
-from client.retry import Attempts
+from client.continuation import STALE_TIMEOUT, Continuation
+from client.errors import CancelledError, NotFoundError, ServiceError, UnavailableError, typed
+from client.retry import Attempts, Places
 
 if TYPE_CHECKING:
     from grpc import _CallIterator
 
     Call = _CallIterator[inference_pb2.GenerateResponse]
-    Start = Callable[[inference_pb2.GenerateRequest, float | None], Call]
 
 T = TypeVar("T")
 
@@ -38,27 +40,36 @@ T = TypeVar("T")
 class Generation(Iterator[api.Chunk]):
     """One request's stream. Leave it early by `cancel()`, or as a context manager."""
 
-    def __init__(self, start: Start, request: inference_pb2.GenerateRequest, address: str, attempts: Attempts) -> None:
-        self._start, self._request = start, request
-        self._address, self._attempts = address, attempts
-        self._brought = False  # whether a chunk has been handed out
+    def __init__(self, client: Client, stream: Continuation) -> None:
+        self._client, self._stream = client, stream
         self._left = threading.Event()
         self._again = threading.Lock()  # held by the one thread that waits for another attempt and begins it
-        self._call = start(request, attempts.time_left())
+        self._begin()
+
+    def _begin(self) -> None:
+        attempts = self._stream.attempts
+        self._target = self._client.targets[attempts.place]
+        self._place, self._heard = attempts.place, False
+        self._call = self._target.inference.Generate(self._stream.request, timeout=attempts.time_left())
 
     def __next__(self) -> api.Chunk:
-        response = self._reach(next)
-        self._brought = True
-        return api.chunk(response)
+        while (chunk := self._reach(self._next)) is None:
+            pass
+        return chunk
+
+    def _next(self, call: Call) -> api.Chunk | None:
+        response = next(call)
+        if not self._heard and self._stream.attempts.resume:
+            self._stream.told(api.metadata(call.initial_metadata()))  # it is here: it came before the response
+            self._heard = True
+        return self._stream.take(response)
 
     def metadata(self) -> dict[str, str]:
         """`request-id`, `seed`, `fingerprint` and `exact`; waits for the server's first word.
 
         From then on id and seed stay what they are, should the call be made again.
         """
-        metadata = self._reach(self._announced)
-        api.told(self._request, metadata)
-        return metadata
+        return self._stream.told(self._reach(self._announced))
 
     def _announced(self, call: Call) -> dict[str, str]:
         metadata = api.metadata(call.initial_metadata())
@@ -71,7 +82,7 @@ class Generation(Iterator[api.Chunk]):
         while True:
             call = self._call
             try:
-                with typed(self._address):
+                with typed(self._target.address):
                     return read(call)
             except ServiceError as error:
                 self._begin_again(call, error)
@@ -81,14 +92,21 @@ class Generation(Iterator[api.Chunk]):
         with self._again:
             if self._call is not failed:  # another thread has begun again meanwhile
                 return
-            pause = None if self._brought else self._attempts.pause(error)
-            if pause is None:
-                raise error
-            if self._left.wait(pause):
+            if self._stream.complete:
+                raise StopIteration from error
+            if stale := self._stream.runs_at(self._place, error):
+                with contextlib.suppress(ServiceError):  # what comes of it shows in the next attempt
+                    self._client.cancel_at(self._target, stale, timeout=STALE_TIMEOUT)
+            if self._left.wait(self._stream.again(error)):
                 raise CancelledError(grpc.StatusCode.CANCELLED, "cancelled before another attempt") from error
-            self._call = self._start(self._request, self._attempts.time_left())
+            self._begin()
         if self._left.is_set():  # `cancel` may have seen the failed call
             self._call.cancel()
+
+    @property
+    def resumes(self) -> int:
+        """How often the stream broke and was asked to go on."""
+        return self._stream.resumes
 
     def cancel(self) -> None:
         """Ends the request, or the wait for another attempt; does nothing once the stream has ended."""
@@ -104,29 +122,51 @@ class Generation(Iterator[api.Chunk]):
         self.cancel()
 
 
-class Client:
-    """One connection, used by any number of threads.
+class Target:
+    """One address and its connection."""
 
-    Timeouts are in seconds, for a whole call with its retries. `retry` is a policy for refused calls, none by default;
-    `keepalive` says how a dead host is noticed, None that it is not.
-    """
-
-    def __init__(
-        self,
-        address: str = api.DEFAULT_ADDRESS,
-        *,
-        retry: api.Retry | None = None,
-        keepalive: api.Keepalive | None = api.Keepalive(),
-    ) -> None:
-        self.address, self.retry = address, retry
-        self._channel = grpc.insecure_channel(address, api.channel_options(keepalive))
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-        self._check = self._channel.unary_unary(
+    def __init__(self, address: str, channel: grpc.Channel) -> None:
+        self.address, self.channel = address, channel
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(channel)
+        self.check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             health_pb2.HealthCheckRequest.SerializeToString,
             health_pb2.HealthCheckResponse.FromString,
         )
+
+
+class Client:
+    """A connection, used by any number of threads.
+
+    `address` may be several, of services with the same model: calls go to the first, and to the next one from the
+    moment that it is unavailable. Timeouts are in seconds, for a whole call with its retries. `retry` is a policy for
+    refused calls, none by default; `keepalive` says how a dead host is noticed, None that it is not.
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str] = api.DEFAULT_ADDRESS,
+        *,
+        retry: api.Retry | None = None,
+        keepalive: api.Keepalive | None = api.Keepalive(),
+    ) -> None:
+        self.addresses, self.retry = api.addresses(address), retry
+        options = api.channel_options(keepalive)
+        self.targets = [Target(one, grpc.insecure_channel(one, options)) for one in self.addresses]
+        self._places = Places(len(self.targets))
+
+    @property
+    def address(self) -> str:
+        """Where calls go now."""
+        return self._target.address
+
+    @property
+    def _target(self) -> Target:
+        return self.targets[self._places.current]
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        return Attempts(self.retry, timeout, places=self._places)
 
     def generate(
         self,
@@ -139,65 +179,68 @@ class Client:
         timeout: float | None = None,
     ) -> Generation:
         request = api.generate_request(prompt, sampling, request_id, priority, cache_salt)
-        return Generation(self._start, request, self.address, Attempts(self.retry, timeout))
-
-    def _start(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Call:
-        return self._inference.Generate(request, timeout=timeout)
+        return Generation(self, Continuation(request, self._attempts(timeout)))
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout: float | None = None) -> list[int]:
         request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
-        response = self._retried(lambda left: self._inference.Tokenize(request, timeout=left), timeout)
+        response = self._retried(lambda target, left: target.inference.Tokenize(request, timeout=left), timeout)
         return list(response.token_ids)
 
     def detokenize(self, ids: list[int], *, skip_special_tokens: bool = True, timeout: float | None = None) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
-        return self._retried(lambda left: self._inference.Detokenize(request, timeout=left), timeout).text
+        return self._retried(lambda target, left: target.inference.Detokenize(request, timeout=left), timeout).text
 
     def model(self, *, timeout: float | None = None) -> api.GetModelResponse:
         request = inference_pb2.GetModelRequest()
-        return self._retried(lambda left: self._inference.GetModel(request, timeout=left), timeout)
+        return self._retried(lambda target, left: target.inference.GetModel(request, timeout=left), timeout)
 
-    def _retried(self, call: Callable[[float | None], T], timeout: float | None) -> T:
-        attempts = Attempts(self.retry, timeout)
+    def _retried(self, call: Callable[[Target, float | None], T], timeout: float | None) -> T:
+        attempts = self._attempts(timeout)
         while True:
+            target = self.targets[attempts.place]
             try:
-                with typed(self.address):
-                    return call(attempts.time_left())
+                with typed(target.address):
+                    return call(target, attempts.time_left())
             except ServiceError as error:
-                pause = attempts.pause(error)
-                if pause is None:
-                    raise
-            time.sleep(pause)
+                time.sleep(attempts.again(error))
 
     def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
-        """Ends a running request of any client."""
-        with typed(self.address):
-            self._inference.CancelGeneration(
+        """Ends a running request of any client, at whichever address it runs."""
+        for target in self.targets[:-1]:
+            with contextlib.suppress(NotFoundError, UnavailableError):
+                self.cancel_at(target, request_id, timeout=timeout)
+                return
+        self.cancel_at(self.targets[-1], request_id, timeout=timeout)
+
+    def cancel_at(self, target: Target, request_id: str, *, timeout: float | None = None) -> None:
+        with typed(target.address):
+            target.inference.CancelGeneration(
                 inference_pb2.CancelGenerationRequest(request_id=request_id), timeout=timeout
             )
 
     def stats(self, *, timeout: float | None = None) -> api.GetStatsResponse:
         with typed(self.address):
-            return self._admin.GetStats(admin_pb2.GetStatsRequest(), timeout=timeout)
+            return self._target.admin.GetStats(admin_pb2.GetStatsRequest(), timeout=timeout)
 
     def drain(self, *, timeout: float | None = None) -> None:
         """Returns when the last accepted request has ended; new ones are refused from now on."""
         with typed(self.address):
-            self._admin.Drain(admin_pb2.DrainRequest(), timeout=timeout)
+            self._target.admin.Drain(admin_pb2.DrainRequest(), timeout=timeout)
 
     def flush_cache(self, *, timeout: float | None = None) -> int:
         """Returns how many cached blocks were freed."""
         with typed(self.address):
-            return self._admin.FlushCache(admin_pb2.FlushCacheRequest(), timeout=timeout).freed_blocks
+            return self._target.admin.FlushCache(admin_pb2.FlushCacheRequest(), timeout=timeout).freed_blocks
 
     def serving(self, *, timeout: float | None = None) -> bool:
         """Whether the service as a whole says SERVING."""
         with typed(self.address):
-            answer = self._check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = self._target.check(health_pb2.HealthCheckRequest(), timeout=timeout)
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def close(self) -> None:
-        self._channel.close()
+        for target in self.targets:
+            target.channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -127,6 +127,7 @@ def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
         max_model_len=settings.loop.engine.max_model_len,
         max_num_seqs=settings.loop.engine.max_num_seqs,
         block_size=settings.loop.engine.block_size,
+        slow_reader_timeout=settings.slow_reader_timeout,
     )
 
 

@@ -38,6 +38,7 @@ class ServiceConfig:
     port: int
     drain_timeout: float
     stream_interval: float  # seconds
+    slow_reader_timeout: float  # seconds; 0: none
     loop: LoopConfig
 
 
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         port=args.port,
         drain_timeout=args.drain_timeout,
         stream_interval=args.stream_interval / 1000,
+        slow_reader_timeout=args.slow_reader_timeout,
         loop=loop,
     )
 

@@ -51,6 +51,13 @@ def _service_flags(add: Add) -> None:
         metavar="MS",
         help="milliseconds between two messages of a stream, but for its first and its end; 0: a message a step",
     )
+    add(
+        "--slow-reader-timeout",
+        type=_number,
+        default=60.0,
+        metavar="SECONDS",
+        help="a stream ends whose client has read nothing for so long while tokens wait for it; 0: never",
+    )
 
 
 def _model_flags(add: Add) -> None:

@@ -18,6 +18,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=f"Holds a conversation. {HELP}.")
     parser.add_argument("--system", metavar="TEXT", help="how the model should behave")
     flags.add_address(parser)
+    flags.add_resume(parser)
     flags.add_sampling(parser, max_tokens=512)
     return parser
 
@@ -27,7 +28,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     opening = [ChatMessage(role="system", content=arguments.system)] if arguments.system else []
     sampling = flags.sampling(arguments)
     interactive = sys.stdin.isatty()
-    with Client(arguments.address) as client:
+    with Client(arguments.address, retry=flags.retry(arguments)) as client:
         if interactive:
             import readline  # noqa: F401  gives input() a line editor and a history
 

@@ -38,6 +38,14 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=api.DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on where a stream broke, once the service is back")
+
+
+def retry(arguments: argparse.Namespace) -> api.Retry | None:
+    return api.Resume() if arguments.resume else None
+
+
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     group = parser.add_argument_group(
         "sampling", f"not given: the model's own defaults, and {max_tokens} tokens at most"

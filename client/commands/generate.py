@@ -18,6 +18,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     flags.add_address(parser)
+    flags.add_resume(parser)
     flags.add_sampling(parser, max_tokens=256)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a stream")
     return parser
@@ -26,7 +27,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(prog: str, argv: Sequence[str]) -> int:
     arguments = _parser(prog).parse_args(argv)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    with Client(arguments.address) as client, client.generate(prompt, flags.sampling(arguments)) as generation:
+    with (
+        Client(arguments.address, retry=flags.retry(arguments)) as client,
+        client.generate(prompt, flags.sampling(arguments)) as generation,
+    ):
         if arguments.json:
             print(json.dumps(_collect(generation)))
         else:

@@ -65,8 +65,11 @@ class Doorkeeper:
         self._sequences, self._tokens = Outflow(), Outflow()
         self.crowded_out: list[Sequence] = []  # who has to leave the queue if the last who asked is let in
 
-    def refusal(self, submit: Submit, roster: Roster) -> Refusal | None:
-        """Why this sequence cannot be taken; None if it can, see `crowded_out`. Siblings come in with the first."""
+    def refusal(self, submit: Submit, roster: Roster, free: int) -> Refusal | None:
+        """Why this sequence cannot be taken; None if it can, see `crowded_out`. Siblings come in with the first.
+
+        `free`: how many of the queue the next plan has slots for. Until then they stand in it, and take nobody's place.
+        """
         self.crowded_out = []
         if not 0 < submit.prompt_len <= len(submit.token_ids):
             detail = f"prompt_len is {submit.prompt_len}: must be from 1 to the {len(submit.token_ids)} token_ids"
@@ -84,9 +87,9 @@ class Doorkeeper:
         if submit.priority < (best := roster.ledger.account(submit.tenant).best_priority):
             detail = f"priority is {submit.priority}: tenant {submit.tenant!r} may ask for {best:g} and more"
             return Refusal(FinishReason.INVALID, detail)
-        refusal = self._overload(submit, roster)
+        refusal = self._overload(submit, roster, free)
         if refusal and refusal.reason is FinishReason.REJECTED:
-            self.crowded_out = self._crowd(submit, roster)
+            self.crowded_out = self._crowd(submit, roster, free)
         if refusal and not self.crowded_out:
             return refusal
         return self._too_late(submit) or self._over_quota(submit, roster)
@@ -96,7 +99,7 @@ class Doorkeeper:
         detail = "the queue is full: this was the newest of the tenant with the most in it, and made room for another"
         return Refusal(FinishReason.REJECTED, detail, self._sequences.retry_after)
 
-    def _crowd(self, submit: Submit, roster: Roster) -> list[Sequence]:
+    def _crowd(self, submit: Submit, roster: Roster, free: int) -> list[Sequence]:
         """Whose places in a full queue a tenant gets that has less in it: the newest of the tenant with the most.
 
         For their weights, and so that it has no more afterwards. None of them has begun, nor is of better priority.
@@ -105,7 +108,7 @@ class Doorkeeper:
         crowd = max(roster.ledger, key=lambda account: (account.queued / account.weight, account.name))
         if crowd is own:
             return []
-        places = roster.num_queued + submit.num_siblings - self._config.max_waiting
+        places = roster.num_queued + submit.num_siblings - self._config.max_waiting - free
         tokens = roster.queued_tokens + submit.num_siblings * len(submit.token_ids) - self._config.max_waiting_tokens
         leaving: list[Sequence] = []
         for sequence in crowd.newest():
@@ -118,7 +121,7 @@ class Doorkeeper:
         left, come = crowd.queued - len(leaving), own.queued + submit.num_siblings
         return leaving if has_room and come * crowd.weight <= left * own.weight else []
 
-    def _overload(self, submit: Submit, roster: Roster) -> Refusal | None:
+    def _overload(self, submit: Submit, roster: Roster, free: int) -> Refusal | None:
         count, more = submit.num_siblings, submit.num_siblings * len(submit.token_ids)
         max_waiting, max_tokens = self._config.max_waiting, self._config.max_waiting_tokens
         if count > max_waiting:
@@ -128,8 +131,9 @@ class Doorkeeper:
             detail = f"{more} tokens are over max_waiting_tokens {max_tokens}, even of an empty queue"
             return Refusal(FinishReason.INVALID, detail)
         waiting, tokens = roster.num_queued, roster.queued_tokens
-        if waiting + count > max_waiting:
-            detail = f"{waiting} sequences wait, {count} more are over max_waiting {max_waiting}"
+        if waiting + count > max_waiting + free:
+            beside = f" beside {free} free slots" if free else ""
+            detail = f"{waiting} sequences wait, {count} more are over max_waiting {max_waiting}{beside}"
             outflow, amount = self._sequences, count
         elif tokens + more > max_tokens:
             detail = f"{tokens} tokens wait, {more} more are over max_waiting_tokens {max_tokens}"

@@ -105,34 +105,42 @@ class Forecast:
     def learn_hits(self, prompt_len: int, cached: int) -> None:
         self._missed.learn(1 - cached / prompt_len)
 
-    def likely_tokens(self, sampling: Sampling) -> float:
-        """Of output: all that it may have where nothing else ends it, else what others used; 1 while none has."""
-        if not _can_end(sampling):
-            return float(sampling.max_tokens)
-        habit = self._used.get(sampling.max_tokens.bit_length())
-        return max(1.0, habit.mean * sampling.max_tokens) if habit else 1.0
+    def likely_tokens(self, submit: Submit) -> float:
+        """Of output: all that it may have where nothing else ends it, else what others used; 1 while none has.
 
-    def least_tokens(self, sampling: Sampling) -> int:
-        """Of output, that hardly any stays below."""
+        Those that a resumed stream brings are not to be made again.
+        """
+        sampling, brought = submit.sampling, len(submit.token_ids) - submit.prompt_len
         if not _can_end(sampling):
-            return sampling.max_tokens
+            return float(max(1, sampling.max_tokens - brought))
         habit = self._used.get(sampling.max_tokens.bit_length())
-        return max(1, int(habit.least * sampling.max_tokens)) if habit else 1
+        return max(1.0, habit.mean * sampling.max_tokens - brought) if habit else 1.0
 
-    def service(self, prompt_len: int, sampling: Sampling, queued: int) -> float:
-        """Seconds that it takes at least, beside those who run now; while others queue, steps stay full."""
+    def least_tokens(self, sampling: Sampling, brought: int = 0) -> int:
+        """Of output, that hardly any stays below; without what a resumed stream brings."""
+        if not _can_end(sampling):
+            return max(1, sampling.max_tokens - brought)
+        habit = self._used.get(sampling.max_tokens.bit_length())
+        return max(1, int(habit.least * sampling.max_tokens) - brought) if habit else 1
+
+    def service(self, given: int, prompt_len: int, sampling: Sampling, queued: int) -> float:
+        """Seconds that it takes at least, beside those who run now; while others queue, steps stay full.
+
+        `given` tokens come with it: the prompt and, where it is resumed, some of the output.
+        """
         base, each = self.pace.fit()
-        prompt = prompt_len * self._missed.mean
+        prompt = given * self._missed.mean
         steps = -(-prompt // self._config.max_step_tokens)
         running = len(self._roster.running)
         is_full = queued or running >= self._config.max_num_seqs
         decode = max(base + each * (running + 1), self.pace.recent if is_full else 0.0)
-        return steps * base + prompt * each + (self.least_tokens(sampling) - 1) * decode
+        return steps * base + prompt * each + (self.least_tokens(sampling, given - prompt_len) - 1) * decode
 
     def latest_start(self, sequence: Sequence) -> float:
         """When a sequence with a deadline, already in the queue, has to run at the latest, in order to meet it."""
         others = max(0, self._roster.num_queued - 1)
-        return sequence.submit.deadline - self.service(sequence.prompt_len, sequence.sampling, others)
+        service = self.service(sequence.given, sequence.prompt_len, sequence.sampling, others)
+        return sequence.submit.deadline - service
 
     def look_at(self, sequence: Sequence) -> float:
         """When to see again whether it is hopeless: half-way, since steps may become slower meanwhile."""
@@ -161,8 +169,9 @@ class Forecast:
                         wait += min(self._seconds(work), own_turn * account.weight / own.weight)
             if roster.running and all(sequence.account is own for sequence in roster.running):
                 wait = max(wait, self._first_to_end())
-        service = self.service(submit.prompt_len, submit.sampling, roster.num_queued)
-        return Estimate(wait, service, self.least_tokens(submit.sampling))
+        given, prompt_len = len(submit.token_ids), submit.prompt_len
+        service = self.service(given, prompt_len, submit.sampling, roster.num_queued)
+        return Estimate(wait, service, self.least_tokens(submit.sampling, given - prompt_len))
 
     def _first_to_end(self) -> float:
         """Seconds until one of those who run may have ended, if none is displaced."""

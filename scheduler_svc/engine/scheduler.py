@@ -102,7 +102,7 @@ class Scheduler:
     # ------------------------------------------------------------ requests
 
     def _submit(self, submit: Submit) -> None:
-        if refusal := self._doorkeeper.refusal(submit, self.roster):
+        if refusal := self._doorkeeper.refusal(submit, self.roster, self._free_slots()):
             self.roster.counters.rejected += 1
             self._outbox.refuse(submit, *refusal)
             return
@@ -114,11 +114,17 @@ class Scheduler:
         if account.bucket:
             account.bucket.level -= len(submit.token_ids)
         sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
-        sequence.likely_tokens = self._forecast.likely_tokens(submit.sampling)
+        sequence.likely_tokens = self._forecast.likely_tokens(submit)
         if submit.deadline:
             sequence.look_at = self._forecast.look_at(sequence)
         self.roster.enlist(sequence)
         self._check_length(sequence)
+
+    def _free_slots(self) -> int:
+        """How many of the queue the next plan may take, if there are blocks for them: plans in flight delay it."""
+        if self.device is None:
+            return 0
+        return max(0, min(len(self.device.free_slots), self.config.max_num_seqs - len(self.roster.running)))
 
     def _check_length(self, sequence: Sequence) -> None:
         """Sets how long it may become, and ends it if there is no room for one more token."""

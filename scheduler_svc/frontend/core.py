@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from pagewire.v1 import inference_pb2 as pb
+
+from protos.engine_wire import ServiceStatus
 from protos.wire import Ready
+from scheduler_svc.frontend import resume
+from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
-from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal
+from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
+from scheduler_svc.frontend.limits import MAX_HELD
 from scheduler_svc.frontend.model import ServedModel
-from scheduler_svc.frontend.streams import Call, Ending, Gain
+from scheduler_svc.frontend.slow_readers import SlowReaders
+from scheduler_svc.frontend.streams import Ending, Gain, IndexStream
+from scheduler_svc.frontend.tokenizer import INLINE_TOKENS
 from scheduler_svc.frontend.validation import Caller, Prepared, Preparer
 
 TENANT_KEY: Final = "tenant"  # of the metadata; believed as it stands
@@ -30,6 +39,7 @@ class FrontendConfig:
     max_num_seqs: int = 0
     block_size: int = 32
     max_message_bytes: int = 16 << 20  # of one received message
+    slow_reader_timeout: float = 60.0  # seconds for which a client may read nothing; 0: without end
     max_pending_calls: int = 100_000  # calls that gRPC may hold before a handler has them: beyond, it answers CANCELLED
 
 
@@ -43,6 +53,10 @@ class Core:
         self.calls = 0
         self.started = clock()
         self.preparer = Preparer(model, self.max_model_len, link.frontend)
+        self._slow_readers = SlowReaders(config.slow_reader_timeout, clock)
+        self._first_ready = asyncio.Event()
+        self._held = 0  # calls that wait for it
+        link.on_status(self._see)
 
     @property
     def name(self) -> str:
@@ -67,15 +81,46 @@ class Core:
             tuple(value if isinstance(value, str) else value.decode("latin-1") for value in tenants),
         )
 
+    def _see(self, status: ServiceStatus) -> None:
+        if status.ready:
+            self._first_ready.set()
+
+    async def check_resume(self, request: pb.GenerateRequest) -> None:
+        """Waits until a worker has said what it computes with, where the request depends on it.
+
+        Raises ServiceError FAILED_PRECONDITION where a stream cannot go on here, UNAVAILABLE where too many wait.
+        """
+        if not resume.asks(request):
+            return
+        if self.ready is None:
+            if self._held >= MAX_HELD:
+                raise not_ready(self._held)
+            self._held += 1
+            try:
+                await self._first_ready.wait()
+            finally:
+                self._held -= 1
+        assert self.ready is not None
+        resume.check_served(request, self.ready)
+
+    async def _open_streams(self, prepared: Prepared, with_text: bool) -> list[IndexStream]:
+        """In a thread where much is resumed: no stream waits for a stranger's past."""
+        arguments = (prepared, self.model.tokenizer, self.clock(), with_text)
+        if sum(len(had.token_ids) for had in prepared.resumed.values()) <= INLINE_TOKENS:
+            return open_streams(*arguments)
+        return await asyncio.to_thread(open_streams, *arguments)
+
     @asynccontextmanager
     async def call(self, prepared: Prepared, context: Context, with_text: bool = True) -> AsyncIterator[Call]:
         """Runs a request for as long as the block lasts. Raises ServiceError ALREADY_EXISTS for an id in use."""
+        streams = await self._open_streams(prepared, with_text)
         if prepared.request_id in self.link:
             raise duplicate(prepared.request_id)
-        call = Call.open(prepared, self.link, self.model.tokenizer, self.clock, with_text)
+        call = Call.open(prepared, self.link, streams, self.clock)
         self.calls += 1
         try:
-            yield call
+            with self._slow_readers.watch(call):
+                yield call
         except ServiceError:
             raise
         except Exception:

@@ -81,6 +81,15 @@ def duplicate(request_id: str) -> ServiceError:
     return ServiceError(grpc.StatusCode.ALREADY_EXISTS, f"request_id {request_id!r} is running already", info)
 
 
+def not_ready(waiting: int) -> ServiceError:
+    return ServiceError(
+        grpc.StatusCode.UNAVAILABLE,
+        f"no worker has been ready yet, and {waiting} calls wait to be resumed: no more may",
+        _retry_info(DEFAULT_RETRY_SECONDS),
+        _info("NOT_READY"),
+    )
+
+
 def internal(request_id: str) -> ServiceError:
     """For what nobody foresaw: the log has the rest under this id."""
     return ServiceError(grpc.StatusCode.INTERNAL, f"internal error, logged as {request_id}")

@@ -21,6 +21,7 @@ MAX_UINT32: Final = 2**32 - 1
 MAX_MESSAGES: Final = 4096
 MAX_CHARACTERS: Final = 2**20  # to Tokenize; to Generate it is the context that bounds a prompt
 MAX_DETOKENIZE: Final = 2**20
+MAX_HELD: Final = 1024  # calls to be resumed that wait for the first worker
 
 
 @dataclass(frozen=True)

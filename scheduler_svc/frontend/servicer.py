@@ -11,11 +11,11 @@ from pagewire.v1 import inference_pb2 as pb
 from protos.engine_wire import FinishReason, Question, WorkerStatus
 from protos.wire import TokenLogprobs
 from scheduler_svc.frontend import rpc
+from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found
 from scheduler_svc.frontend.limits import MAX_DETOKENIZE
 from scheduler_svc.frontend.streams import Ending, Gain
-from scheduler_svc.frontend.validation import Violations, check_request_id, check_vocabulary
 
 INFERENCE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN: Final = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -45,6 +45,7 @@ class InferenceService:
         )
 
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        await self.core.check_resume(request)
         prepared = await self.core.preparer.prepare(request, self.core.caller(context))
         async with self.core.call(prepared, context) as call:
             async for output in self.core.outputs(call, context):

@@ -1,35 +1,25 @@
-"""From the engine's deltas to what one call may send: text, stop strings, usage, and one ending an index.
+"""From the engine's deltas to what one index may send: text, stop strings, usage, and one ending.
 
-A call takes deltas as they come; its writer takes, whenever it is woken and the call is writable, all that has gathered
-since. So a slow reader gets few large messages, and what waits for it is bounded by the context. Text is made when a
-message is, unless stop strings have to be looked for.
+Text is made when a message is, unless stop strings have to be looked for.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
-
-import grpc
 
 from protos.engine_wire import FinishReason, TokenDelta
 from protos.wire import TokenLogprobs
 from scheduler_svc.frontend.detokenizer import Detokenizer
-from scheduler_svc.frontend.engine_link import EngineLink, Route
-from scheduler_svc.frontend.errors import ServiceError, from_finish, internal
+from scheduler_svc.frontend.errors import Violation, invalid
+from scheduler_svc.frontend.resume import Resumed
 from scheduler_svc.frontend.stops import StopMatcher
-from scheduler_svc.frontend.tokenizer import Tokenizer
-from scheduler_svc.frontend.validation import Prepared, TextRules
+from scheduler_svc.frontend.validation import TextRules
 
 # Clients refuse messages above 4 MiB unless told otherwise: so many numbers, tokens or alternatives, go in one.
 MAX_ENTRIES: Final = 32_768
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +64,23 @@ class IndexStream:
         self._hides_last = False  # of all tokens: it has no text
         self._tail = ""  # text that only the end set free
         self._taken = self._completion = self._cached = self._drafted = self._accepted = 0
+        self._resumed = 0  # tokens that the client had before this call
         self._first_token = 0.0
         self.ending: Ending | None = None
+
+    def resume(self, had: Resumed) -> None:
+        """Takes in what the client has, and sends nothing of it; it may be all, and then the stream has ended.
+
+        Raises ServiceError INVALID_ARGUMENT for ids behind a stop string.
+        """
+        delta = TokenDelta("", self.index, had.token_ids, finish_reason=had.reason, stop_token_id=had.stop_token_id)
+        self.push(delta, self._started)
+        if self.ending and self._completion < len(had.token_ids):
+            problem = f"comes behind {self.ending.stop!r}, a stop string that ends the stream"
+            raise invalid([Violation(f"{had.field}[{self._completion}]", problem)])
+        while self.take():
+            pass
+        self._resumed = self._completion
 
     def push(self, delta: TokenDelta, now: float) -> bool:
         """Whether a stop string ended the stream while the engine still runs it."""
@@ -83,7 +88,7 @@ class IndexStream:
         self._drafted += delta.num_drafted
         self._accepted += delta.num_accepted
         self._prompt_logprobs += delta.prompt_logprobs
-        if delta.token_ids and not self._completion:
+        if delta.token_ids and self._completion == self._resumed:
             self._first_token = now - self._started
         if stop := self._extend(delta):
             self._end(FinishReason.STOP, now, stop=stop)
@@ -126,6 +131,8 @@ class IndexStream:
 
     def _flush(self) -> str:
         """No more tokens come: sets free what was held. A stop string may show only now, in half a character."""
+        if 0 < self._resumed == self._completion:
+            return ""  # the ids that end a stream bring all of its text, and the client has them
         if self._detokenizer is None or (self._token_ids and self._matcher is None):
             return ""  # the text of the last tokens will have it
         self._tail, stop = self._match(self._detokenizer.finish())
@@ -146,6 +153,16 @@ class IndexStream:
             first_token=self._first_token,
             total=now - self._started,
         )
+
+    @property
+    def gathered_numbers(self) -> int:
+        """Of log probabilities, not taken yet: ids and text are bounded by the context, these are twenty times that."""
+        return _numbers(self._logprobs) + _numbers(self._prompt_logprobs)
+
+    def forget(self) -> None:
+        """Lets go of what has not been taken; nothing may be taken afterwards."""
+        self._token_ids, self._texts, self._tail = [], [], ""
+        self._logprobs, self._prompt_logprobs = [], []
 
     def take(self) -> Gain | None:
         """What has gathered, as much of it as one message should hold; None where there is nothing."""
@@ -175,95 +192,13 @@ class IndexStream:
         return self._detokenizer.feed(shown) + self._detokenizer.finish()
 
 
+def _numbers(logprobs: list[TokenLogprobs]) -> int:
+    return len(logprobs) * (1 + len(logprobs[0].top_ids)) if logprobs else 0
+
+
 def _that_fit(logprobs: list[TokenLogprobs]) -> int:
     return max(1, MAX_ENTRIES // (1 + len(logprobs[0].top_ids))) if logprobs else MAX_ENTRIES
 
 
 def _split(items: list[T], count: int) -> tuple[list[T], list[T]]:
     return items[:count], items[count:]
-
-
-@dataclass
-class Call:
-    """One client's call: a receiver for the engine, an iterator for the writer."""
-
-    prepared: Prepared
-    link: EngineLink
-    clock: Callable[[], float]
-    streams: list[IndexStream]
-    _route: Route = field(init=False)
-    _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
-    _due: dict[int, None] = field(default_factory=dict)  # those that had it when the writer was woken last
-    _failure: ServiceError | None = None
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _over: bool = False
-
-    @classmethod
-    def open(
-        cls, prepared: Prepared, link: EngineLink, tokenizer: Tokenizer, clock: Callable[[], float], with_text: bool
-    ) -> Call:
-        """Submits. Without `with_text` no text is made, unless stop strings need it."""
-        rules, started = prepared.rules, clock()
-        needs_text = with_text or bool(rules.stop)
-        streams = [
-            IndexStream(i, rules, tokenizer.detokenizer(rules.skip_special_tokens) if needs_text else None, started)
-            for i in range(len(prepared.submits))
-        ]
-        call = cls(prepared, link, clock, streams)
-        call._route = link.submit(prepared.submits, call, looks=bool(rules.stop))
-        return call
-
-    def take(self, deltas: Sequence[TokenDelta]) -> None:
-        """Called by the link, which serves every other call too: so nothing may escape."""
-        try:
-            for delta in deltas:
-                self._take_in(delta)
-        except Exception:
-            log.exception("request %s: a delta could not be taken in", self.prepared.request_id)
-            self._failure = internal(self.prepared.request_id)
-            self.wake()
-
-    def wake(self) -> None:
-        self._due |= self._changed
-        self._changed.clear()
-        self._wake.set()
-
-    def _take_in(self, delta: TokenDelta) -> None:
-        stream = self.streams[delta.index]
-        if stream.ending:
-            return  # a stop string ended it here first
-        self._failure = self._failure or from_finish(delta)
-        if stream.push(delta, self.clock()):
-            self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)
-        self._changed[delta.index] = None
-        if stream.ending:
-            self.wake()
-
-    async def outputs(self) -> AsyncIterator[Gain | Ending]:
-        """Ends with the last index. Raises ServiceError where the engine ended the request otherwise."""
-        unfinished = len(self.streams)
-        while unfinished:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._due:
-                stream = self.streams[next(iter(self._due))]
-                del self._due[stream.index]
-                if gain := stream.take():
-                    self._due[stream.index] = None  # behind the others: it may gain faster than the client reads
-                    yield gain
-                    continue
-                if self._failure:
-                    raise self._failure
-                if stream.ending:
-                    unfinished -= 1
-                    yield stream.ending
-            if self._failure:
-                raise self._failure
-        self._over = True
-
-    def close(self) -> None:
-        """The client has gone, or has all: whatever still runs ends now, and nothing of another call with this id."""
-        is_duplicate = self._failure is not None and self._failure.code is grpc.StatusCode.ALREADY_EXISTS
-        if self._route.unfinished and not self._over and not is_duplicate:
-            self.link.abort(self.prepared.request_id)
-        self._route.forget()

@@ -9,9 +9,9 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[imp
 
 from protos.engine_wire import FinishReason
 from protos.wire import TokenLogprobs
+from scheduler_svc.frontend.checks import Violations
 from scheduler_svc.frontend.errors import Violation
 from scheduler_svc.frontend.streams import Ending, Gain
-from scheduler_svc.frontend.validation import Violations
 
 NOT_SERVED: Final = (
     "kv_transfer_params",

@@ -9,7 +9,7 @@ from client import aio, errors
 from client.api import ChatMessage, Chunk, GenerateDelta, Keepalive, SamplingParams, TokenIds, channel_options
 from client.client import Client
 from tests.client.scripted import PATIENCE, ScriptedServer
-from tests.client.wire import swallowing_wire
+from tests.client.wire import Wire
 
 
 def text(chunks: list[Chunk]) -> str:
@@ -131,12 +131,12 @@ def test_pings_are_as_frequent_as_a_server_allows() -> None:
 def test_a_dead_host_is_told_from_a_silent_stream(server: ScriptedServer) -> None:
     """Behind a wire that swallows everything from some moment on; up to 11 s, because pings are no more frequent."""
     with (
-        swallowing_wire(server.address) as (address, swallow),
-        Client(address, keepalive=Keepalive(seconds=10, timeout=1)) as client,
+        Wire(server.address) as wire,
+        Client(wire.address, keepalive=Keepalive(seconds=10, timeout=1)) as client,
     ):
         generation = client.generate("forever", timeout=60)
         next(generation)
-        swallow.set()
+        wire.swallow()
         with pytest.raises(errors.UnavailableError):
             next(generation)
 

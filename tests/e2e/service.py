@@ -104,9 +104,9 @@ def _is_quiet(stats: admin_pb2.GetStatsResponse) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def service(model: str, *flags: str, until: int | None = SERVING) -> AsyncIterator[Service]:
+async def service(model: str, *flags: str, until: int | None = SERVING, port: int = 0) -> AsyncIterator[Service]:
     """Started, and waited for until its health is `until`. Whatever happens, no process of it is left."""
-    port = free_port()
+    port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="pagewire-e2e-") as directory:
         log = Path(directory) / "stderr"
         command = [sys.executable, "-m", "scheduler_svc", model, "--port", str(port), *flags]

@@ -57,6 +57,22 @@ def test_what_cannot_be_met_is_refused_with_the_estimate() -> None:
     assert w.streams["in time", 0].reason is FinishReason.LENGTH, "the estimate was right"
 
 
+def test_what_a_resumed_stream_brings_is_not_estimated_again() -> None:
+    """30 given tokens are computed like a prompt, and one more is made of the 21."""
+    w = world()
+    learn(w)
+    resumed = Submit("r", [3] * 30, 10, request("x", 1, 21).sampling, deadline=w.now + 0.3)
+    assert refuse(w, resumed).detail == (
+        "the deadline in 0.30 s cannot be met: estimated are 0.00 s until it runs, then at least 0.40 s "
+        "for 10 prompt and 1 output tokens"
+    )
+    w.submit(Submit("in time", [3] * 30, 10, resumed.sampling, deadline=w.now + 0.45))
+    assert w.scheduler.roster.find("in time")[0].likely_tokens == 1
+    w.run()
+    w.check_ends()
+    assert w.streams["in time", 0].reason is FinishReason.LENGTH, "the estimate was right"
+
+
 def test_nothing_is_claimed_before_anything_is_known() -> None:
     w = world()
     w.submit(request("r", 10, 21, deadline=w.now + 0.01))

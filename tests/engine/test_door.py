@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
 from scheduler_svc.engine.config import EngineConfig, Tenant
@@ -261,3 +263,26 @@ def test_an_agenda_keeps_order_and_forgets_what_left() -> None:
         agenda.discard(key)
     assert seen == sorted(seen)
     assert len(seen) == 100
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 6), st.integers(0, 20))
+def test_free_slots_take_nobodys_place_in_the_queue(slots: int, places: int, running: int, burst: int) -> None:
+    """While a plan is in flight nobody comes in: whoever the next one has a slot for does not wait for long."""
+    w = world(max_num_seqs=slots, max_waiting=places)
+    w.ready()
+    running = min(running, slots)
+    for i in range(running):
+        w.submit(request(f"first{i}", [i + 1] * 4, 12, seed=i))
+        w.land()
+    assert w.scheduler.stats().running == running
+    for i in range(burst):
+        w.submit(request(f"late{i}", [i + 9] * 4, seed=i))
+    at_once = 1 if burst and not running else 0  # nothing was in flight yet
+    refused = [s.end for s in w.streams.values() if s.end]
+    assert len(refused) == max(0, burst - (slots - running) - places)
+    assert w.scheduler.stats().waiting == burst - len(refused) - at_once
+    free = slots - running - at_once
+    for end in refused:
+        assert end.detail.endswith(f"max_waiting {places}" + (f" beside {free} free slots" if free else ""))
+    w.run()
+    w.check_ends()

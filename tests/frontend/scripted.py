@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protos.engine_wire import (
     Abort,
@@ -43,7 +43,8 @@ def spelling(text: str | bytes) -> Script:
 @dataclass
 class Sequence:
     submit: Submit
-    output: list[int] = field(default_factory=list)
+    output: list[int]  # also what a resumed stream came with
+    begun: bool = False
 
 
 class ScriptedEngine:
@@ -96,7 +97,7 @@ class ScriptedEngine:
             )
             asyncio.get_running_loop().call_soon(self.link.deliver, Outputs([refusal]))
             return
-        self.sequences[submit.request_id, submit.index] = Sequence(submit)
+        self.sequences[submit.request_id, submit.index] = Sequence(submit, submit.token_ids[submit.prompt_len :])
 
     def _abort(self, abort: Abort) -> None:
         keys = [key for key in self.sequences if key[0] == abort.request_id and abort.index in (-1, key[1])]
@@ -160,7 +161,8 @@ class ScriptedEngine:
         self._answer_drains()
 
     def _advance(self, key: tuple[str, int], sequence: Sequence) -> TokenDelta:
-        submit, sampling, first = sequence.submit, sequence.submit.sampling, not sequence.output
+        submit, sampling, first = sequence.submit, sequence.submit.sampling, not sequence.begun
+        sequence.begun = True
         new: list[int] = []
         reason, stop_token_id = None, -1
         while len(new) < self.tokens_per_delta and reason is None:
@@ -184,7 +186,9 @@ class ScriptedEngine:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             prompt_logprobs=[
-                logprob(t, -i, sampling.prompt_logprobs) for i, t in enumerate(submit.token_ids) if i and first
+                logprob(t, -i, sampling.prompt_logprobs)
+                for i, t in enumerate(submit.token_ids[: submit.prompt_len])
+                if i and first
             ]
             if sampling.prompt_logprobs >= 0
             else [],

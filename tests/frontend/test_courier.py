@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from protos.engine_wire import Answer, EngineStats, FinishReason, Outputs, ServiceStatus, Submit
 from protos.wire import Sampling
+from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.courier import Courier
 from scheduler_svc.frontend.engine_link import EngineLink
-from scheduler_svc.frontend.streams import Call, Ending, Gain
+from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.tokenizer import byte_tokenizer
 from scheduler_svc.frontend.validation import Prepared, TextRules
 from tests.frontend.scripted import ScriptedEngine
@@ -155,7 +156,8 @@ async def test_text_ids_and_usage_are_the_same_however_they_are_gathered(
     sampling = Sampling(max_tokens=30)
     submit = Submit("r", [1, 2], 2, sampling)
     prepared = Prepared("r", 0, 2, [submit], TextRules(stop=stop))
-    call = Call.open(prepared, desk.link, byte_tokenizer(256), time.monotonic, with_text=True)
+    streams = open_streams(prepared, byte_tokenizer(256), time.monotonic(), with_text=True)
+    call = Call.open(prepared, desk.link, streams, time.monotonic)
     made, got = list(range(97, 122)), list[Gain | Ending]()
 
     async def read() -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
 from protos.wire import Sampling
+from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import ServiceError
-from scheduler_svc.frontend.streams import Call, Ending, Gain
+from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.tokenizer import byte_tokenizer
 from scheduler_svc.frontend.validation import Prepared, TextRules
 from tests.frontend.scripted import ScriptedEngine, spelling
@@ -20,11 +21,14 @@ from tests.frontend.scripted import ScriptedEngine, spelling
 TOKENIZER = byte_tokenizer(256)
 
 
-def open_call(link: EngineLink, n: int = 1, max_tokens: int = 4, stop: tuple[str, ...] = ()) -> Call:
-    sampling = Sampling(max_tokens=max_tokens)
+def open_call(
+    link: EngineLink, n: int = 1, max_tokens: int = 4, stop: tuple[str, ...] = (), logprobs: int = -1
+) -> Call:
+    sampling = Sampling(max_tokens=max_tokens, logprobs=logprobs)
     submits = [Submit("r", [1, 2], 2, sampling, index=i, num_siblings=n) for i in range(n)]
     prepared = Prepared("r", 0, 2, submits, TextRules(stop=stop))
-    return Call.open(prepared, link, TOKENIZER, time.monotonic, with_text=True)
+    streams = open_streams(prepared, TOKENIZER, time.monotonic(), with_text=True)
+    return Call.open(prepared, link, streams, time.monotonic)
 
 
 def held() -> ScriptedEngine:

@@ -15,7 +15,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[imp
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from scheduler_svc.frontend.model import load_model
-from tests.frontend.conftest import Service, open_service
+from tests.frontend.conftest import EOS, Service, open_service
+from tests.frontend.scripted import READY
 
 NAN, INF = math.nan, math.inf
 PENALTIES = (0, 1e-38, 0.0099, -1, 101, NAN, INF)
@@ -28,6 +29,17 @@ def sampled(**fields: Any) -> pb.GenerateRequest:
 
 def given(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(**{"text": "hello", **fields})
+
+
+def state(*token_ids: int, index: int = 0) -> pb.ResumeState:
+    return pb.ResumeState(index=index, token_ids=token_ids)
+
+
+def resumed(states: list[pb.ResumeState], **sampling: Any) -> pb.GenerateRequest:
+    request = sampled(**{"seed": 1, **sampling})
+    request.resume_token_ids.extend(states)
+    request.resume_fingerprint = READY.fingerprint
+    return request
 
 
 # (what is sent, the fields that the answer must name, a word of the problem)
@@ -87,9 +99,23 @@ NATIVE: list[tuple[pb.GenerateRequest, list[str], str]] = [
     (given(adapter="lora"), ["adapter"], "not served yet"),
     (given(structured_output=pb.StructuredOutput()), ["structured_output"], "not served yet"),
     (given(structured_output=pb.StructuredOutput(regex="a+")), ["structured_output"], "not served yet"),
-    (given(resume_token_ids=[pb.ResumeState(token_ids=[1])]), ["resume_token_ids"], "not served yet"),
-    (given(resume_fingerprint="f"), ["resume_fingerprint"], "not served yet"),
-    (given(allow_inexact_resume=True), ["allow_inexact_resume"], "not served yet"),
+    (given(resume_token_ids=[state(1)]), ["sampling.seed", "resume_fingerprint"], "not set"),
+    (resumed([state(1)], seed=None), ["sampling.seed"], "not set"),
+    (resumed([state(1), state(1, index=1)]), ["resume_token_ids"], "has 2 entries; n is 1"),
+    (resumed([state(1, index=1)]), ["resume_token_ids[0].index"], "is 1; n is 1"),
+    (resumed([state(1, index=2**32 - 1)], n=64), ["resume_token_ids[0].index"], "n is 64"),
+    (resumed([state(1), state()], n=2), ["resume_token_ids[1].index"], "as in resume_token_ids[0]"),
+    (resumed([state(), state(1, 512, index=1)], n=2), ["resume_token_ids[1].token_ids[1]"], "512"),
+    (resumed([state(2**32 - 1)]), ["resume_token_ids[0].token_ids[0]"], "4294967295"),
+    (resumed([state(1, 2, 3)], max_tokens=2), ["resume_token_ids[0].token_ids"], "has 3 ids"),
+    (resumed([state(*[1] * 252)]), ["resume_token_ids[0].token_ids"], "room for 251"),
+    (resumed([state(1, EOS, 2)]), ["resume_token_ids[0].token_ids[2]"], "comes behind 300, a token that ends"),
+    (resumed([state(1, 9, 9)], stop_token_ids=[9]), ["resume_token_ids[0].token_ids[2]"], "comes behind 9"),
+    (
+        resumed([state(*b"a STOP b")], stop=["STOP"]),
+        ["resume_token_ids[0].token_ids[6]"],
+        "behind 'STOP'",
+    ),
     (
         given(request_id="x" * 300, sampling=pb.SamplingParams(top_p=2, temperature=NAN, stop=[""]), priority=1000),
         ["request_id", "priority", "sampling.temperature", "sampling.top_p", "sampling.stop[0]"],

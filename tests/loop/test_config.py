@@ -20,12 +20,12 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
-        "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2"
+        "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2 --slow-reader-timeout 8"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
     assert (parsed.host, parsed.port, parsed.served_name, parsed.drain_timeout) == ("127.0.0.2", 1234, "m", 6)
-    assert parsed.stream_interval == 0.0075
+    assert (parsed.stream_interval, parsed.slow_reader_timeout) == (0.0075, 8)
     loop, engine, setup = parsed.loop, parsed.loop.engine, parsed.loop.setup
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
     assert engine.max_waiting_tokens == 700

@@ -71,6 +71,11 @@ class InferenceServiceServicer:
         The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
         weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
         DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+
+        A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+        and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+        the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+        then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

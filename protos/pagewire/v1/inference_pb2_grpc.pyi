@@ -38,6 +38,11 @@ class InferenceServiceStub:
     The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
     weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
     DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+
+    A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+    and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+    the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+    then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -55,6 +60,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
     weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
     DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+
+    A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+    and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+    the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+    then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -75,6 +85,11 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
         weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
         DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+
+        A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+        and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+        the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+        then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
         """
 
     @_abc_1.abstractmethod

@@ -631,11 +631,19 @@ func (*StructuredOutput_JsonObject) isStructuredOutput_Constraint() {}
 
 func (*StructuredOutput_StructuralTag) isStructuredOutput_Constraint() {}
 
-// One stream's tokens so far, of a stream that broke: it goes on behind them.
+// One stream's tokens so far, of a stream that broke: it goes on behind them. They are all that came of the index, in
+// order. An index that is not named, or without ids, begins at the prompt. One that had ended ends again at once, for the
+// reason that its ids tell: an end token or a stop id, a completed stop string, or max_tokens.
+//
+// Nothing comes twice. The text of a stream is a function of its ids: a message with ids has brought all the text that
+// they complete, so the first one that follows begins with what was held of it (half a character, or what might have
+// become a stop string). Logprobs come for the new tokens; prompt logprobs only where no id came, since they precede all.
 type ResumeState struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
-	TokenIds      []uint32               `protobuf:"varint,2,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Below n; each at most once.
+	Index uint32 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	// At most max_tokens.
+	TokenIds      []uint32 `protobuf:"varint,2,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -704,10 +712,14 @@ type GenerateRequest struct {
 	// Adapter by name. Not served yet: refused with INVALID_ARGUMENT.
 	Adapter          string            `protobuf:"bytes,8,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	StructuredOutput *StructuredOutput `protobuf:"bytes,9,opt,name=structured_output,json=structuredOutput,proto3" json:"structured_output,omitempty"`
-	// Not served yet: refused with INVALID_ARGUMENT.
-	ResumeTokenIds     []*ResumeState `protobuf:"bytes,10,rep,name=resume_token_ids,json=resumeTokenIds,proto3" json:"resume_token_ids,omitempty"`
-	ResumeFingerprint  string         `protobuf:"bytes,11,opt,name=resume_fingerprint,json=resumeFingerprint,proto3" json:"resume_fingerprint,omitempty"`
-	AllowInexactResume bool           `protobuf:"varint,12,opt,name=allow_inexact_resume,json=allowInexactResume,proto3" json:"allow_inexact_resume,omitempty"`
+	// Of a stream that broke, at most n. With any ids, sampling.seed and resume_fingerprint must be set.
+	ResumeTokenIds []*ResumeState `protobuf:"bytes,10,rep,name=resume_token_ids,json=resumeTokenIds,proto3" json:"resume_token_ids,omitempty"`
+	// `fingerprint` of the initial metadata. FAILED_PRECONDITION with ErrorInfo RESUME_FINGERPRINT (`requested`, `served`)
+	// where the model served is another one. A call that names one waits for the first worker.
+	ResumeFingerprint string `protobuf:"bytes,11,opt,name=resume_fingerprint,json=resumeFingerprint,proto3" json:"resume_fingerprint,omitempty"`
+	// Goes on where the arithmetic is not `exact` as well: no token is lost or repeated, but others may follow than would
+	// have. Otherwise FAILED_PRECONDITION with ErrorInfo RESUME_INEXACT.
+	AllowInexactResume bool `protobuf:"varint,12,opt,name=allow_inexact_resume,json=allowInexactResume,proto3" json:"allow_inexact_resume,omitempty"`
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -1063,16 +1075,19 @@ func (x *GenerateDelta) GetPromptLogprobs() []*TokenLogprob {
 	return nil
 }
 
+// Of the whole stream, also where it was resumed; but for what a call cannot know of the one that broke.
 type Usage struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	PromptTokens uint32                 `protobuf:"varint,1,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
-	// Of the prompt, read from the prefix cache.
-	CachedTokens     uint32 `protobuf:"varint,2,opt,name=cached_tokens,json=cachedTokens,proto3" json:"cached_tokens,omitempty"`
+	// Of the prompt, read from the prefix cache by this call.
+	CachedTokens uint32 `protobuf:"varint,2,opt,name=cached_tokens,json=cachedTokens,proto3" json:"cached_tokens,omitempty"`
+	// From the prompt's end: those that a resumed stream came with count.
 	CompletionTokens uint32 `protobuf:"varint,3,opt,name=completion_tokens,json=completionTokens,proto3" json:"completion_tokens,omitempty"`
-	DraftTokens      uint32 `protobuf:"varint,4,opt,name=draft_tokens,json=draftTokens,proto3" json:"draft_tokens,omitempty"`
-	AcceptedTokens   uint32 `protobuf:"varint,5,opt,name=accepted_tokens,json=acceptedTokens,proto3" json:"accepted_tokens,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Of this call.
+	DraftTokens    uint32 `protobuf:"varint,4,opt,name=draft_tokens,json=draftTokens,proto3" json:"draft_tokens,omitempty"`
+	AcceptedTokens uint32 `protobuf:"varint,5,opt,name=accepted_tokens,json=acceptedTokens,proto3" json:"accepted_tokens,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Usage) Reset() {
@@ -1140,11 +1155,12 @@ func (x *Usage) GetAcceptedTokens() uint32 {
 	return 0
 }
 
-// Seconds, as the server saw them.
+// Seconds of this call, as the server saw them.
 type Timings struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	FirstToken    float64                `protobuf:"fixed64,1,opt,name=first_token,json=firstToken,proto3" json:"first_token,omitempty"`
-	Total         float64                `protobuf:"fixed64,2,opt,name=total,proto3" json:"total,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Until the first new token; 0 where there was none.
+	FirstToken    float64 `protobuf:"fixed64,1,opt,name=first_token,json=firstToken,proto3" json:"first_token,omitempty"`
+	Total         float64 `protobuf:"fixed64,2,opt,name=total,proto3" json:"total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

@@ -36,6 +36,11 @@ type InferenceServiceClient interface {
 	// The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
 	// weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
 	// DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+	//
+	// A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+	// and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+	// the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+	// then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
 	Detokenize(ctx context.Context, in *DetokenizeRequest, opts ...grpc.CallOption) (*DetokenizeResponse, error)
@@ -121,6 +126,11 @@ type InferenceServiceServer interface {
 	// The caller's metadata may name a `tenant` (at most 64 printable ASCII characters): tenants share the service by their
 	// weights. RESOURCE_EXHAUSTED comes with RetryInfo, and with QuotaFailure where it is the tenant's quota that is used up;
 	// DEADLINE_EXCEEDED at once where the call's deadline cannot be met.
+	//
+	// A stream that broke goes on, here or on any other server of the same model: the same request again, with the `seed`
+	// and the `fingerprint` of the initial metadata and with the token ids that came (see ResumeState). What follows are
+	// the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
+	// then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)
 	Detokenize(context.Context, *DetokenizeRequest) (*DetokenizeResponse, error)
