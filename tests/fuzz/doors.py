@@ -86,6 +86,7 @@ def _mib(process: psutil.Process) -> float:
 
 def keep(bad: Sequence[tuple[Shot, str]]) -> None:
     """Into the corpus, which every test run throws again."""
+    CORPUS.mkdir(exist_ok=True)
     for shot, status in bad:
         method = shot.path.strip("/").replace("/", "-")
         (CORPUS / f"{method}-{status}-{random.Random(shot.data).getrandbits(32):08x}.bin").write_bytes(shot.data)
