@@ -27,10 +27,11 @@ def describe() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """With a `+` where the tree holds more than the commit; empty outside a checkout."""
+    """With a `+` where the tree holds more than the commit, results aside; empty outside a checkout."""
     root = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    others = ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"]
+    changes = subprocess.run(others, cwd=root, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if changes.stdout else "")
 
 
