@@ -9,12 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scheduler_svc import config
+from scheduler_svc import config, replay
 from scheduler_svc.loop import EngineLoop
-from scheduler_svc.record import LogError, replay
 
 if TYPE_CHECKING:
     from protos.engine_wire import ServiceStatus
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong usage."""
     if sys.argv[1:2] == ["replay"]:
-        return _replay(sys.argv[2:])
+        return replay.main(sys.argv[2:])
     settings = config.parse()
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is something to drain
@@ -129,20 +127,6 @@ def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
         block_size=settings.loop.engine.block_size,
         slow_reader_timeout=settings.slow_reader_timeout,
     )
-
-
-def _replay(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m scheduler_svc replay LOG", file=sys.stderr)
-        return 2
-    try:
-        result = replay(Path(arguments[0]))
-    except (OSError, LogError) as error:
-        return _fail(str(error))
-    if result.difference:
-        return _fail(f"{arguments[0]}: {result.difference}")
-    print(f"{result.events} events, {result.instructions} instructions: all as recorded")
-    return 0
 
 
 def _say(line: str) -> None:

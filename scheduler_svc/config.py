@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from protos import model_cache
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.flags import STEP_TOKENS, UNBUILT, build_parser
+from scheduler_svc.record import RecordConfig
 from scheduler_svc.tenants import Tenants, TenantsError
 from scheduler_svc.tenants import load as load_tenants
 
@@ -27,7 +31,7 @@ class LoopConfig:
     worker_arguments: tuple[str, ...] = ()
     step_deadline: float = 60.0  # seconds for one step
     load_deadline: float = 600.0  # seconds without a word while a worker starts
-    record: Path | None = None
+    record: RecordConfig = field(default_factory=RecordConfig)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,18 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         worker_arguments=("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa),
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,
-        record=args.record,
+        record=_record_config(args),
+    )
+
+
+def _record_config(args: argparse.Namespace) -> RecordConfig:
+    return RecordConfig(
+        file=args.record,
+        mib=args.record_mib,
+        crash_dir=args.crash_dir or Path(os.environ.get("PAGEWIRE_HOME") or model_cache.HOME).expanduser() / "crashes",
+        crash_mib=args.crash_mib,
+        key=secrets.token_bytes(32) if args.record_private else b"",
+        clock=time.time() - time.monotonic(),
     )
 
 

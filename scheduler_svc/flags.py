@@ -140,6 +140,19 @@ def _worker_flags(add: Add) -> None:
 
 def _operator_flags(add: Add) -> None:
     add("--record", type=Path, metavar="FILE", help="log every engine event, for `pagewire replay FILE`")
+    add("--record-mib", type=_whole(1), default=256, metavar="N", help="… in FILE, FILE.1, FILE.2, FILE.3 together")
+    add(
+        "--record-private",
+        action="store_true",
+        help="prompts, outputs and names of requests only as keyed hashes, in crash logs too",
+    )
+    add(
+        "--crash-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the last seconds go when a worker or the engine is lost; default: $PAGEWIRE_HOME/crashes",
+    )
+    add("--crash-mib", type=_whole(0), default=16, metavar="N", help="memory for them; 0: they are not kept")
 
 
 _GROUPS: list[tuple[str, Callable[[Add], None]]] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
@@ -29,10 +28,10 @@ from protos.engine_wire import (
 )
 from protos.wire import StepPlan
 from scheduler_svc.config import LoopConfig
-from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerReady
+from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
-from scheduler_svc.record import Header, Recorder
+from scheduler_svc.record import Recorder
 from scheduler_svc.spawn import WorkerProcess
 from scheduler_svc.worker_link import WorkerLink
 from scheduler_svc.worker_socket import WorkerSocket
@@ -58,8 +57,7 @@ class EngineLoop:
         self._engine = Scheduler(config.engine)
         self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
         self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers")
-        header = Header(config.engine, config.setup.epoch.boot, config.setup.model)
-        self._recorder = Recorder(config.record, header) if config.record else None
+        self._recorder = Recorder(config.record, self._engine, config.setup.epoch.boot, config.setup.model)
         self._process: WorkerProcess | None = None
         if config.spawn:
             arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
@@ -116,8 +114,9 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             self._serve()
-        except Exception:
+        except Exception as error:
             traceback.print_exc(file=sys.stderr)
+            self._recorder.dump("the engine loop failed", repr(error))
             self._failure = "the engine loop failed, see the traceback above"
             self._post()
         finally:
@@ -156,6 +155,8 @@ class EngineLoop:
             except IntegrityError as error:
                 for event in self._link.lose(f"the engine's books do not add up: {error}", self._now):
                     self._feed(event)
+            if self._recorder.rest():
+                self._feed(FlushCache())
 
     def _patience(self) -> int | None:
         """Milliseconds until something is due by the clock alone."""
@@ -214,8 +215,12 @@ class EngineLoop:
         events = deque([event])
         while events:
             event = events.popleft()
-            instructions = self._engine.handle(event)
-            self._record(event, instructions)
+            try:
+                instructions = self._engine.handle(event)
+            except Exception as error:
+                self._recorder.raised(event, error)
+                raise
+            self._recorder.write(event, instructions)
             for instruction in instructions:
                 match instruction:
                     case StepPlan():
@@ -228,22 +233,6 @@ class EngineLoop:
                         events.extend(self._link.lose(reason, self._now))
                     case EndEpoch():
                         pass  # it has ended already
-
-    def _record(self, event: Event, instructions: list[Instruction]) -> None:
-        """A log that cannot be written ends the log, not the service."""
-        if self._recorder is None:
-            return
-        try:
-            self._recorder.write(event, instructions)
-        except OSError as error:
-            print(f"pagewire: recording stops: {error}", file=sys.stderr, flush=True)
-            self._stop_recording()
-
-    def _stop_recording(self) -> None:
-        recorder, self._recorder = self._recorder, None
-        if recorder:
-            with contextlib.suppress(OSError):  # what is buffered cannot be written, either
-                recorder.close()
 
     def _post(self) -> None:
         """All that this iteration has for the frontend, in one call."""
@@ -303,6 +292,6 @@ class EngineLoop:
         if self._process:
             self._process.stop(_LAST_WORDS if told else 0.0)
         self._socket.close()
-        self._stop_recording()
+        self._recorder.close()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,113 +1,159 @@
-"""The engine's whole input as a file, and the proof that the same input gives the same plans.
+"""What the engine hears and answers: into a file, and into memory for when something goes wrong.
 
-header, then one frame an event: (event, digests of the instructions that answered it). A frame is msgpack behind its
-length in 4 bytes, little-endian, so that a log cut short by a crash is read up to its last whole frame.
+Each part begins with the engine's whole state, so it replays by itself, and old parts can be dropped. A private log
+(record_private) can begin only where no token is in that state: with nobody served, and the prefix cache empty. It
+waits for such a moment, and pauses where it would have to wait for too long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from hashlib import blake2b
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace
 
-from protos.codec import DecodeError
-from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.engine.events import Event, Instruction
+from scheduler_svc.engine.events import Event, FlushCache, Instruction, Tick, WorkerLost
 from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.engine.sequence import Sequence
+from scheduler_svc.record_format import Entry, Header, digest, frame, source_digest
+from scheduler_svc.record_private import Pseudonyms
+from scheduler_svc.record_sinks import PARTS, FileParts, Recent, Sink
+from scheduler_svc.record_state import StateError, snapshot
 
-MAGIC = "pagewire engine log"
-VERSION = 1
-_encoder = msgspec.msgpack.Encoder()
-
-
-class Header(msgspec.Struct, frozen=True):
-    config: EngineConfig
-    boot: int
-    model: str
-    magic: str = MAGIC
-    version: int = VERSION
+CRASH_LOGS = 8  # in a directory, of all boots; the oldest goes when another one is written
+_BEHIND = 1.0  # seconds that a log in a file may be
+_APART = 60.0  # seconds between the crash logs of two lost workers
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
-    event: Event
-    digests: list[bytes]
-
-
-class LogError(Exception):
-    """A file that is no engine log, in one line."""
-
-
-def digest(instruction: Instruction) -> bytes:
-    return blake2b(_encoder.encode(instruction), digest_size=8).digest()
+@dataclass(frozen=True)
+class RecordConfig:
+    file: Path | None = None
+    mib: int = 256  # of all its parts, states aside
+    crash_dir: Path | None = None  # for the last seconds before a worker was lost, or the engine
+    crash_mib: int = 16  # of memory for them; 0: none are kept
+    key: bytes = b""  # of a private log's pseudonyms; empty: logs hold what the engine was told
+    clock: float = 0.0  # see Header
 
 
 class Recorder:
-    """Raises OSError where the file cannot be written."""
+    """Belongs to the loop's thread. Whatever fails here ends the recording, and not the service.
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self._file = path.open("wb")
-        self._write(header)
+    Raises OSError where the file cannot be opened at all.
+    """
+
+    def __init__(self, config: RecordConfig, engine: Scheduler, boot: int, model: str) -> None:
+        self._config, self._engine = config, engine
+        self._pseudonyms = Pseudonyms(config.key) if config.key else None
+        self._header = Header(engine.config, boot, model, source_digest(), private=bool(config.key), clock=config.clock)
+        self._now = self._flushed = 0.0
+        self._lost_at = -_APART
+        self._dumps = 0
+        self._recent = Recent((config.crash_mib << 20) // 2) if config.crash_dir and config.crash_mib else None
+        self._sinks: list[Sink] = [self._recent] if self._recent else []
+        if config.file:
+            self._sinks.append(FileParts(config.file, (config.mib << 20) // PARTS))
+        for sink in self._sinks:
+            sink.begin(self._header)
 
     def write(self, event: Event, instructions: list[Instruction]) -> None:
-        self._write(Entry(event, [digest(i) for i in instructions]))
+        """After the engine has answered, before anything follows from it."""
+        if not self._sinks:
+            return
+        if self._pseudonyms:
+            entry = Entry(self._pseudonyms.event(event), digest(self._pseudonyms.answer(instructions)))
+        else:
+            entry = Entry(event, digest(instructions))
+        self._append(entry)
+        if type(event) is Tick:
+            self._now = event.now
+            if self._now - self._flushed >= _BEHIND:
+                self._flushed = self._now
+                self._each(lambda sink: sink.flush())
+        elif type(event) is WorkerLost and not event.blameless and self._now - self._lost_at >= _APART:
+            self._lost_at = self._now
+            self.dump("a worker was lost", event.reason)
+        if any(sink.size >= sink.limit or not sink.is_open for sink in self._sinks):
+            self._turn(has_flushed=type(event) is FlushCache)
+
+    def raised(self, event: Event, error: Exception) -> None:
+        """In place of `write`, where the engine has no answer."""
+        if self._sinks:
+            name = type(error).__name__
+            if self._pseudonyms:
+                self._append(Entry(self._pseudonyms.event(event), b"", name))
+            else:
+                self._append(Entry(event, b"", f"{name}: {error}"))
+
+    def rest(self) -> bool:
+        """Nobody is served: a good moment to begin another part. True where a FlushCache would make it one."""
+        self._each(lambda sink: sink.flush())
+        if self._pseudonyms:
+            return any(sink.size >= sink.limit or not sink.is_open for sink in self._sinks)
+        self._each(lambda sink: self._begin(sink) if sink.size >= sink.limit // 2 else None)
+        return False
+
+    def dump(self, reason: str, detail: str = "") -> None:
+        """The last seconds into a file of their own, and a line that names it."""
+        directory = self._config.crash_dir
+        if self._recent is None or directory is None:
+            return
+        if detail and not self._pseudonyms:
+            reason = f"{reason}: {detail}"
+        if not (log := self._recent.log(reason)):
+            return
+        self._dumps += 1
+        path = directory / f"engine-{self._header.boot:016x}-{self._dumps}.log"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(log)
+            _prune(directory)
+        except OSError as error:
+            _say(f"the last seconds before it cannot be written: {error}")
+        else:
+            _say(f"the last seconds before it are in {path}: `pagewire replay` runs them again")
 
     def close(self) -> None:
-        self._file.close()
+        self._each(lambda sink: sink.pause())
+        self._sinks.clear()
 
-    def _write(self, frame: Header | Entry) -> None:
-        data = _encoder.encode(frame)
-        self._file.write(len(data).to_bytes(4, "little") + data)
+    def _append(self, entry: Entry) -> None:
+        data = frame(entry)
+        self._each(lambda sink: sink.append(data))
 
+    def _turn(self, has_flushed: bool) -> None:
+        """Begins another part where one is full, or where that is due and can be now."""
+        for sink in [s for s in self._sinks if s.size >= s.limit or not s.is_open]:
+            if self._pseudonyms is None or (has_flushed and self._engine.idle):
+                self._each(self._begin, sink)
+            elif sink.is_open and sink.size >= 2 * sink.limit:
+                _say("private recording pauses until nobody is served: its part is twice as long as it should be")
+                self._each(lambda sink: sink.pause(), sink)
 
-class Replay(msgspec.Struct, frozen=True):
-    """`difference` names the first event whose answer was not the recorded one; empty where there is none."""
+    def _begin(self, sink: Sink) -> None:
+        state = snapshot(self._engine, without=Sequence if self._pseudonyms else None)
+        sink.begin(replace(self._header, state=state))
 
-    events: int
-    instructions: int
-    difference: str = ""
-
-
-def read_log(path: Path) -> tuple[Header, Iterator[Entry]]:
-    """Raises LogError, OSError; the iterator raises LogError at an entry that cannot be read."""
-    frames = _frames(path)
-    try:
-        header = msgspec.msgpack.decode(next(frames, b""), type=Header)
-    except DecodeError as error:
-        raise LogError(f"{path}: not an engine log: {error}") from error
-    if (header.magic, header.version) != (MAGIC, VERSION):
-        raise LogError(f"{path}: not an engine log of version {VERSION}")
-    return header, _entries(path, frames)
-
-
-def replay(path: Path) -> Replay:
-    """Feeds a log to a new engine and compares every instruction. Raises LogError, OSError."""
-    header, entries = read_log(path)
-    engine = Scheduler(header.config)
-    events = instructions = 0
-    for entry in entries:
-        answer = engine.handle(entry.event)
-        events += 1
-        instructions += len(answer)
-        if [digest(i) for i in answer] != entry.digests:
-            what = f"event {events} ({type(entry.event).__name__}) is now answered by {answer!r:.2000}"
-            return Replay(events, instructions, what)
-    return Replay(events, instructions)
+    def _each(self, act: Callable[[Sink], None], *some: Sink) -> None:
+        for sink in some or tuple(self._sinks):
+            try:
+                act(sink)
+            except (OSError, StateError) as error:
+                _say(f"recording stops: {error}")
+                self._sinks.remove(sink)
+                with contextlib.suppress(OSError):  # what is buffered cannot be written, either
+                    sink.pause()
 
 
-def _entries(path: Path, frames: Iterator[bytes]) -> Iterator[Entry]:
-    decoder = msgspec.msgpack.Decoder(Entry)
-    for number, frame in enumerate(frames, 1):
-        try:
-            yield decoder.decode(frame)
-        except DecodeError as error:
-            raise LogError(f"{path}: event {number} cannot be read: {error}") from error
+def _prune(directory: Path) -> None:
+    logs = sorted(directory.glob("engine-*.log"), key=lambda path: (path.stat().st_mtime_ns, len(path.name), path.name))
+    for path in logs[:-CRASH_LOGS]:
+        path.unlink(missing_ok=True)
 
 
-def _frames(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while len(size := file.read(4)) == 4:
-            data = file.read(int.from_bytes(size, "little"))
-            if len(data) == int.from_bytes(size, "little"):
-                yield data
+def _say(line: str) -> None:
+    print(f"pagewire: {line}", file=sys.stderr, flush=True)

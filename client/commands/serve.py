@@ -13,7 +13,8 @@ from typing import NoReturn
 from client import store
 from client.commands.model import pull
 
-SWITCHES = {"--enable-prefix-caching", "--no-enable-prefix-caching"}  # the flags that take no value
+# The flags that take no value.
+SWITCHES = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--record-private"}
 
 
 def main(prog: str, argv: Sequence[str]) -> int:

@@ -109,6 +109,7 @@ class Scheduler:
         for crowding in self._doorkeeper.crowded_out:
             self._outbox.refuse(crowding.submit, *self._doorkeeper.crowding())
             self._leave(crowding, FinishReason.REJECTED)
+        self._doorkeeper.crowded_out = []
         self._arrivals += 1
         account = self.roster.ledger.account(submit.tenant)
         if account.bucket:

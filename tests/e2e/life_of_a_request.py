@@ -29,7 +29,7 @@ from protos.codec import decode_from_worker, decode_to_worker
 from protos.engine_wire import Outputs, Submit
 from protos.wire import Hello, Ready, Setup, StepPlan, StepResult, Wire
 from scheduler_svc.engine.scheduler import Scheduler
-from scheduler_svc.record import read_log
+from scheduler_svc.record_format import read_log
 
 PAGE = Path(__file__).parents[2] / "docs" / "life_of_a_request.md"
 FATAL_STEP = 4  # of the first epoch: its plan finds a dead worker

@@ -109,7 +109,8 @@ async def service(model: str, *flags: str, until: int | None = SERVING, port: in
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="pagewire-e2e-") as directory:
         log = Path(directory) / "stderr"
-        command = [sys.executable, "-m", "scheduler_svc", model, "--port", str(port), *flags]
+        crashes = ["--crash-dir", str(Path(directory) / "crashes")]  # the tests' workers die often
+        command = [sys.executable, "-m", "scheduler_svc", model, "--port", str(port), *crashes, *flags]
         environment = {**os.environ, "TMPDIR": directory}  # what a killed service leaves behind goes with it
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, env=environment)

@@ -20,6 +20,7 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
+        "--record-mib 8 --record-private --crash-dir crashes --crash-mib 2 "
         "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2 --slow-reader-timeout 8"
     )
     (tmp_path / "model.gguf").touch()
@@ -38,7 +39,10 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (setup.quantization, setup.kv_dtype) == ("int4", "int8")
     assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu", "--cpu-isa", "avx2")
     assert (loop.listen, loop.spawn, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", True, 4, 5)
-    assert loop.record == Path("log")
+    record = loop.record
+    assert (record.file, record.mib, record.crash_dir, record.crash_mib) == (Path("log"), 8, Path("crashes"), 2)
+    assert len(record.key) == 32
+    assert not config.parse([str(tmp_path / "model.gguf")]).loop.record.key
 
 
 @pytest.mark.parametrize(

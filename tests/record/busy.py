@@ -1,0 +1,72 @@
+"""A busy run of an engine to record: shared prefixes, tenants, siblings, deadlines, aborts, crashes, too few blocks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from msgspec.structs import replace
+
+from protos.engine_wire import FinishReason
+from scheduler_svc.engine.config import EngineConfig, Tenant
+from scheduler_svc.engine.events import FlushCache
+from tests.engine.world import VOCAB_SIZE, World, request
+
+CONFIG = EngineConfig(
+    block_size=4,
+    max_num_seqs=6,
+    max_step_tokens=40,
+    depth=2,
+    num_drafts=2,
+    max_waiting=40,
+    tenants=(Tenant("a", 3.0), Tenant("b", 1.0, 50.0, 300.0)),
+)
+
+
+def _submit(world: World, choose: random.Random, number: int) -> None:
+    prompt = [choose.randrange(2)] * choose.randrange(1, 20) + [choose.randrange(VOCAB_SIZE) for _ in range(5)]
+    resumed = choose.choice([0, 0, 0, 2])
+    fields: dict[str, Any] = {
+        "priority": choose.randrange(2),
+        "cache_salt": choose.choice(["", "salt"]),
+        "eos_token_ids": (2,),
+        "stop_token_ids": choose.choice([(), (9, 17)]),
+        "logprobs": choose.choice([-1, 0]),
+        "prompt_logprobs": choose.choice([-1, -1, -1, 0]),
+        "tenant": choose.choice(["", "a", "b", f"guest-{number % 5}"]),
+        "deadline": world.now + 5.0 if choose.random() < 0.2 else 0.0,
+    }
+    count = choose.choice([1, 1, 1, 3])
+    for index in range(count):
+        made = request(
+            *(f"request-{number}", prompt + [3] * resumed, choose.randrange(3, 15)),
+            **fields,
+            seed=100 * index + number,
+            index=index,
+            num_siblings=count,
+        )
+        world.submit(replace(made, prompt_len=len(prompt)))
+
+
+def run(seed: int, requests: int = 150, between: Callable[[World], None] = lambda world: None) -> World:
+    """To its end, with every check of World; `between` is called after each request's turn."""
+    choose = random.Random(seed)
+    world = World(CONFIG, num_blocks=24, align=4, max_model_len=60, seconds=lambda positions: 0.01 + 0.001 * positions)
+    world.ready()
+    for number in range(requests):
+        _submit(world, choose, number)
+        world.land(choose.randrange(5))
+        if choose.random() < 0.1:
+            world.abort(f"request-{choose.randrange(max(0, number - 3), number + 1)}", FinishReason.ABORTED)
+        if choose.random() < 0.05:
+            world.crash()
+            world.ready()
+        if choose.random() < 0.05:
+            world.run()
+            world.send(FlushCache())
+        world.tick(0.05)
+        between(world)
+    world.run()
+    world.check_ends()
+    return world
