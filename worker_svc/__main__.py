@@ -25,6 +25,8 @@ def main() -> int:
             signal.signal(number, signal.SIG_IGN)  # needs its worker while it drains; SIGKILL is how it ends one
         if not _die_with(settings.parent_pid):
             return 1
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the first process of a container it has no other
     hello = Hello(0, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
     link = Link(settings.connect, hello, reconnect=not settings.parent_pid)
     create = functools.partial(
