@@ -1,8 +1,9 @@
 """What the engine hears and answers: into a file, and into memory for when something goes wrong.
 
-Each part begins with the engine's whole state, so it replays by itself, and old parts can be dropped. A private log
-(record_private) can begin only where no token is in that state: with nobody served, and the prefix cache empty. It
-waits for such a moment, and pauses where it would have to wait for too long.
+Each part begins with the engine's whole state, so it replays by itself, and old parts can be dropped. Of a very long
+queue no state is written, since nobody would be served meanwhile; and a private log (record_private) can begin only
+where no token is in it: with nobody served, and the prefix cache empty. Where a part would have to wait for such a
+moment for too long, the recording pauses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from scheduler_svc.record_private import Pseudonyms
 from scheduler_svc.record_sinks import PARTS, FileParts, Recent, Sink
 from scheduler_svc.record_state import StateError, snapshot
 
+MOST_LIVE = 2048  # sequences of a state: to write one of so many takes some 40 ms
 CRASH_LOGS = 8  # in a directory, of all boots; the oldest goes when another one is written
 _BEHIND = 1.0  # seconds that a log in a file may be
 _APART = 60.0  # seconds between the crash logs of two lost workers
@@ -76,7 +78,7 @@ class Recorder:
         elif type(event) is WorkerLost and not event.blameless and self._now - self._lost_at >= _APART:
             self._lost_at = self._now
             self.dump("a worker was lost", event.reason)
-        if any(sink.size >= sink.limit or not sink.is_open for sink in self._sinks):
+        if any(map(_is_due, self._sinks)):
             self._turn(has_flushed=type(event) is FlushCache)
 
     def raised(self, event: Event, error: Exception) -> None:
@@ -92,8 +94,8 @@ class Recorder:
         """Nobody is served: a good moment to begin another part. True where a FlushCache would make it one."""
         self._each(lambda sink: sink.flush())
         if self._pseudonyms:
-            return any(sink.size >= sink.limit or not sink.is_open for sink in self._sinks)
-        self._each(lambda sink: self._begin(sink) if sink.size >= sink.limit // 2 else None)
+            return any(_is_due(sink) for sink in self._sinks)
+        self._each(lambda sink: self._begin(sink) if _is_due(sink) or sink.size >= sink.limit // 2 else None)
         return False
 
     def dump(self, reason: str, detail: str = "") -> None:
@@ -126,12 +128,16 @@ class Recorder:
         self._each(lambda sink: sink.append(data))
 
     def _turn(self, has_flushed: bool) -> None:
-        """Begins another part where one is full, or where that is due and can be now."""
-        for sink in [s for s in self._sinks if s.size >= s.limit or not s.is_open]:
-            if self._pseudonyms is None or (has_flushed and self._engine.idle):
+        """Begins another part where that is due, if it can be now."""
+        if self._pseudonyms:
+            now, when = has_flushed and self._engine.idle, "nobody is served"
+        else:
+            now, when = self._engine.roster.num_live <= MOST_LIVE, f"no more than {MOST_LIVE} sequences are live"
+        for sink in filter(_is_due, tuple(self._sinks)):
+            if now:
                 self._each(self._begin, sink)
             elif sink.is_open and sink.size >= 2 * sink.limit:
-                _say("private recording pauses until nobody is served: its part is twice as long as it should be")
+                _say(f"recording pauses until {when}: the log's part is twice as long as it should be")
                 self._each(lambda sink: sink.pause(), sink)
 
     def _begin(self, sink: Sink) -> None:
@@ -147,6 +153,10 @@ class Recorder:
                 self._sinks.remove(sink)
                 with contextlib.suppress(OSError):  # what is buffered cannot be written, either
                     sink.pause()
+
+
+def _is_due(sink: Sink) -> bool:
+    return sink.size >= sink.limit or not sink.is_open
 
 
 def _prune(directory: Path) -> None:

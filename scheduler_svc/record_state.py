@@ -9,13 +9,15 @@ imported by a name that stands in the bytes, and of the engine's classes nothing
 
 from __future__ import annotations
 
+import gc
 import pkgutil
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -54,11 +56,16 @@ class StateError(Exception):
 def snapshot(scheduler: Scheduler, without: type | None = None) -> bytes:
     """Raises StateError for what cannot be written, and where there is an instance of `without`."""
     writer = _Writer(without)
+    collects = gc.isenabled()
+    gc.disable()  # what is made here is all alive until it is written: a collection would walk it for nothing
     try:
         tree = writer.value(scheduler)
         return msgspec.msgpack.encode([list(writer.shapes), tree])
     except (OverflowError, TypeError, AttributeError, RecursionError) as error:
         raise StateError(f"the engine's state cannot be written: {error}") from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def restore(data: bytes) -> Scheduler:
@@ -94,9 +101,25 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for base in kind.__mro__ for name in vars(base).get("__slots__", ()))
 
 
+@cache
+def _fields(kind: type) -> tuple[str, ...] | None:
+    """Of a message; None for what is none."""
+    if issubclass(kind, msgspec.Struct):
+        return kind.__struct_fields__
+    return kind._fields if issubclass(kind, tuple) else None  # type: ignore[attr-defined]
+
+
 def _attributes(owner: Any, kind: type) -> tuple[str, ...]:
     slots = _slots(kind)
     return (*slots, *vars(owner)) if hasattr(owner, "__dict__") else slots
+
+
+@cache
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """All of an object's attributes in one call: of a long queue there are millions."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda owner: tuple(getattr(owner, name) for name in names)
 
 
 class _Writer:
@@ -104,25 +127,25 @@ class _Writer:
 
     def __init__(self, without: type | None) -> None:
         self._without = without
-        self._seen: dict[int, int] = {}  # number by address: all of it lives as long as the engine that is written
+        # By address: all of it lives as long as the engine that is written.
+        self._seen: dict[int, int] = {}  # number
+        self._messages: dict[int, list[Any]] = {}  # as written
         self.shapes: dict[tuple[str, tuple[str, ...]], int] = {}  # number by class and attributes
 
     def value(self, owner: Any) -> Any:
         kind = type(owner)
         if kind in _PLAIN:
             return owner
-        if kind is tuple:
-            return [Tag.TUPLE, *map(self.value, owner)]
-        if kind is frozenset:
-            return [Tag.FROZENSET, *sorted(map(self.value, owner))]  # their order is nobody's business
-        if isinstance(owner, Enum):
-            return [Tag.MEMBER, self._shape(kind, ()), owner.name]
-        if isinstance(owner, msgspec.Struct):
-            return self._message(owner, kind, kind.__struct_fields__)
-        if isinstance(owner, tuple):
-            return self._message(owner, kind, owner._fields)  # type: ignore[attr-defined]
         if (number := self._seen.get(id(owner))) is not None:
             return [Tag.AGAIN, number]
+        if kind is tuple:
+            return [Tag.TUPLE, *(owner if _all_plain(owner) else map(self.value, owner))]
+        if kind is frozenset:
+            return [Tag.FROZENSET, *sorted(map(self.value, owner))]  # their order is nobody's business
+        if (fields := _fields(kind)) is not None:
+            return self._message(owner, fields)
+        if isinstance(owner, Enum):
+            return [Tag.MEMBER, self._shape(kind, ()), owner.name]
         self._seen[id(owner)] = len(self._seen)
         return self._first(owner, kind)
 
@@ -142,10 +165,20 @@ class _Writer:
         if self._without and isinstance(owner, self._without):
             raise StateError(f"the engine's state holds a {kind.__name__}, and must not")
         names = _attributes(owner, kind)
-        return [Tag.OBJECT, self._shape(kind, names), *(self.value(getattr(owner, name)) for name in names)]
+        written = [Tag.OBJECT, self._shape(kind, names), *_getter(names)(owner)]
+        for place, part in enumerate(written):
+            if type(part) not in _PLAIN:
+                written[place] = self.value(part)
+        return written
 
-    def _message(self, owner: Any, kind: type, names: tuple[str, ...]) -> list[Any]:
-        return [Tag.MESSAGE, self._shape(kind, names), *(self._part(getattr(owner, name)) for name in names)]
+    def _message(self, owner: Any, names: tuple[str, ...]) -> list[Any]:
+        if (written := self._messages.get(id(owner))) is None:
+            written = [Tag.MESSAGE, self._shape(type(owner), names), *_getter(names)(owner)]
+            for place, part in enumerate(written):
+                if type(part) not in _PLAIN:
+                    written[place] = self._part(part)
+            self._messages[id(owner)] = written
+        return written
 
     def _part(self, part: Any) -> Any:
         """Of a message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def recorder(engine: Scheduler, config: RecordConfig, limit: int = LIMIT) -> Rec
     for sink in made._sinks:
         sink.limit = limit
     return made
+
+
+def is_due_and_need_not_pause(made: Recorder) -> None:
+    """Another part, with the next event if that can be."""
+    for sink in made._sinks:
+        sink.limit = max(500, sink.size)
 
 
 def record(world: World, config: RecordConfig, limit: int = LIMIT) -> Scheduler:
@@ -102,6 +109,64 @@ def test_a_private_log_begins_its_parts_at_rest(tmp_path: Path, world: World) ->
         assert replay.replay(replay.Log(path)).difference == ""
 
 
+def test_a_private_log_never_begins_with_a_cache_that_it_cannot_name(tmp_path: Path) -> None:
+    """At rest, but not flushed: whoever comes next finds blocks whose digests are of the tokens themselves."""
+    world, engine = World(busy.CONFIG, num_blocks=64), Scheduler(busy.CONFIG)
+    made = recorder(engine, RecordConfig(tmp_path / "log", key=KEY))
+    world.ready()
+    for number in range(6):
+        world.submit(request(f"r{number}", 20, 8))
+        world.run()
+        if number == 3:
+            world.send(FlushCache())
+    assert world.scheduler.stats().cached_tokens > 0
+    for event in world.log:
+        is_due_and_need_not_pause(made)
+        made.write(event, engine.handle(event))
+    made.close()
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) == 2
+    for path in parts:
+        assert replay.replay(replay.Log(path)).difference == ""
+
+
+def test_nobody_who_was_crowded_out_stays_in_a_private_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(replace(busy.CONFIG, max_waiting=4, tenants=()), num_blocks=64)
+    made = recorder(world.scheduler, RecordConfig(tmp_path / "log", key=KEY))
+    for number in range(4):
+        world.submit(request(f"r{number}", 20, 8, tenant="many"))
+    world.submit(request("last", 20, 8, tenant="few"))
+    assert world.scheduler.stats().rejected == 1
+    world.ready()
+    world.run()
+    for event, answer in zip(world.log, world.answers, strict=True):
+        made.write(event, answer)
+    is_due_and_need_not_pause(made)
+    world.send(FlushCache())
+    made.write(world.log[-1], world.answers[-1])
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "log.1").exists()
+
+
+def test_a_private_part_that_would_hold_a_sequence_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(busy.CONFIG, num_blocks=64)
+    made = recorder(world.scheduler, RecordConfig(tmp_path / "log", key=KEY))
+    world.ready()
+    world.submit(request("r", 20, 8))
+    world.scheduler.roster.kept = world.scheduler.roster.find("r")  # type: ignore[attr-defined]
+    world.run()
+    world.send(FlushCache())
+    for event, answer in zip(world.log, world.answers, strict=True):
+        is_due_and_need_not_pause(made)
+        made.write(event, answer)
+    assert "recording stops: the engine's state holds a Sequence" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
 def test_a_private_log_that_finds_no_rest_pauses_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,7 +181,7 @@ def test_a_private_log_that_finds_no_rest_pauses_and_goes_on(
     world.submit(request("r", 8, 20))
     made.write(world.log[-1], world.answers[-1])
     said = ""
-    while "private recording pauses" not in said:
+    while "recording pauses until nobody is served" not in said:
         assert path.stat().st_size < 3 * LIMIT
         tick()
         said += capsys.readouterr().err
@@ -132,6 +197,37 @@ def test_a_private_log_that_finds_no_rest_pauses_and_goes_on(
     assert (tmp_path / "log.1").read_bytes() == paused
     assert read_log(path)[0].part == 2
     assert replay.replay(replay.Log(path)).events == 1
+
+
+def test_of_a_very_long_queue_no_state_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would take seconds, in which nobody is served."""
+    monkeypatch.setattr("scheduler_svc.record.MOST_LIVE", 9)
+    world = World(busy.CONFIG, num_blocks=64)
+    made = recorder(world.scheduler, RecordConfig(tmp_path / "log"), limit=2000)
+
+    def heard() -> None:
+        made.write(world.log[-1], world.answers[-1])
+
+    world.ready()
+    heard()
+    for number in range(10):
+        world.submit(request(f"r{number}", 20, 8))
+        heard()
+    while "recording pauses until no more than 9 sequences are live" not in capsys.readouterr().err:
+        world.tick(1.0)
+        heard()
+    world.abort("r9")
+    heard()
+    while world.results:
+        world.land()
+        heard()
+    made.close()
+    for path in tmp_path.iterdir():
+        result = replay.replay(replay.Log(path, check=True))
+        assert result.difference == ""
+    assert read_log(tmp_path / "log")[0].state, "it goes on where it can begin again"
 
 
 def test_the_last_seconds_replay_from_where_they_begin(tmp_path: Path, world: World) -> None:

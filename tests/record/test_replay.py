@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from protos.engine_wire import Submit
-from scheduler_svc.engine.events import WorkerLost
+from protos.engine_wire import Question, Submit
+from scheduler_svc.engine.events import FlushCache, WorkerLost
+from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.record import RecordConfig
 from scheduler_svc.record_format import LogError, read_log
 from scheduler_svc.replay import Log, main, replay
@@ -85,6 +86,46 @@ def test_a_private_run_replays(tmp_path: Path) -> None:
         assert result.difference == ""
         assert result.plans > 10
     assert read_log(crash)[0].reason == "a worker was lost"
+
+
+def test_an_engine_that_fails_leaves_what_led_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    submit = Scheduler._submit
+
+    def fail(self: Scheduler, request: Submit) -> None:
+        if request.request_id == "r3":
+            raise ZeroDivisionError("a defect")
+        submit(self, request)
+
+    monkeypatch.setattr(Scheduler, "_submit", fail)
+    with running(loop_config(record=RecordConfig(crash_dir=tmp_path))) as observer:
+        for request in submits(4, random.Random(1)):
+            observer.loop.send(request)
+        observer.until(lambda: observer.statuses and observer.status.failed, "the end of it")
+    (crash,) = tmp_path.iterdir()
+    assert f"the last seconds before it are in {crash}" in capfd.readouterr().err
+    assert read_log(crash)[0].reason == "the engine loop failed: ZeroDivisionError('a defect')"
+    assert main([str(crash)]) == 0
+    assert "the last event raises ZeroDivisionError: a defect, as it did" in capfd.readouterr().out
+
+
+def test_a_private_log_gets_its_flush_when_nobody_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler_svc.loop._AUDIT_AFTER", 0.0)
+    made = submits(10, random.Random(1))
+    with running(loop_config(record=RecordConfig(tmp_path / "log", key=bytes(32)))) as observer:
+        for submit in made[:-1]:
+            observer.loop.send(submit)
+        observer.until_finished(made[:-1])
+        for sink in observer.loop._recorder._sinks:
+            sink.limit = sink.size  # so the last one's few events are over it, and not twice over it
+        observer.loop.send(made[-1])
+        observer.until_finished(made)
+        while not (tmp_path / "log.1").exists():
+            observer.ask(Question.STATS)
+    assert isinstance(list(read_log(tmp_path / "log.1")[1])[-1].event, FlushCache)
+    for path in tmp_path.iterdir():
+        assert replay(Log(path)).difference == ""
 
 
 def test_a_full_disk_ends_the_log_and_not_the_service(capfd: pytest.CaptureFixture[str]) -> None:
