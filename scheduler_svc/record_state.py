@@ -133,7 +133,7 @@ class _Writer:
         self.shapes: dict[tuple[str, tuple[str, ...]], int] = {}  # number by class and attributes
 
     def value(self, owner: Any) -> Any:
-        kind = type(owner)
+        kind: type = type(owner)
         if kind in _PLAIN:
             return owner
         if (number := self._seen.get(id(owner))) is not None:
