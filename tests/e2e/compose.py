@@ -77,9 +77,8 @@ class Stack:
         self.call("build", *flags, *base, "-f", "deploy/Dockerfile", "-t", "localhost/pagewire", ".")
 
     def bring_model(self) -> None:
-        """Into the volume, so that no first start has to pull it."""
+        """Into the volume that is there by now, so that no first start has to pull it."""
         mounts = ["-v", f"{PROJECT}_models:/models", "-v", f"{self._model.parent}:/in:ro"]
-        self.call("volume", "create", "--label", f"com.docker.compose.project={PROJECT}", f"{PROJECT}_models")
         copy = ["--entrypoint", "cp", "localhost/pagewire", f"/in/{self._model.name}", "/models/"]
         self.call("run", "--rm", "--network", "none", *mounts, *copy)
 
@@ -131,6 +130,7 @@ def stream(client: Client, on_token: Callable[[int], None] = lambda count: None)
 def story(stack: Stack, say: Callable[[str], None]) -> None:
     stack.compose("up", "-d", "worker")
     say("the worker is up, alone")
+    stack.bring_model()
     stack.compose("up", "-d")
     with Client(f"127.0.0.1:{stack.port}") as client:
         until(lambda: serving(client), "SERVING")
@@ -186,7 +186,6 @@ def main() -> int:
         say("every profile of compose.yaml is understood")
         stack.build()
         say("the image is built")
-        stack.bring_model()
         try:
             story(stack, say)
         finally:
