@@ -83,6 +83,34 @@ class Outputs(Wire, frozen=True):
     frontend: str = ""
 
 
+class WatchKv(Wire, frozen=True):
+    """A frontend wants to know which blocks are published: all there are now for `watcher`, a number of its own, and
+    from then on every change. 0: it does not want to know any more.
+    """
+
+    watcher: int
+    frontend: str = ""
+
+
+class KvBlock(Wire, frozen=True):
+    """A published block. Its digest covers its tokens and all before them: equal digests are equal prefixes."""
+
+    digest: bytes
+    parent: bytes  # the digest of the block before it; the root's for a first one
+    root: bytes  # of tenant, salt and adapter: whose prefix it is, without saying it
+    token_ids: bytes  # unsigned numbers of 32 bits, in this host's order
+
+
+class KvEvents(Wire, frozen=True):
+    """What changed among the published blocks, in this order: a block was published, or a digest is there no more."""
+
+    number: int  # of the last change, over the service's life
+    changes: list[KvBlock | bytes]
+    reset: bool = False  # forget all that was there before
+    watcher: int = 0  # for it alone, all that is there; 0: for all who have had that
+    frontend: str = ""
+
+
 class Question(IntEnum):
     STATS = 1
     FLUSH_CACHE = 2
@@ -153,5 +181,5 @@ class Answer(Wire, frozen=True):
     frontend: str = ""
 
 
-ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask
-ToFrontend = Outputs | ServiceStatus | Answer
+ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask | WatchKv
+ToFrontend = Outputs | ServiceStatus | Answer | KvEvents

@@ -19,12 +19,14 @@ from protos.engine_wire import (
     Ask,
     FrontendHello,
     FrontendLost,
+    KvEvents,
     Outputs,
     Question,
     ServiceStatus,
     Submit,
     ToEngine,
     ToFrontend,
+    WatchKv,
 )
 from protos.wire import StepPlan
 from scheduler_svc.config import LoopConfig
@@ -187,7 +189,7 @@ class EngineLoop:
 
     def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
         match message:
-            case Submit() | Abort() | FrontendLost():
+            case Submit() | Abort() | FrontendLost() | WatchKv():
                 yield message
             case FrontendHello():
                 self._status = None  # so that the newcomer gets one
@@ -225,7 +227,7 @@ class EngineLoop:
                 match instruction:
                     case StepPlan():
                         self._link.add_plan(instruction, self._now)
-                    case Outputs():
+                    case Outputs() | KvEvents():
                         self._outgoing.append(instruction)
                     case EndEpoch(epoch, reason) if epoch == self._link.epoch:
                         if isinstance(event, WorkerReady):  # it will not like the next one better

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from scheduler_svc.engine.kv_journal import KvJournal
+
 
 class BlockPool:
     """Blocks 1..num_blocks−1; block 0 is null and never handed out.
@@ -13,8 +15,9 @@ class BlockPool:
     Blank ones go first, so a cached block is evicted only when nothing else is left.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, journal: KvJournal | None = None) -> None:
         self.num_blocks = num_blocks
+        self.journal = journal or KvJournal()
         self.refs = [0] * num_blocks
         self.hashes: list[bytes] = [b""] * num_blocks  # of published blocks
         self.by_hash: dict[bytes, int] = {}
@@ -63,6 +66,7 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self.cached.popitem(last=False)
+        self.journal.removed(self.hashes[block])
         del self.by_hash[self.hashes[block]]
         self.hashes[block] = b""
         return block

@@ -7,6 +7,7 @@ from collections import deque
 from protos.wire import Epoch, StepPlan
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import WorkerReady
+from scheduler_svc.engine.kv_journal import KvJournal
 from scheduler_svc.engine.kv_manager import KVManager
 from scheduler_svc.engine.sequence import Sequence
 
@@ -26,11 +27,11 @@ class Flight:
 class Device:
     """Slots, blocks and plans in flight."""
 
-    def __init__(self, ready: WorkerReady, config: EngineConfig) -> None:
+    def __init__(self, ready: WorkerReady, config: EngineConfig, journal: KvJournal | None = None) -> None:
         self.epoch: Epoch = ready.epoch
         self.step = 0
         self.align = ready.align
-        self.kv = KVManager(ready.num_blocks, config.block_size, ready.align, config.prefix_caching)
+        self.kv = KVManager(ready.num_blocks, config.block_size, ready.align, config.prefix_caching, journal)
         self.num_slots = ready.max_slots
         self.free_slots = list(range(ready.max_slots, 0, -1))  # slot 0 is the null slot
         self.release: list[int] = []  # slots that the next plan tells the worker to forget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from protos.engine_wire import Abort, FrontendLost, Outputs, Submit
+from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Submit, WatchKv
 from protos.wire import Epoch, StepPlan, StepResult
 
 
@@ -45,7 +45,7 @@ class Drain(Happening, frozen=True):
     """Take no new requests; finish what was accepted."""
 
 
-Event = Submit | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain
+Event = Submit | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain | WatchKv
 
 
 class EndEpoch(Happening, frozen=True):
@@ -55,4 +55,4 @@ class EndEpoch(Happening, frozen=True):
     reason: str
 
 
-Instruction = StepPlan | Outputs | EndEpoch
+Instruction = StepPlan | Outputs | EndEpoch | KvEvents

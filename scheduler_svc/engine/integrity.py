@@ -74,6 +74,8 @@ def _check_blocks(roster: Roster, device: Device) -> None:
     _demand(not any(pool.hashes[b] for b in pool.blank), "a blank block can be hit")
     published = {digest: block for block, digest in enumerate(pool.hashes) if digest}
     _demand(published == pool.by_hash, "the digests of blocks differ from the index")
+    journal = pool.journal.blocks
+    _demand(all(digest in journal for digest in published), "the journal lacks a published block")
 
 
 def _demand(holds: bool, complaint: str) -> None:

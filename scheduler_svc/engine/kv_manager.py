@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from math import lcm
 
+from protos.engine_wire import KvBlock
 from scheduler_svc.engine.block_pool import BlockPool
+from scheduler_svc.engine.kv_journal import KvJournal
 from scheduler_svc.engine.prefix_cache import PrefixCache
 from scheduler_svc.engine.sequence import Sequence
 
@@ -19,10 +21,12 @@ class KVManager:
                                      ^ computed starts here, on a multiple of `align`
     """
 
-    def __init__(self, num_blocks: int, block_size: int, align: int, caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, align: int, caching: bool, journal: KvJournal | None = None
+    ) -> None:
         self.block_size = block_size
         self.caching = caching
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, journal)
         self.cache = PrefixCache(self.pool, block_size)
         self._hit_unit = lcm(block_size, align) // block_size  # blocks
 
@@ -74,7 +78,14 @@ class KVManager:
         if self.caching:
             hashes = self.cache.extend_hashes(sequence)
             for i in range(sequence.published, full):
+                if hashes[i] not in self.pool.by_hash:
+                    self.pool.journal.stored(self._as_published(sequence, i))
                 woken += self.cache.publish(sequence.block_ids[i], hashes[i])
         sequence.published = full
         sequence.publish_at = (full + 1) * self.block_size
         return woken
+
+    def _as_published(self, sequence: Sequence, i: int) -> KvBlock:
+        hashes, root, size = sequence.hashes, sequence.root, self.block_size
+        token_ids = sequence.token_ids[i * size : (i + 1) * size].tobytes()
+        return KvBlock(hashes[i], hashes[i - 1] if i else root, root, token_ids)

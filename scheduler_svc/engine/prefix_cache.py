@@ -49,8 +49,10 @@ class PrefixCache:
         """Digests of all full blocks of settled tokens."""
         hashes, size = sequence.hashes, self.block_size
         if len(hashes) < sequence.settled // size:
-            submit = sequence.submit
-            parent = hashes[-1] if hashes else root(submit.tenant, submit.cache_salt, submit.adapter)
+            if not hashes:
+                submit = sequence.submit
+                sequence.root = root(submit.tenant, submit.cache_salt, submit.adapter)
+            parent = hashes[-1] if hashes else sequence.root
             for begin in range(len(hashes) * size, sequence.settled - size + 1, size):
                 parent = chain(parent, sequence.token_ids[begin : begin + size])
                 hashes.append(parent)

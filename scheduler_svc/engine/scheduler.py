@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Submit
+from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Submit, WatchKv
 from protos.wire import Row, RowResult, StepResult
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
@@ -17,6 +17,7 @@ from scheduler_svc.engine.door import Doorkeeper
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
+from scheduler_svc.engine.kv_journal import KvJournal
 from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
@@ -42,6 +43,7 @@ class Scheduler:
         self._last_epoch = (-1, -1)
         self._instructions: list[Instruction] = []
         self._outbox = Outbox()
+        self.journal = KvJournal()
 
     def handle(self, event: Event) -> list[Instruction]:
         """What follows from `event`: plans first, since a worker may be waiting for them."""
@@ -57,6 +59,7 @@ class Scheduler:
                 for sequence in list(self.roster):
                     if sequence.frontend == event.frontend:
                         self._finish(sequence, FinishReason.ABORTED)
+                self.journal.unwatch(event.frontend)
             case WorkerReady():
                 self._begin_epoch(event)
             case WorkerLost():
@@ -69,6 +72,8 @@ class Scheduler:
                     self.device.kv.pool.flush()
             case Drain():
                 self._doorkeeper.draining = True
+            case WatchKv():
+                self.journal.watch(event)
             case _:
                 assert_never(event)
         while self._planner and self._may_plan(self._planner.device) and (flight := self._planner.plan()):
@@ -76,7 +81,8 @@ class Scheduler:
         for sequence in self._planner.take_hopeless() if self._planner else ():
             self._give_up(sequence)
         instructions, self._instructions = self._instructions, []
-        return [*instructions, *self._outbox.take()]
+        told = self.journal.take() if self.journal.dirty else ()
+        return [*instructions, *self._outbox.take(), *told]
 
     @property
     def idle(self) -> bool:
@@ -251,7 +257,7 @@ class Scheduler:
         if reason := self._unusable(ready):
             self._instructions.append(EndEpoch(ready.epoch, reason))
             return
-        self.device = Device(ready, self.config)
+        self.device = Device(ready, self.config, self.journal)
         self._planner = Planner(self.config, self.device, self.roster, self._forecast)
         limits = [
             (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
@@ -293,6 +299,7 @@ class Scheduler:
             for sequence in suspects:
                 sequence.deaths += 1
         self.roster.end_epoch()
+        self.journal.lost(self.device.kv.pool.by_hash)
         self.device = self._planner = None
         for sequence in list(self.roster):
             if sequence.deaths >= FATAL_DEATHS:

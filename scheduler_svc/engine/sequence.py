@@ -66,6 +66,7 @@ class Sequence:
         "queued_tokens",
         "reads_cache",
         "request_id",
+        "root",
         "sampling",
         "settled",
         "slot",
@@ -100,6 +101,7 @@ class Sequence:
         self.look_at = 0.0  # when to see whether it can still meet its deadline; 0: it has none, or has run
         self.unpaid = self.settled  # given tokens that the account was not charged for: each is, once at most
         self.hashes: list[bytes] = []
+        self.root = b""  # the parent of the first; set with it
         self.holds_on = b""
         self.state = State.WAITING
         self.forget_device()

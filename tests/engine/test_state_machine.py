@@ -177,11 +177,20 @@ class Engine(RuleBasedStateMachine):
         self.world.send(FlushCache())
         assert self.world.scheduler.stats().cached_blocks == 0 or self.world.results
 
+    @rule(frontend=st.sampled_from(["f", "f", "g"]), watches=st.sampled_from([True, True, True, False]))
+    def watch(self, frontend: str, watches: bool) -> None:
+        """World.check compares what watchers know with what is published."""
+        if watches and len(self.world.mirrors) < 4:
+            self.world.watch(frontend)
+        elif not watches:
+            self.world.unwatch(frontend)
+
     @rule()
     def lose_frontend(self) -> None:
         for stream in self.world.streams.values():
             if stream.submit.frontend == "g":
                 stream.asked_to_end.append(FinishReason.ABORTED)
+        self.world.mirrors = [(name, mirror) for name, mirror in self.world.mirrors if name != "g"]
         self.world.send(FrontendLost("g"))
 
     def teardown(self) -> None:

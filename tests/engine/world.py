@@ -9,12 +9,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from protos.engine_wire import Abort, FinishReason, Outputs, Submit, TokenDelta
+from protos.engine_wire import Abort, FinishReason, KvEvents, Outputs, Submit, TokenDelta, WatchKv
 from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult, Timings, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
+from tests.engine.kv_mirror import Mirror
 from tests.fakes import FakeWorker, expected
 
 VOCAB_SIZE = 32
@@ -85,11 +86,12 @@ class World:
         self.answers: list[list[Instruction]] = []
         self.plans: list[StepPlan] = []
         self.ended: list[EndEpoch] = []
+        self.mirrors: list[tuple[str, Mirror]] = []  # by frontend
         self.counter = 0  # of epochs
         self.crashes = 0
         self.now = 1000.0
         self._owners: dict[int, tuple[int, int, list[int]]] = {}  # by slot: owner, blocks hit, table
-        self._num_owners = 0
+        self._num_owners = self._num_mirrors = 0
 
     # ------------------------------------------------------------ what happens
 
@@ -132,6 +134,18 @@ class World:
             if rid == request_id and index in (-1, i):
                 stream.asked_to_end.append(reason)
         self.send(Abort(request_id, reason, index))
+
+    def watch(self, frontend: str = "f") -> Mirror:
+        """One more watcher of the published blocks."""
+        self._num_mirrors += 1
+        mirror = Mirror(self._num_mirrors)
+        self.mirrors.append((frontend, mirror))
+        self.send(WatchKv(mirror.watcher, frontend))
+        return mirror
+
+    def unwatch(self, frontend: str) -> None:
+        self.mirrors = [(name, mirror) for name, mirror in self.mirrors if name != frontend]
+        self.send(WatchKv(0, frontend))
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -194,6 +208,10 @@ class World:
                 case Outputs():
                     for delta in instruction.items:
                         self._take_delta(delta, instruction.frontend)
+                case KvEvents():
+                    for frontend, mirror in self.mirrors:
+                        if frontend == instruction.frontend:
+                            mirror.take(instruction)
                 case EndEpoch():
                     self.ended.append(instruction)
         self.check()
@@ -201,6 +219,7 @@ class World:
 
     def check(self) -> None:
         self.scheduler.check_integrity()
+        self._check_mirrors()
         stats = self.scheduler.stats()
         assert stats.num_blocks == stats.free_blocks + stats.cached_blocks + stats.owned_blocks + stats.fenced_blocks
         assert stats.running <= self.config.max_num_seqs
@@ -211,6 +230,12 @@ class World:
             assert sequence.settled <= length <= sequence.hi, (sequence.settled, length, sequence.hi)
             assert self.worker.slots[sequence.slot].blocks == sequence.block_ids
         assert self.worker is not None or not self.scheduler.roster.running
+
+    def _check_mirrors(self) -> None:
+        published = self.scheduler.device.kv.pool.by_hash if self.scheduler.device else {}
+        assert self.scheduler.journal.blocks.keys() == published.keys()
+        for _, mirror in self.mirrors:
+            assert mirror.blocks.keys() == published.keys()
 
     def check_ends(self) -> None:
         """All are done, nothing stays owned or fenced, and every stream is what the oracle says."""
