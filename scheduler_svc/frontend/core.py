@@ -17,6 +17,7 @@ from scheduler_svc.frontend import resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
+from scheduler_svc.frontend.kv_events import KvWatchers
 from scheduler_svc.frontend.limits import MAX_HELD
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slow_readers import SlowReaders
@@ -52,6 +53,7 @@ class Core:
         self.link, self.config, self.model, self.clock = link, config, model, clock
         self.calls = 0
         self.started = clock()
+        self.kv_watchers = KvWatchers(link)
         self.preparer = Preparer(model, self.max_model_len, link.frontend)
         self._slow_readers = SlowReaders(config.slow_reader_timeout, clock)
         self._first_ready = asyncio.Event()
@@ -130,9 +132,9 @@ class Core:
             self.calls -= 1
             call.close()
 
-    async def outputs(self, call: Call, context: Context) -> AsyncIterator[Gain | Ending]:
-        """The call's outputs, its initial metadata first: at once if a worker has been ready, else with the first."""
-        announced = await self._announce(call.prepared, context)
+    async def outputs(self, call: Call, context: Context, at_once: bool = True) -> AsyncIterator[Gain | Ending]:
+        """The call's outputs, its initial metadata first: `at_once` if a worker has been ready, else with the first."""
+        announced = at_once and await self._announce(call.prepared, context)
         async for output in call.outputs():
             if not announced:
                 announced = await self._announce(call.prepared, context)

@@ -13,6 +13,7 @@ from protos.engine_wire import (
     Answer,
     Ask,
     FinishReason,
+    KvEvents,
     Outputs,
     Question,
     ServiceStatus,
@@ -20,6 +21,7 @@ from protos.engine_wire import (
     ToEngine,
     ToFrontend,
     TokenDelta,
+    WatchKv,
 )
 
 
@@ -77,6 +79,7 @@ class EngineLink:
         self._futures: dict[int, asyncio.Future[Answer]] = {}
         self._tokens = itertools.count(1)
         self._watchers: list[Callable[[ServiceStatus], None]] = []
+        self._kv_watcher: Callable[[KvEvents], None] | None = None
 
     def connect(self, transport: Transport) -> None:
         self._transport = transport
@@ -84,6 +87,14 @@ class EngineLink:
     def on_status(self, watcher: Callable[[ServiceStatus], None]) -> None:
         """`watcher` is called with every new status, in the event loop's thread."""
         self._watchers.append(watcher)
+
+    def on_kv_events(self, watcher: Callable[[KvEvents], None]) -> None:
+        """`watcher` is called with whatever follows from `watch_kv`, in the event loop's thread."""
+        self._kv_watcher = watcher
+
+    def watch_kv(self, watcher: int) -> None:
+        """See WatchKv."""
+        self._send(WatchKv(watcher, self.frontend))
 
     def __contains__(self, request_id: str) -> bool:
         """Whether the id is taken: a request that was aborted keeps it until the engine has ended every index.
@@ -123,6 +134,8 @@ class EngineLink:
         """Whether it should be taken at once. May be asked from another thread: it only looks, and an answer that is
         late by a message costs that message some milliseconds, or saves it some.
         """
+        if isinstance(message, KvEvents):
+            return message.watcher != 0
         if not isinstance(message, Outputs):
             return True
         routes = self._routes
@@ -152,6 +165,9 @@ class EngineLink:
                     future.set_result(message)
             case ServiceStatus():
                 self._see(message)
+            case KvEvents():
+                if self._kv_watcher:
+                    self._kv_watcher(message)
 
     def _route(self, delta: TokenDelta) -> None:
         route = self._routes.get(delta.request_id)

@@ -40,10 +40,11 @@ class Frontend:
         link.on_status(self._health.update)
         if link.status:
             self._health.update(link.status)
+        self._router = vllm_compat.VllmEngine(self._core)
         self._handlers = [
             servicer.InferenceService(self._core).handler(),
             servicer.AdminService(self._core).handler(),
-            vllm_compat.VllmEngine(self._core).handler(),
+            self._router.handler(),
             self._health.handler(),
             *reflection.handlers([*services, health.SERVICE]),
         ]
@@ -62,12 +63,21 @@ class Frontend:
         await self._server.start()
         return port
 
+    @property
+    def router_calls(self) -> int:
+        """Generate calls that a router has open."""
+        return self._router.calls
+
+    def leave(self) -> None:
+        """NOT_SERVING from now on; what comes nevertheless is taken, until `drain`."""
+        self._health.drain()
+
     async def drain(self, grace: float) -> bool:
         """NOT_SERVING, no new requests; at most `grace` seconds for those accepted, then stops.
 
         False where they had not all ended by then: the rest was cut.
         """
-        self._health.drain()
+        self.leave()
         try:
             await asyncio.wait_for(self._core.link.ask(Question.DRAIN), grace)
         except TimeoutError:
@@ -80,6 +90,7 @@ class Frontend:
         """Takes no more calls; those open after `grace` seconds are cancelled, and so aborted in the engine."""
         self._health.drain()
         self._health.close()
+        self._core.kv_watchers.close()
         if self._server:
             await self._server.stop(grace)
 

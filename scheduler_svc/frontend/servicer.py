@@ -14,6 +14,7 @@ from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found
+from scheduler_svc.frontend.kv_messages import kv_message
 from scheduler_svc.frontend.limits import MAX_DETOKENIZE
 from scheduler_svc.frontend.streams import Ending, Gain
 
@@ -125,6 +126,7 @@ class AdminService:
                 "GetStats": rpc.unary(admin_pb2.GetStatsRequest, self.get_stats),
                 "Drain": rpc.unary(admin_pb2.DrainRequest, self.drain),
                 "FlushCache": rpc.unary(admin_pb2.FlushCacheRequest, self.flush_cache),
+                "WatchKvEvents": rpc.server_stream(admin_pb2.WatchKvEventsRequest, self.watch_kv_events),
             },
         )
 
@@ -163,6 +165,11 @@ class AdminService:
     async def flush_cache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
         answer = await self.core.link.ask(Question.FLUSH_CACHE)
         return admin_pb2.FlushCacheResponse(freed_blocks=answer.freed_blocks)
+
+    async def watch_kv_events(self, request: admin_pb2.WatchKvEventsRequest, context: Context) -> None:
+        with self.core.kv_watchers.watch() as watch:
+            async for part in watch.parts():
+                await context.write(kv_message(part, request.token_ids).SerializeToString())
 
 
 def delta_message(gain: Gain) -> pb.GenerateDelta:

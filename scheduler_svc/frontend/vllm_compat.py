@@ -7,7 +7,8 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Final
@@ -18,9 +19,11 @@ from smg_grpc_proto.generated import common_pb2  # type: ignore[import-untyped]
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from protos.engine_wire import FinishReason, Question
+from scheduler_svc.engine.prefix_cache import root
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.core import Core
-from scheduler_svc.frontend.errors import Context, ServiceError, unimplemented
+from scheduler_svc.frontend.errors import Context, ServiceError, Violation, invalid, unimplemented
+from scheduler_svc.frontend.kv_messages import RouterBatches
 from scheduler_svc.frontend.model import Defaults
 from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.validation import Names
@@ -29,6 +32,7 @@ from scheduler_svc.frontend.vllm_messages import IndexOutput, translate
 SERVICE: Final = vllm.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 NAMES: Final = Names(sampling="sampling_params", token_ids="tokenized.input_ids", text="text", prompt="input")
 CHUNK_BYTES: Final = 64 << 10
+MAX_CURSOR: Final = 2**63 - 1  # batches are numbered on from it
 
 
 class VllmEngine:
@@ -36,6 +40,7 @@ class VllmEngine:
         self.core, self.now = core, now
         self._throughput = Throughput(core.clock)
         self._last_receive = 0.0
+        self.calls = 0  # of Generate, open
 
     def handler(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -63,9 +68,10 @@ class VllmEngine:
         # A router fills in the model's defaults itself (`default_sampling_params_json`): unset is vLLM's default here.
         prepared = await self.core.preparer.prepare(translated, self.core.caller(context), NAMES, Defaults(), found)
         outputs = [IndexOutput(i, prepared.submits[0].token_ids) for i in range(len(prepared.submits))]
-        async with self.core.call(prepared, context, with_text=False) as call:
+        async with self._counted(), self.core.call(prepared, context, with_text=False) as call:
             try:
-                async for output in self.core.outputs(call, context):
+                # Not at once: a router that has had no metadata yet may try another replica, whatever happens here.
+                async for output in self.core.outputs(call, context, at_once=False):
                     match output:
                         case Gain():
                             chunk = outputs[output.index].gain(output)
@@ -80,6 +86,14 @@ class VllmEngine:
                 for unfinished in (output for output in outputs if not output.is_complete):
                     complete = unfinished.aborted()
                     await context.write(vllm.GenerateResponse(complete=complete).SerializeToString())
+
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
 
     async def abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
         for request_id in request.request_ids:
@@ -172,7 +186,13 @@ class VllmEngine:
         await context.write(common_pb2.GetTokenizerChunk(data=chunks[-1], sha256=digest).SerializeToString())
 
     async def subscribe_kv_events(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
-        raise unimplemented("SubscribeKvEvents is not served: route by load")
+        """What the caller's own tenant may hit without a salt: that is where its next prompt may be sent by."""
+        if (cursor := request.start_sequence_number) > MAX_CURSOR:
+            raise invalid([Violation("start_sequence_number", f"is {cursor}; at most {MAX_CURSOR}")])
+        batches = RouterBatches(cursor)
+        with self.core.kv_watchers.watch(root(self.core.caller(context).tenant, "", "")) as watch:
+            async for part in watch.parts():
+                await context.write(batches.batch(part, self.now()).SerializeToString())
 
     @staticmethod
     def _unimplemented(what: str) -> Callable[[Message, Context], Awaitable[Message]]:

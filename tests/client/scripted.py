@@ -141,6 +141,11 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def FlushCache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
         return admin_pb2.FlushCacheResponse(freed_blocks=7)
 
+    def WatchKvEvents(
+        self, request: admin_pb2.WatchKvEventsRequest, context: Context
+    ) -> Iterator[admin_pb2.WatchKvEventsResponse]:
+        yield admin_pb2.WatchKvEventsResponse(reset=True)
+
 
 BAD = error_details_pb2.BadRequest(
     field_violations=[

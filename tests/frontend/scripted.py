@@ -14,12 +14,15 @@ from protos.engine_wire import (
     FinishReason,
     FrontendHello,
     FrontendLost,
+    KvBlock,
+    KvEvents,
     Outputs,
     Question,
     ServiceStatus,
     Submit,
     ToEngine,
     TokenDelta,
+    WatchKv,
     WorkerStatus,
 )
 from protos.wire import Epoch, Ready, TokenLogprobs
@@ -55,6 +58,9 @@ class ScriptedEngine:
         self.sequences: dict[tuple[str, int], Sequence] = {}
         self.submits: list[Submit] = []
         self.aborts: list[Abort] = []
+        self.blocks: list[KvBlock] = []  # what a watcher begins with
+        self.watching: list[int] = []  # what WatchKv asked for
+        self.changes_told = 0
         self.tokens_per_delta = 1
         self.held = False
         self.steps = 0
@@ -78,6 +84,11 @@ class ScriptedEngine:
                 self.abort_seen.set()
             case Ask():
                 self._ask(message)
+            case WatchKv(watcher=watcher):
+                self.watching.append(watcher)
+                if watcher:
+                    beginning = KvEvents(self.changes_told, list(self.blocks), True, watcher)
+                    asyncio.get_running_loop().call_soon(self.link.deliver, beginning)
             case FrontendHello() | FrontendLost():
                 pass
         self._schedule()
@@ -138,6 +149,11 @@ class ScriptedEngine:
 
     def say(self, serving: bool, ready: Ready | None = READY, reason: str = "") -> None:
         self.link.deliver(self.status(serving, ready, reason))
+
+    def publish(self, *changes: KvBlock | bytes, reset: bool = False) -> None:
+        """To all who watch; what one begins with is not changed by it."""
+        self.changes_told += len(changes) + reset
+        self.link.deliver(KvEvents(self.changes_told, list(changes), reset))
 
     def release(self) -> None:
         self.held = False

@@ -50,6 +50,11 @@ class AdminServiceStub:
                 request_serializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.WatchKvEvents = channel.unary_stream(
+                '/pagewire.v1.AdminService/WatchKvEvents',
+                request_serializer=pagewire_dot_v1_dot_admin__pb2.WatchKvEventsRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_admin__pb2.WatchKvEventsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -76,6 +81,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchKvEvents(self, request, context):
+        """Every cached block that there is, then every change, until the client leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'WatchKvEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchKvEvents,
+                    request_deserializer=pagewire_dot_v1_dot_admin__pb2.WatchKvEventsRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_admin__pb2.WatchKvEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +194,33 @@ class AdminService:
             '/pagewire.v1.AdminService/FlushCache',
             pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
             pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchKvEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.AdminService/WatchKvEvents',
+            pagewire_dot_v1_dot_admin__pb2.WatchKvEventsRequest.SerializeToString,
+            pagewire_dot_v1_dot_admin__pb2.WatchKvEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

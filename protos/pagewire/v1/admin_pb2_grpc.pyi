@@ -38,6 +38,8 @@ class AdminServiceStub:
     """Takes no new requests (they get UNAVAILABLE), answers when the last accepted one has ended."""
     FlushCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FlushCacheRequest, _admin_pb2.FlushCacheResponse]
     """Forgets every cached prefix that no running request uses."""
+    WatchKvEvents: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchKvEventsRequest, _admin_pb2.WatchKvEventsResponse]
+    """Every cached block that there is, then every change, until the client leaves."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -49,6 +51,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Takes no new requests (they get UNAVAILABLE), answers when the last accepted one has ended."""
     FlushCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.FlushCacheRequest, _admin_pb2.FlushCacheResponse]  # type: ignore[assignment]
     """Forgets every cached prefix that no running request uses."""
+    WatchKvEvents: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchKvEventsRequest, _admin_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
+    """Every cached block that there is, then every change, until the client leaves."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators."""
@@ -75,5 +79,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.FlushCacheResponse, _abc.Awaitable[_admin_pb2.FlushCacheResponse]]:
         """Forgets every cached prefix that no running request uses."""
+
+    @_abc_1.abstractmethod
+    def WatchKvEvents(
+        self,
+        request: _admin_pb2.WatchKvEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchKvEventsResponse], _abc.AsyncIterator[_admin_pb2.WatchKvEventsResponse]]:
+        """Every cached block that there is, then every change, until the client leaves."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -549,6 +549,281 @@ func (x *FlushCacheResponse) GetFreedBlocks() uint32 {
 	return 0
 }
 
+type WatchKvEventsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Also what the blocks hold: the tokens that clients sent and got.
+	TokenIds      bool `protobuf:"varint,1,opt,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchKvEventsRequest) Reset() {
+	*x = WatchKvEventsRequest{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchKvEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchKvEventsRequest) ProtoMessage() {}
+
+func (x *WatchKvEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchKvEventsRequest.ProtoReflect.Descriptor instead.
+func (*WatchKvEventsRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WatchKvEventsRequest) GetTokenIds() bool {
+	if x != nil {
+		return x.TokenIds
+	}
+	return false
+}
+
+// A stream begins with all that is there, in one message or several. A watcher that reads too slowly, and everybody
+// when the workers are lost, gets another beginning in the same way.
+type WatchKvEventsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the last change in here, over the service's life; in a beginning, of the last one that it takes in. Behind a
+	// beginning nothing is left out: each message goes on where the one before it ended.
+	Sequence uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Forget every block: a beginning begins.
+	Reset_ bool `protobuf:"varint,2,opt,name=reset,proto3" json:"reset,omitempty"`
+	// Messages of this beginning that still follow.
+	BeginningLeft uint32 `protobuf:"varint,3,opt,name=beginning_left,json=beginningLeft,proto3" json:"beginning_left,omitempty"`
+	// In this order.
+	Events        []*KvEvent `protobuf:"bytes,4,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchKvEventsResponse) Reset() {
+	*x = WatchKvEventsResponse{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchKvEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchKvEventsResponse) ProtoMessage() {}
+
+func (x *WatchKvEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchKvEventsResponse.ProtoReflect.Descriptor instead.
+func (*WatchKvEventsResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WatchKvEventsResponse) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *WatchKvEventsResponse) GetReset_() bool {
+	if x != nil {
+		return x.Reset_
+	}
+	return false
+}
+
+func (x *WatchKvEventsResponse) GetBeginningLeft() uint32 {
+	if x != nil {
+		return x.BeginningLeft
+	}
+	return 0
+}
+
+func (x *WatchKvEventsResponse) GetEvents() []*KvEvent {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+type KvEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Event:
+	//
+	//	*KvEvent_Stored
+	//	*KvEvent_Removed
+	Event         isKvEvent_Event `protobuf_oneof:"event"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KvEvent) Reset() {
+	*x = KvEvent{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KvEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KvEvent) ProtoMessage() {}
+
+func (x *KvEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KvEvent.ProtoReflect.Descriptor instead.
+func (*KvEvent) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *KvEvent) GetEvent() isKvEvent_Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *KvEvent) GetStored() *KvBlockStored {
+	if x != nil {
+		if x, ok := x.Event.(*KvEvent_Stored); ok {
+			return x.Stored
+		}
+	}
+	return nil
+}
+
+func (x *KvEvent) GetRemoved() []byte {
+	if x != nil {
+		if x, ok := x.Event.(*KvEvent_Removed); ok {
+			return x.Removed
+		}
+	}
+	return nil
+}
+
+type isKvEvent_Event interface {
+	isKvEvent_Event()
+}
+
+type KvEvent_Stored struct {
+	Stored *KvBlockStored `protobuf:"bytes,1,opt,name=stored,proto3,oneof"`
+}
+
+type KvEvent_Removed struct {
+	// The hash of a block that can be hit no more.
+	Removed []byte `protobuf:"bytes,2,opt,name=removed,proto3,oneof"`
+}
+
+func (*KvEvent_Stored) isKvEvent_Event() {}
+
+func (*KvEvent_Removed) isKvEvent_Event() {}
+
+// Full, and reusable from now on. Its hash covers its tokens and all before them.
+type KvBlockStored struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	BlockHash []byte                 `protobuf:"bytes,1,opt,name=block_hash,json=blockHash,proto3" json:"block_hash,omitempty"`
+	// Of the block before it; in a first block the root.
+	ParentHash []byte `protobuf:"bytes,2,opt,name=parent_hash,json=parentHash,proto3" json:"parent_hash,omitempty"`
+	// The same in all blocks of one tenant, salt and adapter, and in no other.
+	Root []byte `protobuf:"bytes,3,opt,name=root,proto3" json:"root,omitempty"`
+	// Where asked for.
+	TokenIds      []uint32 `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KvBlockStored) Reset() {
+	*x = KvBlockStored{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KvBlockStored) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KvBlockStored) ProtoMessage() {}
+
+func (x *KvBlockStored) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KvBlockStored.ProtoReflect.Descriptor instead.
+func (*KvBlockStored) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *KvBlockStored) GetBlockHash() []byte {
+	if x != nil {
+		return x.BlockHash
+	}
+	return nil
+}
+
+func (x *KvBlockStored) GetParentHash() []byte {
+	if x != nil {
+		return x.ParentHash
+	}
+	return nil
+}
+
+func (x *KvBlockStored) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+func (x *KvBlockStored) GetTokenIds() []uint32 {
+	if x != nil {
+		return x.TokenIds
+	}
+	return nil
+}
+
 var File_pagewire_v1_admin_proto protoreflect.FileDescriptor
 
 const file_pagewire_v1_admin_proto_rawDesc = "" +
@@ -594,18 +869,37 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\rDrainResponse\"\x13\n" +
 	"\x11FlushCacheRequest\"7\n" +
 	"\x12FlushCacheResponse\x12!\n" +
-	"\ffreed_blocks\x18\x01 \x01(\rR\vfreedBlocks*\x91\x01\n" +
+	"\ffreed_blocks\x18\x01 \x01(\rR\vfreedBlocks\"3\n" +
+	"\x14WatchKvEventsRequest\x12\x1b\n" +
+	"\ttoken_ids\x18\x01 \x01(\bR\btokenIds\"\x9e\x01\n" +
+	"\x15WatchKvEventsResponse\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x14\n" +
+	"\x05reset\x18\x02 \x01(\bR\x05reset\x12%\n" +
+	"\x0ebeginning_left\x18\x03 \x01(\rR\rbeginningLeft\x12,\n" +
+	"\x06events\x18\x04 \x03(\v2\x14.pagewire.v1.KvEventR\x06events\"d\n" +
+	"\aKvEvent\x124\n" +
+	"\x06stored\x18\x01 \x01(\v2\x1a.pagewire.v1.KvBlockStoredH\x00R\x06stored\x12\x1a\n" +
+	"\aremoved\x18\x02 \x01(\fH\x00R\aremovedB\a\n" +
+	"\x05event\"\x80\x01\n" +
+	"\rKvBlockStored\x12\x1d\n" +
+	"\n" +
+	"block_hash\x18\x01 \x01(\fR\tblockHash\x12\x1f\n" +
+	"\vparent_hash\x18\x02 \x01(\fR\n" +
+	"parentHash\x12\x12\n" +
+	"\x04root\x18\x03 \x01(\fR\x04root\x12\x1b\n" +
+	"\ttoken_ids\x18\x04 \x03(\rR\btokenIds*\x91\x01\n" +
 	"\vWorkerState\x12\x1c\n" +
 	"\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n" +
 	"\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n" +
 	"\x14WORKER_STATE_SERVING\x10\x03\x12\x15\n" +
-	"\x11WORKER_STATE_LOST\x10\x042\xe6\x01\n" +
+	"\x11WORKER_STATE_LOST\x10\x042\xc0\x02\n" +
 	"\fAdminService\x12G\n" +
 	"\bGetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12>\n" +
 	"\x05Drain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse\x12M\n" +
 	"\n" +
-	"FlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponseB<\n" +
+	"FlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12X\n" +
+	"\rWatchKvEvents\x12!.pagewire.v1.WatchKvEventsRequest\x1a\".pagewire.v1.WatchKvEventsResponse0\x01B<\n" +
 	"\x0fdev.pagewire.v1P\x01Z'pagewire.dev/gen/pagewire/v1;pagewirev1b\x06proto3"
 
 var (
@@ -621,31 +915,39 @@ func file_pagewire_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_pagewire_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_pagewire_v1_admin_proto_goTypes = []any{
-	(WorkerState)(0),           // 0: pagewire.v1.WorkerState
-	(*WorkerStats)(nil),        // 1: pagewire.v1.WorkerStats
-	(*GetStatsRequest)(nil),    // 2: pagewire.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),   // 3: pagewire.v1.GetStatsResponse
-	(*DrainRequest)(nil),       // 4: pagewire.v1.DrainRequest
-	(*DrainResponse)(nil),      // 5: pagewire.v1.DrainResponse
-	(*FlushCacheRequest)(nil),  // 6: pagewire.v1.FlushCacheRequest
-	(*FlushCacheResponse)(nil), // 7: pagewire.v1.FlushCacheResponse
+	(WorkerState)(0),              // 0: pagewire.v1.WorkerState
+	(*WorkerStats)(nil),           // 1: pagewire.v1.WorkerStats
+	(*GetStatsRequest)(nil),       // 2: pagewire.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 3: pagewire.v1.GetStatsResponse
+	(*DrainRequest)(nil),          // 4: pagewire.v1.DrainRequest
+	(*DrainResponse)(nil),         // 5: pagewire.v1.DrainResponse
+	(*FlushCacheRequest)(nil),     // 6: pagewire.v1.FlushCacheRequest
+	(*FlushCacheResponse)(nil),    // 7: pagewire.v1.FlushCacheResponse
+	(*WatchKvEventsRequest)(nil),  // 8: pagewire.v1.WatchKvEventsRequest
+	(*WatchKvEventsResponse)(nil), // 9: pagewire.v1.WatchKvEventsResponse
+	(*KvEvent)(nil),               // 10: pagewire.v1.KvEvent
+	(*KvBlockStored)(nil),         // 11: pagewire.v1.KvBlockStored
 }
 var file_pagewire_v1_admin_proto_depIdxs = []int32{
-	0, // 0: pagewire.v1.WorkerStats.state:type_name -> pagewire.v1.WorkerState
-	1, // 1: pagewire.v1.GetStatsResponse.workers:type_name -> pagewire.v1.WorkerStats
-	2, // 2: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
-	4, // 3: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
-	6, // 4: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
-	3, // 5: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
-	5, // 6: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
-	7, // 7: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: pagewire.v1.WorkerStats.state:type_name -> pagewire.v1.WorkerState
+	1,  // 1: pagewire.v1.GetStatsResponse.workers:type_name -> pagewire.v1.WorkerStats
+	10, // 2: pagewire.v1.WatchKvEventsResponse.events:type_name -> pagewire.v1.KvEvent
+	11, // 3: pagewire.v1.KvEvent.stored:type_name -> pagewire.v1.KvBlockStored
+	2,  // 4: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
+	4,  // 5: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
+	6,  // 6: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
+	8,  // 7: pagewire.v1.AdminService.WatchKvEvents:input_type -> pagewire.v1.WatchKvEventsRequest
+	3,  // 8: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
+	5,  // 9: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
+	7,  // 10: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
+	9,  // 11: pagewire.v1.AdminService.WatchKvEvents:output_type -> pagewire.v1.WatchKvEventsResponse
+	8,  // [8:12] is the sub-list for method output_type
+	4,  // [4:8] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_pagewire_v1_admin_proto_init() }
@@ -653,13 +955,17 @@ func file_pagewire_v1_admin_proto_init() {
 	if File_pagewire_v1_admin_proto != nil {
 		return
 	}
+	file_pagewire_v1_admin_proto_msgTypes[9].OneofWrappers = []any{
+		(*KvEvent_Stored)(nil),
+		(*KvEvent_Removed)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pagewire_v1_admin_proto_rawDesc), len(file_pagewire_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   7,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,9 +19,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AdminService_GetStats_FullMethodName   = "/pagewire.v1.AdminService/GetStats"
-	AdminService_Drain_FullMethodName      = "/pagewire.v1.AdminService/Drain"
-	AdminService_FlushCache_FullMethodName = "/pagewire.v1.AdminService/FlushCache"
+	AdminService_GetStats_FullMethodName      = "/pagewire.v1.AdminService/GetStats"
+	AdminService_Drain_FullMethodName         = "/pagewire.v1.AdminService/Drain"
+	AdminService_FlushCache_FullMethodName    = "/pagewire.v1.AdminService/FlushCache"
+	AdminService_WatchKvEvents_FullMethodName = "/pagewire.v1.AdminService/WatchKvEvents"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -35,6 +36,8 @@ type AdminServiceClient interface {
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Forgets every cached prefix that no running request uses.
 	FlushCache(ctx context.Context, in *FlushCacheRequest, opts ...grpc.CallOption) (*FlushCacheResponse, error)
+	// Every cached block that there is, then every change, until the client leaves.
+	WatchKvEvents(ctx context.Context, in *WatchKvEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchKvEventsResponse], error)
 }
 
 type adminServiceClient struct {
@@ -75,6 +78,25 @@ func (c *adminServiceClient) FlushCache(ctx context.Context, in *FlushCacheReque
 	return out, nil
 }
 
+func (c *adminServiceClient) WatchKvEvents(ctx context.Context, in *WatchKvEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchKvEventsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AdminService_ServiceDesc.Streams[0], AdminService_WatchKvEvents_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchKvEventsRequest, WatchKvEventsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AdminService_WatchKvEventsClient = grpc.ServerStreamingClient[WatchKvEventsResponse]
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -86,6 +108,8 @@ type AdminServiceServer interface {
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Forgets every cached prefix that no running request uses.
 	FlushCache(context.Context, *FlushCacheRequest) (*FlushCacheResponse, error)
+	// Every cached block that there is, then every change, until the client leaves.
+	WatchKvEvents(*WatchKvEventsRequest, grpc.ServerStreamingServer[WatchKvEventsResponse]) error
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -104,6 +128,9 @@ func (UnimplementedAdminServiceServer) Drain(context.Context, *DrainRequest) (*D
 }
 func (UnimplementedAdminServiceServer) FlushCache(context.Context, *FlushCacheRequest) (*FlushCacheResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FlushCache not implemented")
+}
+func (UnimplementedAdminServiceServer) WatchKvEvents(*WatchKvEventsRequest, grpc.ServerStreamingServer[WatchKvEventsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchKvEvents not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -180,6 +207,17 @@ func _AdminService_FlushCache_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_WatchKvEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchKvEventsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServiceServer).WatchKvEvents(m, &grpc.GenericServerStream[WatchKvEventsRequest, WatchKvEventsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AdminService_WatchKvEventsServer = grpc.ServerStreamingServer[WatchKvEventsResponse]
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -200,6 +238,12 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _AdminService_FlushCache_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchKvEvents",
+			Handler:       _AdminService_WatchKvEvents_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "pagewire/v1/admin.proto",
 }
