@@ -20,7 +20,7 @@ setup: .venv/runtime ## everything that serving on a CPU needs, into .venv
 
 setup-dev: .venv/dev
 
-serve: .venv/runtime ## serve MODEL (default smollm2-135m), flags in ARGS
+serve: $(if $(findstring --openai-port,$(ARGS)),.venv/clients,.venv/runtime) ## serve MODEL (default smollm2-135m), flags in ARGS
 	$(BIN)/pagewire serve $(MODEL) $(ARGS)
 
 test: .venv/dev lint ## lint, types, imports, and the default tests
@@ -35,7 +35,7 @@ nightly: .venv/dev ## the long profiles: events, fuzz, soak
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-clients: .venv/runtime ## build and run the clients of other languages against a live server
+clients: .venv/clients ## build and run the example clients against a live server
 	$(BIN)/python -m examples $(ARGS)
 
 ghz: .venv/runtime ## a load test by ghz; needs go
@@ -53,6 +53,7 @@ go-stubs: .venv/dev ## regenerate those of the Go example; needs go
 
 lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(LOCK) --extra build pyproject.toml -o requirements.lock
+	$(LOCK) --extra clients -c requirements.lock pyproject.toml -o requirements-clients.lock
 	$(LOCK) --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
 	$(LOCK) requirements-uv.in -o requirements-uv.lock
 
@@ -61,6 +62,11 @@ lock: $(UV) ## resolve the locks again: hashes, and no host
 	$(PIP) --no-deps --require-hashes -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	-@$(BIN)/python -m kernels.cpu.build
+	@touch $@
+
+# Where there are no wheels of these, the runner says which client it does not run for it.
+.venv/clients: requirements-clients.lock .venv/runtime
+	-@$(PIP) --no-deps --require-hashes -r requirements-clients.lock
 	@touch $@
 
 .venv/dev: requirements-dev.lock .venv/runtime | $(UV)

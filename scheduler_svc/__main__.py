@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from scheduler_svc import config, replay
+from scheduler_svc import config, gateway, replay
+from scheduler_svc.gateway import Gateway, GatewayError
 from scheduler_svc.loop import EngineLoop
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def main() -> int:
         return replay.main(sys.argv[2:])
     settings = config.parse()
     began = time.monotonic()
+    try:
+        if settings.gateway:
+            gateway.check(settings.gateway)
+    except GatewayError as error:
+        return _fail(str(error))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is something to drain
     try:
         loop = EngineLoop(settings.loop, time.monotonic)
@@ -70,7 +76,9 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
     except PortInUseError as error:
         return _fail(str(error))
     failed: asyncio.Future[str] = asyncio_loop.create_future()
+    openai = _gateway(settings, frontend, port)
     announced = False
+    starting: set[asyncio.Task[None]] = set()
 
     def watch(status: ServiceStatus) -> None:
         nonlocal announced
@@ -79,8 +87,11 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
         if status.serving and not announced:
             announced = True
             gc.freeze()  # what is here now stays: no collection between two steps need look at it
-            took = time.monotonic() - began
-            _say(f"ready: {settings.served_name} at {settings.host}:{port}, {took:.1f} s after the start")
+            line = f"ready: {settings.served_name} at {settings.host}:{port}"
+            if openai:
+                starting.add(asyncio_loop.create_task(_announce(line, began, openai, failed)))
+            else:
+                _say(f"{line}, {time.monotonic() - began:.1f} s after the start")
 
     def call_soon(collect: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended: nobody waits for this any more
@@ -88,11 +99,39 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
 
     link.on_status(watch)
     loop.attach(Courier(link, settings.stream_interval, call_soon, asyncio_loop.call_later).post)
-    return await _until_ended(frontend, signals, failed, settings.drain_timeout)
+    try:
+        return await _until_ended(frontend, signals, failed, settings.drain_timeout, openai)
+    finally:
+        if openai:
+            openai.kill()
+
+
+async def _announce(line: str, began: float, openai: Gateway, failed: asyncio.Future[str]) -> None:
+    """Once the gateway serves as well."""
+    try:
+        await openai.start()
+    except GatewayError as error:
+        if not failed.done():
+            failed.set_result(str(error))
+    else:
+        _say(f"{line}, {time.monotonic() - began:.1f} s after the start; OpenAI's API: {openai.config.url}")
+
+
+async def _drain(frontend: Frontend, openai: Gateway | None, timeout: float) -> bool:
+    """The gateway first, while its calls are still taken: then none of its clients is turned away by us."""
+    end = time.monotonic() + timeout
+    if openai:
+        frontend.leave()
+        await openai.stop()
+    return await frontend.drain(max(0.0, end - time.monotonic()))
 
 
 async def _until_ended(
-    frontend: Frontend, signals: asyncio.Queue[int], failed: asyncio.Future[str], drain_timeout: float
+    frontend: Frontend,
+    signals: asyncio.Queue[int],
+    failed: asyncio.Future[str],
+    drain_timeout: float,
+    openai: Gateway | None = None,
 ) -> int:
     """One signal drains, a second one stops at once; a failure stops at once, too. Only a whole drain exits with 0."""
     first = asyncio.ensure_future(signals.get())
@@ -100,7 +139,8 @@ async def _until_ended(
     await asyncio.wait(first_or_failed, return_when=asyncio.FIRST_COMPLETED)
     if first.done():
         _say(f"{signal.Signals(first.result()).name}: draining; a second signal stops at once")
-        drained, second = asyncio.ensure_future(frontend.drain(drain_timeout)), asyncio.ensure_future(signals.get())
+        drained = asyncio.ensure_future(_drain(frontend, openai, drain_timeout))
+        second = asyncio.ensure_future(signals.get())
         any_end: set[asyncio.Future[Any]] = {drained, second, failed}
         await asyncio.wait(any_end, return_when=asyncio.FIRST_COMPLETED)
         second.cancel()
@@ -113,6 +153,16 @@ async def _until_ended(
     first.cancel()
     await frontend.stop()
     return _fail(failed.result() if failed.done() else "stopped at once: running calls were dropped")
+
+
+def _gateway(settings: ServiceConfig, frontend: Frontend, port: int) -> Gateway | None:
+    if (chosen := settings.gateway) is None:
+        return None
+
+    def arguments() -> list[str]:
+        return gateway.command(chosen, settings.host, port)
+
+    return Gateway(chosen, arguments, lambda: frontend.router_calls, _say)
 
 
 def _frontend_config(settings: ServiceConfig) -> FrontendConfig:

@@ -14,6 +14,7 @@ from protos import model_cache
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.flags import STEP_TOKENS, UNBUILT, build_parser
+from scheduler_svc.gateway import GatewayConfig
 from scheduler_svc.record import RecordConfig
 from scheduler_svc.tenants import Tenants, TenantsError
 from scheduler_svc.tenants import load as load_tenants
@@ -44,6 +45,7 @@ class ServiceConfig:
     stream_interval: float  # seconds
     slow_reader_timeout: float  # seconds; 0: none
     loop: LoopConfig
+    gateway: GatewayConfig | None = None
 
 
 def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
@@ -58,6 +60,8 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         model = str(Path(model).resolve())
     if args.workers == 0 and not args.listen:
         parser.error("--workers 0 needs --listen, or no worker could ever connect")
+    if args.openai_port and args.openai_port == args.port:
+        parser.error(f"--openai-port {args.openai_port}: gRPC has that port, see --port")
     try:
         loop = _loop_config(args, model)
     except (TenantsError, ValueError) as error:
@@ -71,6 +75,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         stream_interval=args.stream_interval / 1000,
         slow_reader_timeout=args.slow_reader_timeout,
         loop=loop,
+        gateway=GatewayConfig(args.host, args.openai_port, args.drain_timeout) if args.openai_port else None,
     )
 
 

@@ -101,6 +101,16 @@ def _batching_flags(add: Add) -> None:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
 
 
+def _gateway_flags(add: Add) -> None:
+    add(
+        "--openai-port",
+        type=_whole(0, 65535),
+        default=0,
+        metavar="PORT",
+        help="also serve OpenAI's HTTP API there, through smg (pip install 'pagewire[openai]'); 0: no",
+    )
+
+
 def _tenant_flags(add: Add) -> None:
     add("--tenants", type=Path, metavar="FILE", help="weights and quotas of tenants (TOML)")
 
@@ -157,6 +167,7 @@ def _operator_flags(add: Add) -> None:
 
 _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("service", _service_flags),
+    ("OpenAI's API", _gateway_flags),
     ("model", _model_flags),
     ("batching and memory", _batching_flags),
     ("tenants", _tenant_flags),
@@ -168,7 +179,6 @@ UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
     ("--tensor-parallel", int, 1),
     ("--frontends", int, 1),
     ("--metrics-port", int, 0),
-    ("--openai-port", int, 0),
     ("--speculation", str, ""),
 ]
 
