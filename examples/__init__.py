@@ -1,1 +1,1 @@
-"""Clients in other languages, and what builds and runs them: `python -m examples`."""
+"""Clients in other languages and with other libraries, and what builds and runs them: `python -m examples`."""

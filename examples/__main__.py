@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(names: Sequence[str], args: argparse.Namespace, verdicts: dict[str, str]) -> bool:
     """Into `verdicts`; whether one failed."""
     narrow = not args.address and any(not name.startswith("ghz") for name in names)
-    load = Load(overload=OVERLOAD if narrow else 0, ghz=_ghz_arguments(args))
-    place = contextlib.nullcontext(args.address) if args.address else live.served(flags=DOOR if narrow else ())
+    flags, url = DOOR if narrow else (), args.openai_url
+    if "openai" in names and not args.address:
+        port = live.free_port()
+        flags, url = (*flags, "--openai-port", str(port)), f"http://127.0.0.1:{port}/v1"
+    load = Load(overload=OVERLOAD if narrow else 0, ghz=_ghz_arguments(args), openai=url)
+    place = contextlib.nullcontext(args.address) if args.address else live.served(flags=flags)
     failed = False
     try:
         with place as address:
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("clients", metavar="CLIENT", nargs="*", help=f"of {', '.join(EXAMPLES)}; default: all")
     add("--address", default="", metavar="HOST:PORT", help="a service that runs already; default: one is started")
+    add("--openai-url", default="", metavar="URL", help="of OpenAI's API of the service at --address")
     add("--total", type=_positive, metavar="N", help="calls that ghz makes in all")
     add("--concurrency", type=_positive, metavar="N", help="calls that ghz has open at once")
     return parser

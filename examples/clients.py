@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from examples.toolchains import GO, JAVAC, MAVEN, Tool
+from examples.toolchains import GO, JAVAC, MAVEN, OPENAI, SMG, Needed
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
@@ -30,10 +30,11 @@ class Load:
 
     overload: int = 0  # streams offered at once, more than it runs and queues; 0: none
     ghz: tuple[str, ...] = ()  # arguments for ghz that replace those of its file
+    openai: str = ""  # URL of OpenAI's API
 
 
 class Example(Protocol):
-    tools: ClassVar[Sequence[Tool]]
+    tools: ClassVar[Sequence[Needed]]
 
     def build(self) -> None: ...
 
@@ -41,7 +42,7 @@ class Example(Protocol):
 
 
 class Go:
-    tools: ClassVar[Sequence[Tool]] = (GO,)
+    tools: ClassVar[Sequence[Needed]] = (GO,)
     program: ClassVar[Path] = BUILD / "go/pagewire-example"
 
     def build(self) -> None:
@@ -52,7 +53,7 @@ class Go:
 
 
 class Java:
-    tools: ClassVar[Sequence[Tool]] = (JAVAC, MAVEN)
+    tools: ClassVar[Sequence[Needed]] = (JAVAC, MAVEN)
     program: ClassVar[Path] = ROOT / "examples/java/target/pagewire-example.jar"
 
     def build(self) -> None:
@@ -67,7 +68,7 @@ class Java:
 class Ghz:
     """ghz itself exits with 0 whatever the calls came to, so its summary is read."""
 
-    tools: ClassVar[Sequence[Tool]] = (GO,)
+    tools: ClassVar[Sequence[Needed]] = (GO,)
     program: ClassVar[Path] = BUILD / f"ghz-{GHZ}/ghz"
     file: str
     expected: str  # the status of every call
@@ -87,9 +88,24 @@ class Ghz:
             raise ClientError(f"not every call ended with {self.expected}: {statuses}")
 
 
+class OpenAI:
+    """Python: nothing is built."""
+
+    tools: ClassVar[Sequence[Needed]] = (SMG, OPENAI)
+
+    def build(self) -> None:
+        pass
+
+    def run(self, address: str, load: Load) -> None:
+        if not load.openai:
+            raise ClientError("--address needs --openai-url, too: where that service has OpenAI's API")
+        call([sys.executable, "-m", "examples.openai_client", "--url", load.openai], ROOT, RUN_LIMIT)
+
+
 EXAMPLES: dict[str, Example] = {
     "go": Go(),
     "java": Java(),
+    "openai": OpenAI(),
     "ghz": Ghz("generate.json", "OK"),
     "ghz-cancel": Ghz("cancel.json", "Canceled"),
 }

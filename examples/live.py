@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -62,6 +63,13 @@ def _address(ready: queue.Queue[str]) -> str:
     if not line:
         raise LiveError("the service ended before it was ready")
     return line.removeprefix(READY).rpartition(" at ")[2].partition(",")[0].strip()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def nothing_left(address: str) -> None:

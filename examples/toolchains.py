@@ -1,4 +1,4 @@
-"""What the examples in other languages are built with, and whether this host has it."""
+"""What the examples are built with, and whether this host has it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from typing import Protocol
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # which some print even into a pipe
+
+
+class Needed(Protocol):
+    def missing(self) -> str | None:
+        """Why it cannot be used; None if it can."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,6 @@ class Tool:
     about: str
 
     def missing(self) -> str | None:
-        """Why it cannot be used; None if it can."""
         wanted = ".".join(map(str, self.least))
         path = shutil.which(self.name)
         if path is None:
@@ -33,10 +39,27 @@ class Tool:
         return None
 
 
+@dataclass(frozen=True)
+class Package:
+    """Of this Python."""
+
+    name: str
+    about: str
+
+    def missing(self) -> str | None:
+        try:
+            metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return f"no package `{self.name}` in this Python ({self.about})"
+        return None
+
+
 GO = Tool("go", (1, 24), ("version",), "the Go toolchain")
 JAVAC = Tool("javac", (17,), ("-version",), "a JDK")
 MAVEN = Tool("mvn", (3, 8), ("--version",), "Maven")
+SMG = Package("smg", "OpenAI's API over our gRPC port: pip install 'pagewire[openai]', where it has wheels")
+OPENAI = Package("openai", "the official client")
 
 
-def missing(tools: Sequence[Tool]) -> list[str]:
+def missing(tools: Sequence[Needed]) -> list[str]:
     return [why for tool in tools if (why := tool.missing())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,31 @@ from client import store
 from examples import __main__ as runner
 from examples import live
 from examples.clients import EXAMPLES, ClientError, Ghz, Load, call
-from examples.toolchains import GO, JAVAC, missing
+from examples.toolchains import GO, JAVAC, SMG, missing
 from tests.client.scripted import ScriptedServer
+
+SUMMARIES = {"go": "7 ok, 0 skipped, 0 failed", "java": "7 ok, 0 skipped, 0 failed", "openai": "6 ok, 0 failed"}
 
 
 @pytest.fixture(scope="module")
-def address(model_path: Path) -> Iterator[str]:
-    with live.served([str(model_path)], runner.DOOR) as address:
-        yield address
+def served(model_path: Path) -> Iterator[tuple[str, str]]:
+    """The address, and the URL of OpenAI's API where there can be one."""
+    port = live.free_port()
+    flags = () if SMG.missing() else ("--openai-port", str(port))
+    with live.served([str(model_path)], (*runner.DOOR, *flags)) as address:
+        yield address, f"http://127.0.0.1:{port}/v1" if flags else ""
 
 
 @pytest.mark.timeout(900)  # the first time, everything is downloaded and compiled
 @pytest.mark.parametrize(
     "name",
-    ["go", "java", pytest.param("ghz", marks=pytest.mark.full), pytest.param("ghz-cancel", marks=pytest.mark.full)],
+    [
+        "go",
+        "java",
+        "openai",
+        pytest.param("ghz", marks=pytest.mark.full),
+        pytest.param("ghz-cancel", marks=pytest.mark.full),
+    ],
 )
 def test_it_does_what_it_should_and_leaves_nothing_behind(
     name: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
@@ -33,11 +45,10 @@ def test_it_does_what_it_should_and_leaves_nothing_behind(
     if why := missing(example.tools):
         pytest.skip("; ".join(why))
     example.build()
-    address = request.getfixturevalue("address")
-    example.run(address, Load(overload=runner.OVERLOAD))
+    address, url = request.getfixturevalue("served")
+    example.run(address, Load(overload=runner.OVERLOAD, openai=url))
     live.nothing_left(address)
-    if name in ("go", "java"):
-        assert "7 ok, 0 skipped, 0 failed" in capfd.readouterr().out
+    assert SUMMARIES.get(name, "") in capfd.readouterr().out
 
 
 def _tool(directory: Path, name: str, script: str) -> Path:
@@ -47,16 +58,23 @@ def _tool(directory: Path, name: str, script: str) -> Path:
     return path
 
 
+def _not_installed(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)
+
+
 def test_a_missing_toolchain_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _tool(tmp_path, "javac", "echo javac 17")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(metadata, "version", _not_installed)
     assert runner.main([]) == 1, "none ran"
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.strip().splitlines())
     assert list(lines) == list(EXAMPLES)
     assert lines["go"] == lines["ghz"] == "not run: no `go` on the PATH (the Go toolchain, 1.24 or newer)"
     assert lines["java"] == "not run: no `mvn` on the PATH (Maven, 3.8 or newer)"
+    assert lines["openai"].startswith("not run: no package `smg` in this Python (")
+    assert lines["openai"].endswith("; no package `openai` in this Python (the official client)")
 
 
 def test_a_toolchain_may_be_too_old_or_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +92,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             runner.main(arguments)
         assert ended.value.code == 2
-    assert "'cobol' is none of go, java, ghz, ghz-cancel" in capsys.readouterr().err
+    assert "'cobol' is none of go, java, openai, ghz, ghz-cancel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -97,6 +115,13 @@ def test_a_command_that_fails_or_hangs_is_an_error(tmp_path: Path) -> None:
         call(["sh", "-c", "exit 3"], tmp_path, 60)
     with pytest.raises(ClientError, match=r"has not ended after 0\.1 s"):
         call(["sleep", "60"], tmp_path, 0.1)
+
+
+def test_openais_client_needs_to_be_told_where(server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    if why := missing(EXAMPLES["openai"].tools):
+        pytest.skip("; ".join(why))
+    assert runner.main(["openai", "--address", server.address]) == 1
+    assert "--address needs --openai-url, too" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_failed_client_fails_the_run(
