@@ -168,7 +168,7 @@ def test_what_cannot_be_served_is_a_bad_request(api: Api) -> None:
 
 
 def test_a_client_that_leaves_a_stream_frees_it(api: Api) -> None:
-    """smg says so by Abort."""
+    """smg says so by Abort, and lets go of its call; tests/e2e/cancel.py has either alone."""
     before = api.native.stats()
     stream = api.openai.chat.completions.create(
         model=api.model,

@@ -75,6 +75,7 @@ async def test_a_drain_finishes_what_the_gateway_has_in_hand(port: int) -> None:
         await asyncio.to_thread(next, chunks)
         running.process.send_signal(signal.SIGTERM)
         await running.until_health(NOT_SERVING)
+        assert await asyncio.to_thread(complete, api), "what it still takes is served: we drain after it"
         rest = await asyncio.to_thread(list, chunks)
         assert [c.finish_reason for chunk in rest for c in chunk.choices if c.finish_reason] == ["length"]
         assert await running.wait() == 0
