@@ -18,7 +18,7 @@ from typing import assert_never
 
 from msgspec.structs import replace
 
-from protos.engine_wire import Abort, FrontendLost, Outputs, Submit
+from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Submit, WatchKv
 from protos.wire import Admit, Epoch, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.events import (
     Drain,
@@ -46,7 +46,7 @@ def comparable(instructions: list[Instruction]) -> list[Instruction]:
                 kept.append(replace(instruction, admit=[replace(admit, domain=b"") for admit in instruction.admit]))
             case EndEpoch():
                 kept.append(EndEpoch(instruction.epoch, ""))  # the reason may quote tokens
-            case Outputs():
+            case Outputs() | KvEvents():
                 pass
             case _:
                 assert_never(instruction)
@@ -91,7 +91,7 @@ class Pseudonyms:
             case WorkerLost():
                 self._streams.pop(event.epoch, None)
                 return replace(event, reason="")  # a worker's fault may quote what it was given
-            case FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain():
+            case FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain() | WatchKv():
                 return event
             case _:
                 assert_never(event)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Outputs, Submit
+from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, KvEvents, Outputs, Submit, WatchKv
 from protos.wire import StepPlan, StepResult
 from scheduler_svc.engine.events import Drain, EndEpoch, FlushCache, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
@@ -92,6 +92,8 @@ class Teller:
                     self._outputs(instruction)
                 case EndEpoch():
                     self._slice.notes.append(f"the engine ends the epoch: {instruction.reason}")
+                case KvEvents():
+                    pass
 
     def last(self) -> Iterator[Slice]:
         """What is not complete, where there is anything in it."""
@@ -119,7 +121,7 @@ class Teller:
                 part.count("cache flushed")
             case Drain():
                 part.count("drain")
-            case StepResult() | Tick():
+            case StepResult() | Tick() | WatchKv():
                 pass
         if moment.entry.error:
             part.notes.append(f"RAISES {moment.entry.error}")

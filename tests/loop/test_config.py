@@ -115,7 +115,6 @@ def test_boot_ids_differ() -> None:
         ("--frontends 2", "--frontends 2: not built yet"),
         ("--workers 2", "--workers 2: not built yet"),
         ("--metrics-port 9090", "--metrics-port 9090: not built yet"),
-        ("--openai-port 8000", "--openai-port 8000: not built yet"),
         ("--speculation ngram", "--speculation ngram: not built yet"),
         ("--dtype float16", "float16"),
         ("--port 65536", "65536 is not in 0..65535"),
