@@ -74,6 +74,7 @@ class TokenDelta(Wire, frozen=True):
     num_drafted: int = 0
     num_accepted: int = 0
     tenant: str = ""  # of a request that was refused
+    queued: float = 0.0  # seconds from its Submit to its first admission, by the Ticks
 
 
 class Outputs(Wire, frozen=True):
@@ -127,6 +128,26 @@ class Ask(Wire, frozen=True):
     frontend: str = ""
 
 
+class Histogram(Wire, frozen=True):
+    """How many values fell into each range: counts[i] up to bounds[i], the last of counts above all bounds."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    total: float = 0.0  # sum of the values
+
+
+class TenantFigures(Wire, frozen=True):
+    """Sequences and tokens of one tenant since the start, or of several (see engine/measures.py)."""
+
+    name: str
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0  # let into the queue
+    refused: int = 0
+    prompt_tokens: int = 0  # of those that ran
+    output_tokens: int = 0
+
+
 class EngineStats(Wire, frozen=True):
     """Counts at one moment. num_blocks (null block aside) = free + cached + owned + fenced."""
 
@@ -150,6 +171,12 @@ class EngineStats(Wire, frozen=True):
     aborted: int = 0
     rejected: int = 0
     draining: bool = False
+    queue_wait: Histogram = Histogram()  # seconds from a Submit to its first admission
+    step_seconds: Histogram = Histogram()  # as the worker measured
+    step_rows: Histogram = Histogram()  # of a plan, and the positions that it computes at most
+    step_tokens: Histogram = Histogram()
+    refused: tuple[tuple[FinishReason, int], ...] = ()  # sequences that never ran
+    tenants: list[TenantFigures] = []
 
 
 class WorkerStatus(Wire, frozen=True):
@@ -162,6 +189,49 @@ class WorkerStatus(Wire, frozen=True):
     progress: float = 0.0
 
 
+class WorkerFigures(Wire, frozen=True):
+    """What changes all the time of a worker, and is no news: beside WorkerStatus, so that nobody is woken for it."""
+
+    state_seconds: float = 0.0  # in its present state
+    steps: int = 0  # answered by this worker's place in the service, whoever held it
+    busy_seconds: float = 0.0  # that those took
+    in_flight: int = 0
+    losses: int = 0
+
+
+class Loss(Wire, frozen=True):
+    """A worker that died, or was given up."""
+
+    ago: float  # seconds
+    pid: int
+    reason: str
+
+
+class FrontendStats(Wire, frozen=True):
+    """What frontends saw of their clients since they began. Those of several add up (scheduler_svc/metrics.py)."""
+
+    first_token: Histogram = Histogram()  # seconds from a call's begin
+    between_tokens: Histogram = Histogram()
+    whole: Histogram = Histogram()  # seconds of a stream, and its three parts
+    queue: Histogram = Histogram()
+    prefill: Histogram = Histogram()
+    decode: Histogram = Histogram()
+    prompt_tokens: Histogram = Histogram()  # of a stream
+    output_tokens: Histogram = Histogram()
+    finished: tuple[tuple[str, int], ...] = ()  # streams: stop, length, abort, error
+    calls: tuple[tuple[str, int], ...] = ()  # "/service/method CODE"
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    open_calls: int = 0
+
+
+class Observed(Wire, frozen=True):
+    """A frontend's whole, which replaces what it said before."""
+
+    frontend: str
+    stats: FrontendStats
+
+
 class ServiceStatus(Wire, frozen=True):
     """Pushed to every frontend when it changes, and part of every Answer."""
 
@@ -171,6 +241,9 @@ class ServiceStatus(Wire, frozen=True):
     workers: list[WorkerStatus]
     stats: EngineStats
     failed: bool = False  # the worker said that it can never serve this: the service stops
+    figures: list[WorkerFigures] = []  # one for each of workers
+    losses: list[Loss] = []  # the newest few, newest first
+    frontends: FrontendStats = FrontendStats()  # of all of them, those that have gone included
 
 
 class Answer(Wire, frozen=True):
@@ -181,5 +254,5 @@ class Answer(Wire, frozen=True):
     frontend: str = ""
 
 
-ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask | WatchKv
+ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask | WatchKv | Observed
 ToFrontend = Outputs | ServiceStatus | Answer | KvEvents

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from protos.engine_wire import TenantFigures
 from scheduler_svc.engine.config import EngineConfig, Tenant
+from scheduler_svc.engine.measures import Tallies, Tally
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.quota import Bucket
 from scheduler_svc.engine.sequence import Sequence
@@ -45,11 +47,13 @@ class Account:
         "paid",
         "prompt_cost",
         "running",
+        "tally",
         "weight",
     )
 
-    def __init__(self, tenant: Tenant, name: str, config: EngineConfig) -> None:
+    def __init__(self, tenant: Tenant, name: str, config: EngineConfig, tally: Tally) -> None:
         self.name = name
+        self.tally = tally  # what the service says of it: nothing is decided by that
         self.weight = tenant.weight
         self.best_priority = tenant.best_priority
         self.bucket = Bucket(tenant.tokens_per_second, tenant.burst) if tenant.burst else None
@@ -174,6 +178,7 @@ class Ledger:
         self._config = config
         self._named = {tenant.name: tenant for tenant in config.tenants}
         self._accounts: dict[str, Account] = {}
+        self.tallies = Tallies(config)
         self.num_live = 0  # tenants with a live sequence
         self._forgotten_tokens = 0
 
@@ -193,7 +198,7 @@ class Ledger:
         account = self._accounts.get(name)
         if account is None:
             tenant = self._named.get(name, self._config.default_tenant)
-            account = self._accounts[name] = Account(tenant, name, self._config)
+            account = self._accounts[name] = Account(tenant, name, self._config, self.tallies.of(name))
         return account
 
     def enter(self, account: Account) -> None:
@@ -210,4 +215,9 @@ class Ledger:
         idle = [a for a in self if not a.live and (floor is None or a.counter <= floor)]
         gone = [a.name for a in idle if a.bucket is None or a.bucket.is_full(now, a.output_tokens)]
         for name in gone:
-            self._forgotten_tokens += self._accounts.pop(name).output_tokens
+            account = self._accounts.pop(name)
+            self._forgotten_tokens += account.output_tokens
+            account.tally.forgotten_output_tokens += account.output_tokens
+
+    def figures(self) -> list[TenantFigures]:
+        return self.tallies.figures((a.tally, a.running, a.queued, a.output_tokens) for a in self)

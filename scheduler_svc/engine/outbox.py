@@ -75,6 +75,8 @@ class Outbox:
             "",
             answer.num_drafted,
             len(answer.token_ids) - 1,
+            "",
+            sequence.waited,
         )
         self._add(sequence.frontend, delta)
 

@@ -235,6 +235,7 @@ class Planner:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
             counters.prompt_tokens += sequence.prompt_len
             counters.cached_tokens += sequence.cached_tokens
+            self._observe_wait(sequence)
             self.forecast.learn_hits(sequence.prompt_len, sequence.cached_tokens)
         submit = sequence.submit
         step.admit.append(
@@ -248,6 +249,11 @@ class Planner:
                 domain(submit.tenant, submit.cache_salt),
             )
         )
+
+    def _observe_wait(self, sequence: Sequence) -> None:
+        sequence.waited = self.forecast.now - sequence.came
+        self.roster.measures.queue_wait.add(sequence.waited)
+        sequence.account.tally.prompt_tokens += sequence.prompt_len
 
     def _suspect(self) -> Sequence | None:
         """Who has to run alone now: until its next token is known, or it has left."""
@@ -277,6 +283,7 @@ class Planner:
         device.release = []
         flight = Flight(plan, step.sequences, self.config.max_step_tokens - step.budget)
         device.sent.append(flight)
+        self.roster.measures.planned(len(step.rows), flight.num_tokens)
         for sequence in step.sequences:
             sequence.flying += 1
             sequence.last_step = plan.step

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.fairness import FairQueue, Ledger
+from scheduler_svc.engine.measures import Measures
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence, State
 
@@ -48,6 +49,7 @@ class Roster:
         self.num_live = 0
         self.queued_tokens = 0  # of all that are live and not running
         self.counters = Counters()
+        self.measures = Measures()
 
     def __iter__(self) -> Iterator[Sequence]:
         for siblings in self.requests.values():

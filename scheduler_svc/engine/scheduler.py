@@ -22,8 +22,10 @@ from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
+from scheduler_svc.engine.stats import summary
 
 SWEEP = 1.0  # seconds between two looks for tenants that can be forgotten
+_REFUSALS = (FinishReason.REJECTED, FinishReason.DEADLINE, FinishReason.INVALID)  # of what has waited, and never ran
 
 
 class Scheduler:
@@ -110,6 +112,8 @@ class Scheduler:
     def _submit(self, submit: Submit) -> None:
         if refusal := self._doorkeeper.refusal(submit, self.roster, self._free_slots()):
             self.roster.counters.rejected += 1
+            self.roster.measures.refuse(refusal.reason)
+            self.roster.ledger.tallies.of(submit.tenant).refused += 1
             self._outbox.refuse(submit, *refusal)
             return
         for crowding in self._doorkeeper.crowded_out:
@@ -120,7 +124,9 @@ class Scheduler:
         account = self.roster.ledger.account(submit.tenant)
         if account.bucket:
             account.bucket.level -= len(submit.token_ids)
+        account.tally.requests += 1
         sequence = Sequence(submit, self._arrivals, self.config.num_drafts, account)
+        sequence.came = self._forecast.now
         sequence.likely_tokens = self._forecast.likely_tokens(submit)
         if submit.deadline:
             sequence.look_at = self._forecast.look_at(sequence)
@@ -155,6 +161,9 @@ class Scheduler:
         if bucket and sequence.cached_tokens < 0:  # it never ran: its prompt is given back
             bucket.level = min(bucket.burst, bucket.level + sequence.given)
         self.roster.finish(sequence, self.device)
+        if sequence.cached_tokens < 0 and reason in _REFUSALS:
+            self.roster.measures.refuse(reason)
+            sequence.account.tally.refused += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.roster.counters.finished += 1
             if sequence.cached_tokens >= 0:
@@ -197,7 +206,9 @@ class Scheduler:
         if result.step != due:
             return self._distrust(f"a result for step {result.step}, due was {due}")
         flight = device.sent[0]
-        self._forecast.pace.learn(flight.num_tokens, result.timings.forward + result.timings.sample)
+        seconds = result.timings.forward + result.timings.sample
+        self._forecast.pace.learn(flight.num_tokens, seconds)
+        self.roster.measures.step_seconds.add(seconds)
         rows = flight.plan.rows
         if len(result.rows) != len(rows):
             return self._distrust(f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
@@ -310,31 +321,7 @@ class Scheduler:
     # ------------------------------------------------------------ what others see
 
     def stats(self) -> EngineStats:
-        roster, counters, device = self.roster, self.roster.counters, self.device
-        pool = device.kv.pool if device else None
-        fenced = device.fenced_blocks() if device else 0
-        return EngineStats(
-            running=len(roster.running),
-            waiting=roster.num_queued,
-            waiting_tokens=roster.queued_tokens,
-            num_blocks=pool.num_blocks - 1 if pool else 0,
-            free_blocks=len(pool.blank) if pool else 0,
-            cached_blocks=len(pool.cached) if pool else 0,
-            owned_blocks=pool.num_blocks - 1 - pool.available - fenced if pool else 0,
-            fenced_blocks=fenced,
-            num_slots=device.num_slots if device else 0,
-            free_slots=len(device.free_slots) if device else 0,
-            steps=counters.steps,
-            preemptions=counters.preemptions,
-            recoveries=counters.recoveries,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generated_tokens=roster.ledger.output_tokens,
-            finished=counters.finished,
-            aborted=counters.aborted,
-            rejected=counters.rejected,
-            draining=self._doorkeeper.draining,
-        )
+        return summary(self.roster, self.device, self._doorkeeper.draining)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where the books do not add up. The loop asks when it has been idle, tests always."""

@@ -45,6 +45,7 @@ class Sequence:
         "arrival",
         "block_ids",
         "cached_tokens",
+        "came",
         "computed",
         "deaths",
         "ends",
@@ -74,6 +75,7 @@ class Sequence:
         "submit",
         "token_ids",
         "unpaid",
+        "waited",
     )
 
     def __init__(self, submit: Submit, arrival: int, num_drafts: int, account: Account) -> None:
@@ -95,6 +97,7 @@ class Sequence:
         self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
         self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
         self.cached_tokens = -1  # until the first admission
+        self.came = self.waited = 0.0  # when it was let in, and the seconds from there to its first admission
         self.deaths = 0
         self.queued_tokens = 0
         self.likely_tokens = 1.0  # of output, as far as was known when it came
