@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from scheduler_svc import config, gateway, replay
+from scheduler_svc import config, gateway, logs, replay
 from scheduler_svc.gateway import Gateway, GatewayError
 from scheduler_svc.loop import EngineLoop
+from scheduler_svc.settings import effective
 
 if TYPE_CHECKING:
     from protos.engine_wire import ServiceStatus
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
     from scheduler_svc.frontend.model import ServedModel
     from scheduler_svc.frontend.server import Frontend, FrontendConfig
 
+log = logging.getLogger("scheduler_svc")
+
 
 def main() -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    logs.configure("text", "info")
     if sys.argv[1:2] == ["replay"]:
         return replay.main(sys.argv[2:])
     settings = config.parse()
+    logs.configure(settings.log_format, settings.log_level)
     began = time.monotonic()
     try:
         if settings.gateway:
@@ -63,6 +69,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
     from scheduler_svc.frontend.courier import Courier
     from scheduler_svc.frontend.engine_link import EngineLink
     from scheduler_svc.frontend.server import Frontend, PortInUseError
+    from scheduler_svc.frontend.tracing import MissingExtraError
 
     asyncio_loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -70,10 +77,10 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
         asyncio_loop.add_signal_handler(number, signals.put_nowait, number)
     link = EngineLink()
     link.connect(loop)
-    frontend = Frontend(link, _frontend_config(settings), model)
     try:
+        frontend = Frontend(link, _frontend_config(settings), model)
         port = await frontend.start()
-    except PortInUseError as error:
+    except (PortInUseError, MissingExtraError) as error:
         return _fail(str(error))
     failed: asyncio.Future[str] = asyncio_loop.create_future()
     openai = _gateway(settings, frontend, port)
@@ -176,15 +183,20 @@ def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
         max_num_seqs=settings.loop.engine.max_num_seqs,
         block_size=settings.loop.engine.block_size,
         slow_reader_timeout=settings.slow_reader_timeout,
+        prefix_caching=settings.loop.engine.prefix_caching,
+        kv_dtype=settings.loop.setup.kv_dtype,
+        metrics_port=settings.metrics_port,
+        otlp_endpoint=settings.otlp_endpoint,
+        settings=effective(settings),
     )
 
 
 def _say(line: str) -> None:
-    print(f"pagewire {line}", file=sys.stderr, flush=True)
+    log.info(line, extra=logs.HEADLINE)
 
 
 def _fail(line: str) -> int:
-    print(f"pagewire: {line}", file=sys.stderr, flush=True)
+    log.error(line)
     return 1
 
 

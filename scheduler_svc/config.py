@@ -33,6 +33,7 @@ class LoopConfig:
     step_deadline: float = 60.0  # seconds for one step
     load_deadline: float = 600.0  # seconds without a word while a worker starts
     record: RecordConfig = field(default_factory=RecordConfig)
+    relay_workers: bool = False  # what a worker writes goes through our log, so that each line is one of ours
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class ServiceConfig:
     slow_reader_timeout: float  # seconds; 0: none
     loop: LoopConfig
     gateway: GatewayConfig | None = None
+    metrics_port: int = 0  # 0: none
+    log_format: str = "text"
+    log_level: str = "info"
+    otlp_endpoint: str = ""  # "": nothing is traced
 
 
 def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
@@ -76,6 +81,10 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         slow_reader_timeout=args.slow_reader_timeout,
         loop=loop,
         gateway=GatewayConfig(args.host, args.openai_port, args.drain_timeout) if args.openai_port else None,
+        metrics_port=args.metrics_port,
+        log_format=args.log_format,
+        log_level=args.log_level,
+        otlp_endpoint=args.otlp_endpoint or "",
     )
 
 
@@ -104,6 +113,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,
         record=_record_config(args),
+        relay_workers=args.log_format == "json",
     )
 
 

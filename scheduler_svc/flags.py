@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
+
+from scheduler_svc.logs import FORMATS, LEVELS
 
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
 
@@ -165,6 +168,24 @@ def _operator_flags(add: Add) -> None:
     add("--crash-mib", type=_whole(0), default=16, metavar="N", help="memory for them; 0: they are not kept")
 
 
+def _seeing_flags(add: Add) -> None:
+    add(
+        "--metrics-port",
+        type=_whole(0, 65535),
+        default=0,
+        metavar="PORT",
+        help="metrics for Prometheus, at --host, by HTTP, to whoever asks; 0: none",
+    )
+    add("--log-format", choices=FORMATS, default="text", help="of stderr: lines for a person, or an object a line")
+    add("--log-level", choices=LEVELS, default="info", help="debug has a line for every call")
+    add(
+        "--otlp-endpoint",
+        type=_url,
+        metavar="http://HOST:PORT",
+        help="send a trace of every request there, by OTLP over gRPC; needs pagewire[otel]",
+    )
+
+
 _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("service", _service_flags),
     ("OpenAI's API", _gateway_flags),
@@ -173,12 +194,12 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("tenants", _tenant_flags),
     ("workers", _worker_flags),
     ("for operators", _operator_flags),
+    ("to see what it does", _seeing_flags),
 ]
 
 UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
     ("--tensor-parallel", int, 1),
     ("--frontends", int, 1),
-    ("--metrics-port", int, 0),
     ("--speculation", str, ""),
 ]
 
@@ -207,6 +228,18 @@ def _duration(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not over 0 and under 1e9")
     return value
+
+
+def _url(text: str) -> str:
+    """Of a collector."""
+    try:
+        parts = urlsplit(text)
+        is_bare = parts.netloc == f"{parts.hostname}:{parts.port}" and not (parts.path or parts.query or parts.fragment)
+    except ValueError:  # a port that is no number
+        is_bare = False
+    if not is_bare or parts.scheme not in ("http", "https"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not http://HOST:PORT or https://HOST:PORT")
+    return text
 
 
 def _endpoint(text: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -20,6 +19,7 @@ from protos.engine_wire import (
     FrontendHello,
     FrontendLost,
     KvEvents,
+    Observed,
     Outputs,
     Question,
     ServiceStatus,
@@ -33,6 +33,8 @@ from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.logs import relay
+from scheduler_svc.metrics import Frontends
 from scheduler_svc.record import Recorder
 from scheduler_svc.spawn import WorkerProcess
 from scheduler_svc.worker_link import WorkerLink
@@ -45,6 +47,7 @@ _FUTILE_STARTS = 5  # of workers, before the first was ever ready: then the serv
 _LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
 
 Deliver = Callable[[list[ToFrontend]], None]
+log = logging.getLogger(__name__)
 
 
 class EngineLoop:
@@ -63,7 +66,7 @@ class EngineLoop:
         self._process: WorkerProcess | None = None
         if config.spawn:
             arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
-            self._process = WorkerProcess(arguments, clock)
+            self._process = WorkerProcess(arguments, clock, relay if config.relay_workers else None)
         self._link = WorkerLink(
             config.setup,
             self._socket.send,
@@ -76,6 +79,7 @@ class EngineLoop:
         self._deliver: Deliver | None = None
         self._outgoing: list[ToFrontend] = []
         self._status: ServiceStatus | None = None  # the last one delivered
+        self._frontends = Frontends()
         self._drains: list[Ask] = []
         self._draining = False
         self._now = self._ticked = clock()
@@ -117,7 +121,7 @@ class EngineLoop:
         try:
             self._serve()
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
+            log.exception("the engine loop failed")
             self._recorder.dump("the engine loop failed", repr(error))
             self._failure = "the engine loop failed, see the traceback above"
             self._post()
@@ -189,8 +193,13 @@ class EngineLoop:
 
     def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
         match message:
-            case Submit() | Abort() | FrontendLost() | WatchKv():
+            case Submit() | Abort() | WatchKv():
                 yield message
+            case FrontendLost(frontend=frontend):
+                self._frontends.lost(frontend)
+                yield message
+            case Observed():
+                self._frontends.take(message)
             case FrontendHello():
                 self._status = None  # so that the newcomer gets one
             case Ask(question=Question.STATS):
@@ -256,6 +265,7 @@ class EngineLoop:
         serving, failed = self._is_serving(), bool(link.fatal or self._failure)
         if old and (old.serving, old.failed, old.ready, old.workers) == (serving, failed, link.ready, [link.status]):
             return None
+        link.history.see(link.status.state, self._now)
         self._status = self._service_status()
         return self._status
 
@@ -266,7 +276,17 @@ class EngineLoop:
         link = self._link
         reason = self._failure or link.fatal or ("draining" if self._draining else link.reason)
         failed = bool(link.fatal or self._failure)
-        return ServiceStatus(self._is_serving(), reason, link.ready, [link.status], self._engine.stats(), failed)
+        return ServiceStatus(
+            self._is_serving(),
+            reason,
+            link.ready,
+            [link.status],
+            self._engine.stats(),
+            failed,
+            [link.figures(self._now)],
+            link.history.losses(self._now),
+            self._frontends.sum(),
+        )
 
     def _keep_worker(self, poller: zmq.Poller, ready: set[object]) -> None:
         """Notices a dead process, and starts one where none runs and none has to be waited for."""

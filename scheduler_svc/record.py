@@ -9,8 +9,8 @@ moment for too long, the recording pauses.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from scheduler_svc.record_format import Entry, Header, digest, frame, source_dig
 from scheduler_svc.record_private import Pseudonyms
 from scheduler_svc.record_sinks import PARTS, FileParts, Recent, Sink
 from scheduler_svc.record_state import StateError, snapshot
+
+log = logging.getLogger(__name__)
 
 MOST_LIVE = 2048  # sequences of a state: to write one of so many takes some 40 ms
 CRASH_LOGS = 8  # in a directory, of all boots; the oldest goes when another one is written
@@ -166,4 +168,4 @@ def _prune(directory: Path) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"pagewire: {line}", file=sys.stderr, flush=True)
+    log.warning(line)

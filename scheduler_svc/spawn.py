@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import IO, Any
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between starts that came to nothing
 
@@ -14,8 +15,13 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.25, 15.0  # seconds between starts that came to
 class WorkerProcess:
     """Belongs to one thread, which must live as long as the process: the kernel kills a worker when its thread ends."""
 
-    def __init__(self, arguments: Sequence[str], clock: Callable[[], float]) -> None:
-        self._arguments, self._clock = arguments, clock
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        clock: Callable[[], float],
+        relay: Callable[[IO[bytes], int], None] | None = None,  # takes what the worker writes, and its pid
+    ) -> None:
+        self._arguments, self._clock, self._relay = arguments, clock, relay
         self._process: subprocess.Popen[bytes] | None = None
         self._condemned = False  # killed from here
         self._futile = 0  # starts since a worker was last ready
@@ -28,14 +34,19 @@ class WorkerProcess:
         return self._process.pid if self._process else 0
 
     def start(self) -> None:
-        """What the worker writes goes to this process's stderr.
+        """What the worker writes goes to `relay`, or straight to this process's stderr.
 
         Raises OSError where no process can be made now, or made and not watched: then there is none.
         """
         command = [sys.executable, "-m", "worker_svc", *self._arguments, "--parent-pid", str(os.getpid())]
         self._futile += 1
         self._schedule_next()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process: subprocess.Popen[bytes] = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, **(output if self._relay else {"stdout": sys.stderr})
+        )
+        if self._relay and process.stdout:
+            self._relay(process.stdout, process.pid)
         try:
             self.exit_fd = os.pidfd_open(process.pid)
         except OSError:

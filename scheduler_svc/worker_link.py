@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
 import msgspec
 
-from protos.engine_wire import WorkerStatus
+from protos.engine_wire import WorkerFigures, WorkerStatus
 from protos.wire import (
     PROTOCOL,
     AdapterReady,
@@ -26,7 +26,10 @@ from protos.wire import (
 )
 from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
 from scheduler_svc.spawn import WorkerProcess
+from scheduler_svc.worker_history import WorkerHistory
 from scheduler_svc.worker_socket import Garbled, Gone, Heard
+
+log = logging.getLogger(__name__)
 
 _DYING = 0.05  # seconds between the end of a process's connections and its own
 
@@ -63,6 +66,7 @@ class WorkerLink:
         self.ready: Ready | None = None  # of the newest epoch, also while no worker lives
         self.reason = "the worker is starting" if process else "no worker has come yet"
         self.fatal = ""
+        self.history = WorkerHistory()
 
     @property
     def epoch(self) -> Epoch | None:
@@ -77,6 +81,9 @@ class WorkerLink:
             status = self._status
             return WorkerStatus("loading", pid, "", status.detail if status else "", status.progress if status else 0.0)
         return WorkerStatus("starting" if pid else "lost", pid, "", self.reason)
+
+    def figures(self, now: float) -> WorkerFigures:
+        return self.history.figures(len(self._in_flight), now)
 
     @property
     def deadline(self) -> float | None:
@@ -110,7 +117,7 @@ class WorkerLink:
                 else:
                     self._strange += 1
                     if self._strange.bit_count() == 1:  # the 1st, 2nd, 4th, 8th … so that nobody fills a disk
-                        _log(f"a stranger sent {reason} ({self._strange} such messages so far)")
+                        log.warning("a stranger sent %s (%d such messages so far)", reason, self._strange)
             case Ready() | AdapterReady() | StepResult() | Status() | Fault():
                 if peer == self._peer and heard.epoch == self._epoch:
                     yield from self._believe(heard, now)
@@ -136,7 +143,7 @@ class WorkerLink:
         self._in_flight.clear()
         if epoch or self._hello or self.status.pid:  # the last: of a process that has not said hello
             self.reason = f"the worker was lost: {reason}"
-            _log(f"worker {self.status.pid}: lost: {reason}")
+            self._lament(reason, now)
         hello, self._hello = self._hello, None
         if self._process:
             self._process.kill()
@@ -155,7 +162,8 @@ class WorkerLink:
             yield from self.lose(f"it {how}", now)
         elif how:
             self.reason = f"the worker {how} before it was ready"
-            _log(self.reason)
+            log.warning(self.reason)
+            self.history.lost(0, self.reason, now)
         self._peer = b""
 
     def expire(self, now: float) -> Iterator[Event]:
@@ -181,7 +189,7 @@ class WorkerLink:
         elif self._epoch and peer != self._peer:
             refusal = "this scheduler has a worker already"
         if refusal:
-            _log(f"worker {hello.pid}: refused: {refusal}")
+            log.warning("worker %d: refused: %s", hello.pid, refusal)
             self._send(peer, Shutdown(f"refused: {refusal}"))
             return
         if self._epoch:
@@ -203,7 +211,7 @@ class WorkerLink:
                     yield from self.lose(f"it has {message.num_blocks} KV blocks, one of them null", now)
                     return
                 if self.ready:
-                    _log(f"worker {self.status.pid}: serves again")
+                    log.info("worker %d: serves again", self.status.pid)
                 self.serving, self.ready, self.reason, self._status = True, message, "", None
                 if self._process:
                     self._process.was_ready()
@@ -217,6 +225,7 @@ class WorkerLink:
                 )
             case StepResult() if self._in_flight:
                 self._in_flight.popleft()
+                self.history.answered(message.timings)
                 self._since, self._status = now, None
                 yield message
             case Status(phase=Phase.LOADING | Phase.COMPILING):
@@ -231,6 +240,7 @@ class WorkerLink:
             case Hello() | Ready() | StepResult() | Status() | AdapterReady():
                 pass  # nothing of it was asked for
 
-
-def _log(line: str) -> None:
-    print(f"pagewire: {line}", file=sys.stderr, flush=True)
+    def _lament(self, reason: str, now: float) -> None:
+        pid = self.status.pid
+        log.warning("worker %d: lost: %s", pid, reason)
+        self.history.lost(pid, reason, now)

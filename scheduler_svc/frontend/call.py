@@ -23,6 +23,7 @@ from scheduler_svc.frontend.slow_readers import too_much_gathered
 from scheduler_svc.frontend.streams import Ending, Gain, IndexStream
 from scheduler_svc.frontend.tokenizer import Tokenizer
 from scheduler_svc.frontend.validation import Prepared
+from scheduler_svc.metrics import Observer, StreamFacts
 
 MAX_GATHERED: Final = 2**19  # numbers of log probabilities that wait for a client to read: some 35 MB
 
@@ -53,6 +54,7 @@ class Call:
     link: EngineLink
     clock: Callable[[], float]
     streams: list[IndexStream]
+    observer: Observer
     _route: Route | None = None  # None: every index had ended before
     _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
     _due: dict[int, None] = field(default_factory=dict)  # those that had it when the writer was woken last
@@ -68,9 +70,16 @@ class Call:
         self._wants_logprobs = any(sampling.logprobs >= 0 or sampling.prompt_logprobs >= 0 for sampling in wanted)
 
     @classmethod
-    def open(cls, prepared: Prepared, link: EngineLink, streams: list[IndexStream], clock: Callable[[], float]) -> Call:
+    def open(
+        cls,
+        prepared: Prepared,
+        link: EngineLink,
+        streams: list[IndexStream],
+        clock: Callable[[], float],
+        observer: Observer | None = None,
+    ) -> Call:
         """Submits, but for the indices that had ended before: of those the end is all that is left to send."""
-        call = cls(prepared, link, clock, streams)
+        call = cls(prepared, link, clock, streams, observer or Observer())
         call._due = {stream.index: None for stream in streams if stream.ending}
         if call._due:
             call._wake.set()
@@ -83,9 +92,11 @@ class Call:
 
     def take(self, deltas: Sequence[TokenDelta]) -> None:
         """Called by the link, which serves every other call too: so nothing may escape."""
+        now = self.clock()
         try:
             for delta in deltas:
-                self._take_in(delta)
+                self._take_in(delta, now)
+            self._observe(now)
             if self._wants_logprobs and sum(stream.gathered_numbers for stream in self.streams) > MAX_GATHERED:
                 self.give_up(too_much_gathered(MAX_GATHERED))
         except Exception:
@@ -116,12 +127,12 @@ class Call:
         self._changed.clear()
         self._wake.set()
 
-    def _take_in(self, delta: TokenDelta) -> None:
+    def _take_in(self, delta: TokenDelta, now: float) -> None:
         stream = self.streams[delta.index]
         if stream.ending or self._given_up:
             return  # a stop string ended it here first, or nobody reads
         self._failure = self._failure or from_finish(delta)
-        if stream.push(delta, self.clock()):
+        if stream.push(delta, now):
             self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)
         self._changed[delta.index] = None
         if stream.ending:
@@ -159,6 +170,31 @@ class Call:
             self._abort()
         if self._route:
             self._route.forget()
+        now = self.clock()
+        self._observe(now)  # streams that had ended before they came here
+        if (broken := self._how_it_broke()) in ("abort", "error"):
+            for stream in self.streams:
+                if not stream.ending:
+                    self.observer.stream_ended(stream.facts(broken, now), self.prepared.prompt_len)
+
+    @property
+    def started(self) -> float:
+        return self.streams[0].started
+
+    def facts(self) -> list[StreamFacts]:
+        """Of a call that is closed."""
+        broken, now = self._how_it_broke(), self.clock()
+        return [stream.facts(broken, now) for stream in self.streams]
+
+    def _observe(self, now: float) -> None:
+        for stream in self.streams:
+            stream.observe(self.observer, self.prepared.prompt_len, now)
+
+    def _how_it_broke(self) -> str:
+        """As vLLM calls it. Refused streams are counted by the engine, by reason."""
+        if self._given_up or self._failure is None or self._failure.code is grpc.StatusCode.CANCELLED:
+            return "abort"
+        return "error" if self._failure.code is grpc.StatusCode.INTERNAL else "refused"
 
     def _abort(self) -> None:
         is_duplicate = self._failure is not None and self._failure.code is grpc.StatusCode.ALREADY_EXISTS

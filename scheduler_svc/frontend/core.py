@@ -13,7 +13,7 @@ from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import ServiceStatus
 from protos.wire import Ready
-from scheduler_svc.frontend import resume
+from scheduler_svc.frontend import access, resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
@@ -24,6 +24,7 @@ from scheduler_svc.frontend.slow_readers import SlowReaders
 from scheduler_svc.frontend.streams import Ending, Gain, IndexStream
 from scheduler_svc.frontend.tokenizer import INLINE_TOKENS
 from scheduler_svc.frontend.validation import Caller, Prepared, Preparer
+from scheduler_svc.metrics import Observer
 
 TENANT_KEY: Final = "tenant"  # of the metadata; believed as it stands
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class FrontendConfig:
     max_message_bytes: int = 16 << 20  # of one received message
     slow_reader_timeout: float = 60.0  # seconds for which a client may read nothing; 0: without end
     max_pending_calls: int = 100_000  # calls that gRPC may hold before a handler has them: beyond, it answers CANCELLED
+    prefix_caching: bool = True
+    kv_dtype: str = "auto"
+    metrics_port: int = 0  # 0: none is served
+    otlp_endpoint: str = ""  # "": nothing is traced
+    settings: tuple[tuple[str, str], ...] = ()  # of the whole service, as GetConfig tells them
 
 
 class Core:
@@ -54,6 +60,8 @@ class Core:
         self.calls = 0
         self.started = clock()
         self.kv_watchers = KvWatchers(link)
+        self.observer = Observer()
+        link.observe = lambda: self.observer.snapshot(self.calls)
         self.preparer = Preparer(model, self.max_model_len, link.frontend)
         self._slow_readers = SlowReaders(config.slow_reader_timeout, clock)
         self._first_ready = asyncio.Event()
@@ -118,7 +126,9 @@ class Core:
         streams = await self._open_streams(prepared, with_text)
         if prepared.request_id in self.link:
             raise duplicate(prepared.request_id)
-        call = Call.open(prepared, self.link, streams, self.clock)
+        call = Call.open(prepared, self.link, streams, self.clock, self.observer)
+        if record := access.CURRENT.get():
+            record.opened(call)
         self.calls += 1
         try:
             with self._slow_readers.watch(call):

@@ -13,7 +13,9 @@ from protos.engine_wire import (
     Answer,
     Ask,
     FinishReason,
+    FrontendStats,
     KvEvents,
+    Observed,
     Outputs,
     Question,
     ServiceStatus,
@@ -80,6 +82,8 @@ class EngineLink:
         self._tokens = itertools.count(1)
         self._watchers: list[Callable[[ServiceStatus], None]] = []
         self._kv_watcher: Callable[[KvEvents], None] | None = None
+        self._reported: FrontendStats | None = None
+        self.observe: Callable[[], FrontendStats] | None = None  # what this frontend has seen of its clients
 
     def connect(self, transport: Transport) -> None:
         self._transport = transport
@@ -120,11 +124,19 @@ class EngineLink:
         token = next(self._tokens)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._futures[token] = future
+        if question is Question.STATS:
+            self.report()  # so that the answer has it
         self._send(Ask(token, question, request_id, self.frontend))
         try:
             return await future
         finally:
             del self._futures[token]
+
+    def report(self) -> None:
+        """Tells the engine's loop what this frontend has seen, if it is news: the sum of all is asked for there."""
+        if self.observe and (seen := self.observe()) != self._reported:
+            self._reported = seen
+            self._send(Observed(self.frontend, seen))
 
     def deliver(self, message: ToFrontend) -> None:
         self.take(message)

@@ -10,12 +10,17 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from protos.engine_wire import Question
-from scheduler_svc.frontend import health, reflection, servicer, vllm_compat
+from protos.engine_wire import Question, ServiceStatus
+from scheduler_svc.frontend import admin, channelz, health, reflection, servicer, vllm_compat
+from scheduler_svc.frontend.access import Access, Ended
 from scheduler_svc.frontend.core import Core, FrontendConfig
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.health import HealthService
 from scheduler_svc.frontend.model import ServedModel
+from scheduler_svc.frontend.tracing import Tracer
+
+_SCRAPE_PATIENCE = 5.0  # seconds for the engine's answer
+_REPORT_EVERY = 1.0  # seconds
 
 __all__ = ["Frontend", "FrontendConfig", "PortInUseError"]
 
@@ -24,8 +29,36 @@ class PortInUseError(OSError):
     """Somebody listens there already, or the address is not ours."""
 
 
+class Metrics:
+    """The page for Prometheus, of the whole service. Raises PortInUseError."""
+
+    def __init__(self, core: Core) -> None:
+        from scheduler_svc.metrics_page import Page, PageServer
+
+        config, events = core.config, asyncio.get_running_loop()
+
+        def status() -> ServiceStatus:
+            """In the thread of a scrape."""
+            asking = asyncio.run_coroutine_threadsafe(core.link.ask(Question.STATS), events)
+            try:
+                return asking.result(_SCRAPE_PATIENCE).status
+            finally:
+                asking.cancel()  # if it was given up: Prometheus gets an error 500
+
+        cache = {
+            "block_size": str(config.block_size),
+            "cache_dtype": config.kv_dtype,
+            "enable_prefix_caching": str(config.prefix_caching),
+        }
+        try:
+            server = PageServer(Page(status, core.name, cache), config.host, config.metrics_port)
+        except OSError as error:
+            raise PortInUseError(f"cannot listen on {config.host}:{config.metrics_port}: {error.strerror}") from error
+        self.close = server.close
+
+
 class Frontend:
-    """`link.connect` comes before `start`, on whose event loop everything here runs."""
+    """`link.connect` comes before `start`, on whose event loop everything here runs. Raises MissingExtraError."""
 
     def __init__(
         self,
@@ -35,7 +68,9 @@ class Frontend:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = Core(link, config, model, clock)
-        services = [servicer.INFERENCE, servicer.ADMIN, vllm_compat.SERVICE]
+        self._tracer = Tracer(config.otlp_endpoint, self._core.name) if config.otlp_endpoint else None
+        self._metrics: Metrics | None = None
+        services = [servicer.INFERENCE, admin.ADMIN, vllm_compat.SERVICE]
         self._health = HealthService(services)
         link.on_status(self._health.update)
         if link.status:
@@ -43,17 +78,23 @@ class Frontend:
         self._router = vllm_compat.VllmEngine(self._core)
         self._handlers = [
             servicer.InferenceService(self._core).handler(),
-            servicer.AdminService(self._core).handler(),
+            admin.AdminService(self._core).handler(),
             self._router.handler(),
             self._health.handler(),
-            *reflection.handlers([*services, health.SERVICE]),
+            channelz.handler(),
+            *reflection.handlers([*services, health.SERVICE, channelz.SERVICE]),
         ]
         self._server: grpc.aio.Server | None = None
+        self._reporting: asyncio.Future[None] | None = None
 
     async def start(self) -> int:
         """Binds and serves; returns the port. Raises PortInUseError, in one line."""
         config = self._core.config
-        self._server = grpc.aio.server(options=_options(config))
+        if config.metrics_port:
+            self._metrics = Metrics(self._core)
+        ended: tuple[Ended, ...] = (self._tracer.ended,) if self._tracer else ()
+        access = Access(self._core.observer, self._core.clock, ended)
+        self._server = grpc.aio.server(interceptors=[access], options=_options(config))
         self._server.add_generic_rpc_handlers(self._handlers)
         host = f"[{config.host}]" if ":" in config.host else config.host
         try:
@@ -61,6 +102,8 @@ class Frontend:
         except RuntimeError as error:
             raise PortInUseError(f"cannot listen on {host}:{config.port}: port in use, or no such address") from error
         await self._server.start()
+        if self._core.link.frontend:  # one of several, of which another may be asked for the sum
+            self._reporting = asyncio.ensure_future(self._report())
         return port
 
     @property
@@ -71,6 +114,11 @@ class Frontend:
     def leave(self) -> None:
         """NOT_SERVING from now on; what comes nevertheless is taken, until `drain`."""
         self._health.drain()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_EVERY)
+            self._core.link.report()
 
     async def drain(self, grace: float) -> bool:
         """NOT_SERVING, no new requests; at most `grace` seconds for those accepted, then stops.
@@ -93,6 +141,12 @@ class Frontend:
         self._core.kv_watchers.close()
         if self._server:
             await self._server.stop(grace)
+        if self._reporting:
+            self._reporting.cancel()
+        if self._metrics:
+            await asyncio.to_thread(self._metrics.close)
+        if self._tracer:
+            await asyncio.to_thread(self._tracer.close)
 
 
 def _options(config: FrontendConfig) -> list[tuple[str, Any]]:
@@ -107,4 +161,5 @@ def _options(config: FrontendConfig) -> list[tuple[str, Any]]:
         # Routers ping every 30 s, idle or not; the defaults would kill a silent call after 120 s.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        channelz.OPTION,
     ]

@@ -1,32 +1,23 @@
-"""`pagewire.v1`: InferenceService and AdminService."""
+"""`pagewire.v1.InferenceService`."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import grpc
-from pagewire.v1 import admin_pb2, inference_pb2
+from pagewire.v1 import inference_pb2
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.engine_wire import FinishReason, Question, WorkerStatus
+from protos.engine_wire import FinishReason, Question
 from protos.wire import TokenLogprobs
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found
-from scheduler_svc.frontend.kv_messages import kv_message
 from scheduler_svc.frontend.limits import MAX_DETOKENIZE
 from scheduler_svc.frontend.streams import Ending, Gain
 
 INFERENCE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-ADMIN: Final = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
-
-WORKER_STATES: Final = {
-    "starting": admin_pb2.WORKER_STATE_STARTING,
-    "loading": admin_pb2.WORKER_STATE_LOADING,
-    "serving": admin_pb2.WORKER_STATE_SERVING,
-    "lost": admin_pb2.WORKER_STATE_LOST,
-}
 
 
 class InferenceService:
@@ -115,63 +106,6 @@ class InferenceService:
         return pb.CancelGenerationResponse()
 
 
-class AdminService:
-    def __init__(self, core: Core) -> None:
-        self.core = core
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
-            ADMIN,
-            {
-                "GetStats": rpc.unary(admin_pb2.GetStatsRequest, self.get_stats),
-                "Drain": rpc.unary(admin_pb2.DrainRequest, self.drain),
-                "FlushCache": rpc.unary(admin_pb2.FlushCacheRequest, self.flush_cache),
-                "WatchKvEvents": rpc.server_stream(admin_pb2.WatchKvEventsRequest, self.watch_kv_events),
-            },
-        )
-
-    async def get_stats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
-        status = (await self.core.link.ask(Question.STATS)).status
-        stats = status.stats
-        return admin_pb2.GetStatsResponse(
-            running=stats.running,
-            waiting=stats.waiting,
-            total_blocks=stats.num_blocks,
-            free_blocks=stats.free_blocks,
-            cached_blocks=stats.cached_blocks,
-            owned_blocks=stats.owned_blocks,
-            fenced_blocks=stats.fenced_blocks,
-            free_slots=stats.free_slots,
-            total_slots=stats.num_slots,
-            steps=stats.steps,
-            preemptions=stats.preemptions,
-            recoveries=stats.recoveries,
-            prompt_tokens=stats.prompt_tokens,
-            cached_tokens=stats.cached_tokens,
-            generated_tokens=stats.generated_tokens,
-            finished=stats.finished,
-            aborted=stats.aborted,
-            rejected=stats.rejected,
-            open_calls=self.core.calls,
-            draining=stats.draining,
-            workers=[worker_message(worker) for worker in status.workers],
-            uptime_seconds=self.core.clock() - self.core.started,
-        )
-
-    async def drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
-        await self.core.link.ask(Question.DRAIN)
-        return admin_pb2.DrainResponse()
-
-    async def flush_cache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
-        answer = await self.core.link.ask(Question.FLUSH_CACHE)
-        return admin_pb2.FlushCacheResponse(freed_blocks=answer.freed_blocks)
-
-    async def watch_kv_events(self, request: admin_pb2.WatchKvEventsRequest, context: Context) -> None:
-        with self.core.kv_watchers.watch() as watch:
-            async for part in watch.parts():
-                await context.write(kv_message(part, request.token_ids).SerializeToString())
-
-
 def delta_message(gain: Gain) -> pb.GenerateDelta:
     return pb.GenerateDelta(
         index=gain.index,
@@ -209,9 +143,3 @@ def finished_message(ending: Ending, prompt_tokens: int) -> pb.GenerateFinished:
     elif ending.stop_token_id >= 0:
         message.stop_token_id = ending.stop_token_id
     return message
-
-
-def worker_message(worker: WorkerStatus) -> admin_pb2.WorkerStats:
-    return admin_pb2.WorkerStats(
-        state=WORKER_STATES[worker.state], pid=worker.pid, device=worker.device, detail=worker.detail
-    )

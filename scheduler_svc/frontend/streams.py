@@ -15,6 +15,7 @@ from scheduler_svc.frontend.errors import Violation, invalid
 from scheduler_svc.frontend.resume import Resumed
 from scheduler_svc.frontend.stops import StopMatcher
 from scheduler_svc.frontend.validation import TextRules
+from scheduler_svc.metrics import Observer, StreamFacts
 
 # Clients refuse messages above 4 MiB unless told otherwise: so many numbers, tokens or alternatives, go in one.
 MAX_ENTRIES: Final = 32_768
@@ -65,7 +66,9 @@ class IndexStream:
         self._tail = ""  # text that only the end set free
         self._taken = self._completion = self._cached = self._drafted = self._accepted = 0
         self._resumed = 0  # tokens that the client had before this call
-        self._first_token = 0.0
+        self._first_token = self._queued = 0.0
+        self._observed, self._observed_at = 0, 0.0  # output tokens, and when
+        self._told = False  # the observer, of the end
         self.ending: Ending | None = None
 
     def resume(self, had: Resumed) -> None:
@@ -80,7 +83,7 @@ class IndexStream:
             raise invalid([Violation(f"{had.field}[{self._completion}]", problem)])
         while self.take():
             pass
-        self._resumed = self._completion
+        self._resumed = self._observed = self._completion
 
     def push(self, delta: TokenDelta, now: float) -> bool:
         """Whether a stop string ended the stream while the engine still runs it."""
@@ -89,7 +92,7 @@ class IndexStream:
         self._accepted += delta.num_accepted
         self._prompt_logprobs += delta.prompt_logprobs
         if delta.token_ids and self._completion == self._resumed:
-            self._first_token = now - self._started
+            self._first_token, self._queued = now - self._started, delta.queued
         if stop := self._extend(delta):
             self._end(FinishReason.STOP, now, stop=stop)
             return delta.finish_reason is None
@@ -163,6 +166,37 @@ class IndexStream:
         """Lets go of what has not been taken; nothing may be taken afterwards."""
         self._token_ids, self._texts, self._tail = [], [], ""
         self._logprobs, self._prompt_logprobs = [], []
+
+    @property
+    def started(self) -> float:
+        return self._started
+
+    def observe(self, observer: Observer, prompt_tokens: int, now: float) -> None:
+        """After all that one message brought."""
+        if fresh := self._completion - self._observed:
+            if self._observed > self._resumed:
+                observer.more_tokens(now - self._observed_at, fresh)
+            else:
+                observer.first_token(self._first_token)
+            self._observed, self._observed_at = self._completion, now
+        if self.ending and not self._told:
+            self._told = True
+            observer.stream_ended(self.facts("", now), prompt_tokens)
+
+    def facts(self, broken: str, now: float) -> StreamFacts:
+        """`broken` says how it ended where it has no ending."""
+        ending = self.ending
+        return StreamFacts(
+            self.index,
+            ending.reason.name.lower() if ending else broken,
+            self._queued,
+            self._first_token,
+            ending.total if ending else now - self._started,
+            self._cached,
+            self._completion - self._resumed,
+            self._drafted,
+            self._accepted,
+        )
 
     def take(self) -> Gain | None:
         """What has gathered, as much of it as one message should hold; None where there is nothing."""

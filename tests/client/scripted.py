@@ -135,6 +135,9 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         self._fail(context)
         return admin_pb2.GetStatsResponse(running=3)
 
+    def GetConfig(self, request: admin_pb2.GetConfigRequest, context: Context) -> admin_pb2.GetConfigResponse:
+        return admin_pb2.GetConfigResponse()
+
     def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         return admin_pb2.DrainResponse()
 

@@ -14,8 +14,10 @@ from protos.engine_wire import (
     FinishReason,
     FrontendHello,
     FrontendLost,
+    FrontendStats,
     KvBlock,
     KvEvents,
+    Observed,
     Outputs,
     Question,
     ServiceStatus,
@@ -66,6 +68,7 @@ class ScriptedEngine:
         self.steps = 0
         self.finish_with: TokenDelta | None = None  # what every new request is refused with
         self.stats = EngineStats(num_blocks=63, free_blocks=60, owned_blocks=3, num_slots=8, generated_tokens=10)
+        self.observed = FrontendStats()
         self.abort_seen = asyncio.Event()
         self.submit_seen = asyncio.Event()
         self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
@@ -89,6 +92,8 @@ class ScriptedEngine:
                 if watcher:
                     beginning = KvEvents(self.changes_told, list(self.blocks), True, watcher)
                     asyncio.get_running_loop().call_soon(self.link.deliver, beginning)
+            case Observed():
+                self.observed = message.stats
             case FrontendHello() | FrontendLost():
                 pass
         self._schedule()
@@ -145,7 +150,8 @@ class ScriptedEngine:
 
     def status(self, serving: bool, ready: Ready | None = READY, reason: str = "") -> ServiceStatus:
         state = "serving" if serving else "lost"
-        return ServiceStatus(serving, reason, ready, [WorkerStatus(state, pid=7, device="cpu")], self.stats)
+        workers = [WorkerStatus(state, pid=7, device="cpu")]
+        return ServiceStatus(serving, reason, ready, workers, self.stats, frontends=self.observed)
 
     def say(self, serving: bool, ready: Ready | None = READY, reason: str = "") -> None:
         self.link.deliver(self.status(serving, ready, reason))

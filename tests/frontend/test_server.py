@@ -76,7 +76,7 @@ async def test_reflection(service: Service, version: str) -> None:
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    symbols = [*SERVICES[1:], "grpc.health.v1.Health"]
+    symbols = [*SERVICES[1:], "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"]
     call = method()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     listed = {entry.name for entry in (await call.read()).list_services_response.service}
@@ -96,11 +96,12 @@ METHODS = {
     "pagewire.v1.InferenceService": ["Generate", "Tokenize", "Detokenize", "CancelGeneration"],
     "vllm.grpc.engine.VllmEngine": ["Generate", "Embed", "Abort", "GetLoads", "FlushCache", "SubscribeKvEvents"],
     "grpc.health.v1.Health": ["Check", "Watch"],
+    "grpc.channelz.v1.Channelz": ["GetTopChannels", "GetServers", "GetServer", "GetSocket"],
     "grpc.reflection.v1.ServerReflection": ["ServerReflectionInfo"],
 }
 EMPTY_REQUESTS = {
     "pagewire.v1.InferenceService": ["GetModel"],
-    "pagewire.v1.AdminService": ["GetStats", "Drain", "FlushCache"],
+    "pagewire.v1.AdminService": ["GetStats", "GetConfig", "Drain", "FlushCache"],
     "vllm.grpc.engine.VllmEngine": ["HealthCheck", "GetModelInfo", "GetServerInfo", "GetTokenizer"],
 }
 PATHS = [f"/{name}/{m}" for methods in (METHODS, EMPTY_REQUESTS) for name, ms in methods.items() for m in ms]

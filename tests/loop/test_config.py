@@ -21,7 +21,8 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
         "--record-mib 8 --record-private --crash-dir crashes --crash-mib 2 "
-        "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2 --slow-reader-timeout 8"
+        "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2 --slow-reader-timeout 8 "
+        "--metrics-port 9090 --log-format json --log-level warning --otlp-endpoint http://localhost:4317"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
@@ -43,6 +44,9 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (record.file, record.mib, record.crash_dir, record.crash_mib) == (Path("log"), 8, Path("crashes"), 2)
     assert len(record.key) == 32
     assert not config.parse([str(tmp_path / "model.gguf")]).loop.record.key
+    assert loop.relay_workers
+    assert (parsed.metrics_port, parsed.otlp_endpoint) == (9090, "http://localhost:4317")
+    assert (parsed.log_format, parsed.log_level) == ("json", "warning")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,6 @@ def test_boot_ids_differ() -> None:
         ("--tensor-parallel 2", "--tensor-parallel 2: not built yet"),
         ("--frontends 2", "--frontends 2: not built yet"),
         ("--workers 2", "--workers 2: not built yet"),
-        ("--metrics-port 9090", "--metrics-port 9090: not built yet"),
         ("--speculation ngram", "--speculation ngram: not built yet"),
         ("--dtype float16", "float16"),
         ("--port 65536", "65536 is not in 0..65535"),
@@ -133,6 +136,13 @@ def test_boot_ids_differ() -> None:
         ("--listen tcp://192.0.2.1:5", "only loopback"),
         ("--listen http://localhost:5", "neither ipc"),
         ("--workers 0", "--listen"),
+        ("--metrics-port 65536", "65536 is not in 0..65535"),
+        ("--log-level loud", "--log-level: invalid choice: 'loud'"),
+        ("--log-format xml", "--log-format: invalid choice: 'xml'"),
+        ("--otlp-endpoint localhost:4317", "'localhost:4317' is not http://HOST:PORT"),
+        ("--otlp-endpoint http://localhost", "'http://localhost' is not http://HOST:PORT"),
+        ("--otlp-endpoint http://localhost:port", "'http://localhost:port' is not http://HOST:PORT"),
+        ("--otlp-endpoint http://me:secret@localhost:4317", "is not http://HOST:PORT"),
         ("--no-such-flag", "--no-such-flag"),
     ],
 )

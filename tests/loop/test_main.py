@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from protos.engine_wire import Answer, Ask, EngineStats, ServiceStatus, ToEngine
+from scheduler_svc import logs
 from scheduler_svc.__main__ import _until_ended
 from scheduler_svc.frontend.core import FrontendConfig
 from scheduler_svc.frontend.engine_link import EngineLink
@@ -28,8 +29,9 @@ class Engine:
 
 @pytest.mark.parametrize(("drains", "code", "words"), [(True, 0, "drained"), (False, 1, "not drained within 0.05 s")])
 async def test_a_drain_says_whether_it_finished(
-    drains: bool, code: int, words: str, capsys: pytest.CaptureFixture[str]
+    drains: bool, code: int, words: str, capsys: pytest.CaptureFixture[str], logging_restored: None
 ) -> None:
+    logs.configure("text", "info")
     link = EngineLink()
     link.connect(Engine(link, drains=drains))
     frontend = Frontend(link, FrontendConfig(port=0, served_name="m"), load_model("fake:"))

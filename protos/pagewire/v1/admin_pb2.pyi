@@ -21,23 +21,73 @@ WORKER_STATE_SERVING: WorkerState
 WORKER_STATE_LOST: WorkerState
 
 class WorkerStats(_message.Message):
-    __slots__ = ("state", "pid", "device", "detail")
+    __slots__ = ("state", "pid", "device", "detail", "progress", "state_seconds", "steps", "busy_seconds", "steps_in_flight", "losses")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     pid: int
     device: str
     detail: str
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    progress: float
+    state_seconds: float
+    steps: int
+    busy_seconds: float
+    steps_in_flight: int
+    losses: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ..., progress: _Optional[float] = ..., state_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., steps_in_flight: _Optional[int] = ..., losses: _Optional[int] = ...) -> None: ...
+
+class TenantStats(_message.Message):
+    __slots__ = ("name", "running", "waiting", "requests", "refused", "prompt_tokens", "output_tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    running: int
+    waiting: int
+    requests: int
+    refused: int
+    prompt_tokens: int
+    output_tokens: int
+    def __init__(self, name: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., requests: _Optional[int] = ..., refused: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+
+class WorkerLoss(_message.Message):
+    __slots__ = ("seconds_ago", "pid", "reason")
+    SECONDS_AGO_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    seconds_ago: float
+    pid: int
+    reason: str
+    def __init__(self, seconds_ago: _Optional[float] = ..., pid: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "owned_blocks", "fenced_blocks", "free_slots", "total_slots", "steps", "preemptions", "recoveries", "prompt_tokens", "cached_tokens", "generated_tokens", "finished", "aborted", "rejected", "open_calls", "draining", "workers", "uptime_seconds")
+    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "owned_blocks", "fenced_blocks", "free_slots", "total_slots", "steps", "preemptions", "recoveries", "prompt_tokens", "cached_tokens", "generated_tokens", "finished", "aborted", "rejected", "open_calls", "draining", "workers", "uptime_seconds", "waiting_tokens", "tenants", "losses", "first_token", "between_tokens", "stream", "queue_wait", "step", "serving", "reason")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +110,16 @@ class GetStatsResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BETWEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_WAIT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     total_blocks: int
@@ -82,7 +142,37 @@ class GetStatsResponse(_message.Message):
     draining: bool
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStats]
     uptime_seconds: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., fenced_blocks: _Optional[int] = ..., free_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., recoveries: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., rejected: _Optional[int] = ..., open_calls: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStats, _Mapping]]] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    waiting_tokens: int
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantStats]
+    losses: _containers.RepeatedCompositeFieldContainer[WorkerLoss]
+    first_token: Histogram
+    between_tokens: Histogram
+    stream: Histogram
+    queue_wait: Histogram
+    step: Histogram
+    serving: bool
+    reason: str
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., fenced_blocks: _Optional[int] = ..., free_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., recoveries: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., rejected: _Optional[int] = ..., open_calls: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStats, _Mapping]]] = ..., uptime_seconds: _Optional[float] = ..., waiting_tokens: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantStats, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[WorkerLoss, _Mapping]]] = ..., first_token: _Optional[_Union[Histogram, _Mapping]] = ..., between_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., stream: _Optional[_Union[Histogram, _Mapping]] = ..., queue_wait: _Optional[_Union[Histogram, _Mapping]] = ..., step: _Optional[_Union[Histogram, _Mapping]] = ..., serving: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class GetConfigRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Setting(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class GetConfigResponse(_message.Message):
+    __slots__ = ("settings", "version")
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    settings: _containers.RepeatedCompositeFieldContainer[Setting]
+    version: str
+    def __init__(self, settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

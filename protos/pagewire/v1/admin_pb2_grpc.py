@@ -40,6 +40,11 @@ class AdminServiceStub:
                 request_serializer=pagewire_dot_v1_dot_admin__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_admin__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.GetConfig = channel.unary_unary(
+                '/pagewire.v1.AdminService/GetConfig',
+                request_serializer=pagewire_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_admin__pb2.GetConfigResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/pagewire.v1.AdminService/Drain',
                 request_serializer=pagewire_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -63,6 +68,13 @@ class AdminServiceServicer:
 
     def GetStats(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConfig(self, request, context):
+        """Every effective setting; no secrets.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -95,6 +107,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=pagewire_dot_v1_dot_admin__pb2.GetStatsRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_admin__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'GetConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConfig,
+                    request_deserializer=pagewire_dot_v1_dot_admin__pb2.GetConfigRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_admin__pb2.GetConfigResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -140,6 +157,33 @@ class AdminService:
             '/pagewire.v1.AdminService/GetStats',
             pagewire_dot_v1_dot_admin__pb2.GetStatsRequest.SerializeToString,
             pagewire_dot_v1_dot_admin__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.AdminService/GetConfig',
+            pagewire_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+            pagewire_dot_v1_dot_admin__pb2.GetConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -77,11 +77,21 @@ func (WorkerState) EnumDescriptor() ([]byte, []int) {
 }
 
 type WorkerStats struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	State         WorkerState            `protobuf:"varint,1,opt,name=state,proto3,enum=pagewire.v1.WorkerState" json:"state,omitempty"`
-	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
-	Device        string                 `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`
-	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	State  WorkerState            `protobuf:"varint,1,opt,name=state,proto3,enum=pagewire.v1.WorkerState" json:"state,omitempty"`
+	Pid    uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Device string                 `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`
+	Detail string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// Of loading, 0 to 1.
+	Progress float64 `protobuf:"fixed64,5,opt,name=progress,proto3" json:"progress,omitempty"`
+	// In its present state.
+	StateSeconds float64 `protobuf:"fixed64,6,opt,name=state_seconds,json=stateSeconds,proto3" json:"state_seconds,omitempty"`
+	// Answered by this worker and those that were in its place before, and the seconds that they computed.
+	Steps         uint64  `protobuf:"varint,7,opt,name=steps,proto3" json:"steps,omitempty"`
+	BusySeconds   float64 `protobuf:"fixed64,8,opt,name=busy_seconds,json=busySeconds,proto3" json:"busy_seconds,omitempty"`
+	StepsInFlight uint32  `protobuf:"varint,9,opt,name=steps_in_flight,json=stepsInFlight,proto3" json:"steps_in_flight,omitempty"`
+	// Workers that died in this place, or were given up.
+	Losses        uint64 `protobuf:"varint,10,opt,name=losses,proto3" json:"losses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -144,6 +154,263 @@ func (x *WorkerStats) GetDetail() string {
 	return ""
 }
 
+func (x *WorkerStats) GetProgress() float64 {
+	if x != nil {
+		return x.Progress
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetStateSeconds() float64 {
+	if x != nil {
+		return x.StateSeconds
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetSteps() uint64 {
+	if x != nil {
+		return x.Steps
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetBusySeconds() float64 {
+	if x != nil {
+		return x.BusySeconds
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetStepsInFlight() uint32 {
+	if x != nil {
+		return x.StepsInFlight
+	}
+	return 0
+}
+
+func (x *WorkerStats) GetLosses() uint64 {
+	if x != nil {
+		return x.Losses
+	}
+	return 0
+}
+
+// Sequences and tokens of one tenant since the start. Beyond a number of tenants that the service was not told of, the
+// rest share the name "(others)".
+type TenantStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Running       uint32                 `protobuf:"varint,2,opt,name=running,proto3" json:"running,omitempty"`
+	Waiting       uint32                 `protobuf:"varint,3,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	Requests      uint64                 `protobuf:"varint,4,opt,name=requests,proto3" json:"requests,omitempty"`
+	Refused       uint64                 `protobuf:"varint,5,opt,name=refused,proto3" json:"refused,omitempty"`
+	PromptTokens  uint64                 `protobuf:"varint,6,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
+	OutputTokens  uint64                 `protobuf:"varint,7,opt,name=output_tokens,json=outputTokens,proto3" json:"output_tokens,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TenantStats) Reset() {
+	*x = TenantStats{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TenantStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TenantStats) ProtoMessage() {}
+
+func (x *TenantStats) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TenantStats.ProtoReflect.Descriptor instead.
+func (*TenantStats) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *TenantStats) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TenantStats) GetRunning() uint32 {
+	if x != nil {
+		return x.Running
+	}
+	return 0
+}
+
+func (x *TenantStats) GetWaiting() uint32 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *TenantStats) GetRequests() uint64 {
+	if x != nil {
+		return x.Requests
+	}
+	return 0
+}
+
+func (x *TenantStats) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *TenantStats) GetPromptTokens() uint64 {
+	if x != nil {
+		return x.PromptTokens
+	}
+	return 0
+}
+
+func (x *TenantStats) GetOutputTokens() uint64 {
+	if x != nil {
+		return x.OutputTokens
+	}
+	return 0
+}
+
+type WorkerLoss struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SecondsAgo    float64                `protobuf:"fixed64,1,opt,name=seconds_ago,json=secondsAgo,proto3" json:"seconds_ago,omitempty"`
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkerLoss) Reset() {
+	*x = WorkerLoss{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkerLoss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkerLoss) ProtoMessage() {}
+
+func (x *WorkerLoss) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkerLoss.ProtoReflect.Descriptor instead.
+func (*WorkerLoss) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *WorkerLoss) GetSecondsAgo() float64 {
+	if x != nil {
+		return x.SecondsAgo
+	}
+	return 0
+}
+
+func (x *WorkerLoss) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *WorkerLoss) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// counts[i] values up to bounds[i], the last of counts above all bounds; since the start.
+type Histogram struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bounds        []float64              `protobuf:"fixed64,1,rep,packed,name=bounds,proto3" json:"bounds,omitempty"`
+	Counts        []uint64               `protobuf:"varint,2,rep,packed,name=counts,proto3" json:"counts,omitempty"`
+	Sum           float64                `protobuf:"fixed64,3,opt,name=sum,proto3" json:"sum,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Histogram) Reset() {
+	*x = Histogram{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Histogram) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Histogram) ProtoMessage() {}
+
+func (x *Histogram) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Histogram.ProtoReflect.Descriptor instead.
+func (*Histogram) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Histogram) GetBounds() []float64 {
+	if x != nil {
+		return x.Bounds
+	}
+	return nil
+}
+
+func (x *Histogram) GetCounts() []uint64 {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+func (x *Histogram) GetSum() float64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
 type GetStatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -152,7 +419,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[1]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -164,7 +431,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[1]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -177,7 +444,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 type GetStatsResponse struct {
@@ -209,13 +476,27 @@ type GetStatsResponse struct {
 	Draining      bool           `protobuf:"varint,20,opt,name=draining,proto3" json:"draining,omitempty"`
 	Workers       []*WorkerStats `protobuf:"bytes,21,rep,name=workers,proto3" json:"workers,omitempty"`
 	UptimeSeconds float64        `protobuf:"fixed64,22,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
+	WaitingTokens uint64         `protobuf:"varint,23,opt,name=waiting_tokens,json=waitingTokens,proto3" json:"waiting_tokens,omitempty"`
+	Tenants       []*TenantStats `protobuf:"bytes,24,rep,name=tenants,proto3" json:"tenants,omitempty"`
+	// The newest few, newest first.
+	Losses []*WorkerLoss `protobuf:"bytes,25,rep,name=losses,proto3" json:"losses,omitempty"`
+	// All in seconds: from a call's begin to a stream's first token, between two tokens (those of one message share its
+	// wait), of whole streams, in the queue, and of steps.
+	FirstToken    *Histogram `protobuf:"bytes,26,opt,name=first_token,json=firstToken,proto3" json:"first_token,omitempty"`
+	BetweenTokens *Histogram `protobuf:"bytes,27,opt,name=between_tokens,json=betweenTokens,proto3" json:"between_tokens,omitempty"`
+	Stream        *Histogram `protobuf:"bytes,28,opt,name=stream,proto3" json:"stream,omitempty"`
+	QueueWait     *Histogram `protobuf:"bytes,29,opt,name=queue_wait,json=queueWait,proto3" json:"queue_wait,omitempty"`
+	Step          *Histogram `protobuf:"bytes,30,opt,name=step,proto3" json:"step,omitempty"`
+	// Whether the service takes requests; if not, why.
+	Serving       bool   `protobuf:"varint,31,opt,name=serving,proto3" json:"serving,omitempty"`
+	Reason        string `protobuf:"bytes,32,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[2]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -227,7 +508,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[2]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -240,7 +521,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetStatsResponse) GetRunning() uint32 {
@@ -397,6 +678,217 @@ func (x *GetStatsResponse) GetUptimeSeconds() float64 {
 	return 0
 }
 
+func (x *GetStatsResponse) GetWaitingTokens() uint64 {
+	if x != nil {
+		return x.WaitingTokens
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetTenants() []*TenantStats {
+	if x != nil {
+		return x.Tenants
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetLosses() []*WorkerLoss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetFirstToken() *Histogram {
+	if x != nil {
+		return x.FirstToken
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetBetweenTokens() *Histogram {
+	if x != nil {
+		return x.BetweenTokens
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetStream() *Histogram {
+	if x != nil {
+		return x.Stream
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetQueueWait() *Histogram {
+	if x != nil {
+		return x.QueueWait
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetStep() *Histogram {
+	if x != nil {
+		return x.Step
+	}
+	return nil
+}
+
+func (x *GetStatsResponse) GetServing() bool {
+	if x != nil {
+		return x.Serving
+	}
+	return false
+}
+
+func (x *GetStatsResponse) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type GetConfigRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetConfigRequest) Reset() {
+	*x = GetConfigRequest{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetConfigRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetConfigRequest) ProtoMessage() {}
+
+func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetConfigRequest.ProtoReflect.Descriptor instead.
+func (*GetConfigRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+type Setting struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Setting) Reset() {
+	*x = Setting{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Setting) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Setting) ProtoMessage() {}
+
+func (x *Setting) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Setting.ProtoReflect.Descriptor instead.
+func (*Setting) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Setting) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Setting) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+type GetConfigResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the service, and, once a worker has been ready, of what it chose: their names begin with "worker.".
+	Settings      []*Setting `protobuf:"bytes,1,rep,name=settings,proto3" json:"settings,omitempty"`
+	Version       string     `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetConfigResponse) Reset() {
+	*x = GetConfigResponse{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetConfigResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetConfigResponse) ProtoMessage() {}
+
+func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetConfigResponse.ProtoReflect.Descriptor instead.
+func (*GetConfigResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *GetConfigResponse) GetSettings() []*Setting {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+func (x *GetConfigResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
 type DrainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -405,7 +897,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[3]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -417,7 +909,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[3]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -430,7 +922,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 type DrainResponse struct {
@@ -441,7 +933,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[4]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +945,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[4]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,7 +958,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 type FlushCacheRequest struct {
@@ -477,7 +969,7 @@ type FlushCacheRequest struct {
 
 func (x *FlushCacheRequest) Reset() {
 	*x = FlushCacheRequest{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[5]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +981,7 @@ func (x *FlushCacheRequest) String() string {
 func (*FlushCacheRequest) ProtoMessage() {}
 
 func (x *FlushCacheRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[5]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,7 +994,7 @@ func (x *FlushCacheRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlushCacheRequest.ProtoReflect.Descriptor instead.
 func (*FlushCacheRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 type FlushCacheResponse struct {
@@ -514,7 +1006,7 @@ type FlushCacheResponse struct {
 
 func (x *FlushCacheResponse) Reset() {
 	*x = FlushCacheResponse{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[6]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +1018,7 @@ func (x *FlushCacheResponse) String() string {
 func (*FlushCacheResponse) ProtoMessage() {}
 
 func (x *FlushCacheResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[6]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +1031,7 @@ func (x *FlushCacheResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlushCacheResponse.ProtoReflect.Descriptor instead.
 func (*FlushCacheResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *FlushCacheResponse) GetFreedBlocks() uint32 {
@@ -559,7 +1051,7 @@ type WatchKvEventsRequest struct {
 
 func (x *WatchKvEventsRequest) Reset() {
 	*x = WatchKvEventsRequest{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +1063,7 @@ func (x *WatchKvEventsRequest) String() string {
 func (*WatchKvEventsRequest) ProtoMessage() {}
 
 func (x *WatchKvEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[7]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +1076,7 @@ func (x *WatchKvEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchKvEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchKvEventsRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchKvEventsRequest) GetTokenIds() bool {
@@ -613,7 +1105,7 @@ type WatchKvEventsResponse struct {
 
 func (x *WatchKvEventsResponse) Reset() {
 	*x = WatchKvEventsResponse{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +1117,7 @@ func (x *WatchKvEventsResponse) String() string {
 func (*WatchKvEventsResponse) ProtoMessage() {}
 
 func (x *WatchKvEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[8]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +1130,7 @@ func (x *WatchKvEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchKvEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchKvEventsResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchKvEventsResponse) GetSequence() uint64 {
@@ -682,7 +1174,7 @@ type KvEvent struct {
 
 func (x *KvEvent) Reset() {
 	*x = KvEvent{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +1186,7 @@ func (x *KvEvent) String() string {
 func (*KvEvent) ProtoMessage() {}
 
 func (x *KvEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[9]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +1199,7 @@ func (x *KvEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KvEvent.ProtoReflect.Descriptor instead.
 func (*KvEvent) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *KvEvent) GetEvent() isKvEvent_Event {
@@ -768,7 +1260,7 @@ type KvBlockStored struct {
 
 func (x *KvBlockStored) Reset() {
 	*x = KvBlockStored{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +1272,7 @@ func (x *KvBlockStored) String() string {
 func (*KvBlockStored) ProtoMessage() {}
 
 func (x *KvBlockStored) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[10]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +1285,7 @@ func (x *KvBlockStored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KvBlockStored.ProtoReflect.Descriptor instead.
 func (*KvBlockStored) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *KvBlockStored) GetBlockHash() []byte {
@@ -828,13 +1320,38 @@ var File_pagewire_v1_admin_proto protoreflect.FileDescriptor
 
 const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x17pagewire/v1/admin.proto\x12\vpagewire.v1\"\x7f\n" +
+	"\x17pagewire/v1/admin.proto\x12\vpagewire.v1\"\xb9\x02\n" +
 	"\vWorkerStats\x12.\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x18.pagewire.v1.WorkerStateR\x05state\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
 	"\x06device\x18\x03 \x01(\tR\x06device\x12\x16\n" +
-	"\x06detail\x18\x04 \x01(\tR\x06detail\"\x11\n" +
-	"\x0fGetStatsRequest\"\xec\x05\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1a\n" +
+	"\bprogress\x18\x05 \x01(\x01R\bprogress\x12#\n" +
+	"\rstate_seconds\x18\x06 \x01(\x01R\fstateSeconds\x12\x14\n" +
+	"\x05steps\x18\a \x01(\x04R\x05steps\x12!\n" +
+	"\fbusy_seconds\x18\b \x01(\x01R\vbusySeconds\x12&\n" +
+	"\x0fsteps_in_flight\x18\t \x01(\rR\rstepsInFlight\x12\x16\n" +
+	"\x06losses\x18\n" +
+	" \x01(\x04R\x06losses\"\xd5\x01\n" +
+	"\vTenantStats\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\arunning\x18\x02 \x01(\rR\arunning\x12\x18\n" +
+	"\awaiting\x18\x03 \x01(\rR\awaiting\x12\x1a\n" +
+	"\brequests\x18\x04 \x01(\x04R\brequests\x12\x18\n" +
+	"\arefused\x18\x05 \x01(\x04R\arefused\x12#\n" +
+	"\rprompt_tokens\x18\x06 \x01(\x04R\fpromptTokens\x12#\n" +
+	"\routput_tokens\x18\a \x01(\x04R\foutputTokens\"W\n" +
+	"\n" +
+	"WorkerLoss\x12\x1f\n" +
+	"\vseconds_ago\x18\x01 \x01(\x01R\n" +
+	"secondsAgo\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"M\n" +
+	"\tHistogram\x12\x16\n" +
+	"\x06bounds\x18\x01 \x03(\x01R\x06bounds\x12\x16\n" +
+	"\x06counts\x18\x02 \x03(\x04R\x06counts\x12\x10\n" +
+	"\x03sum\x18\x03 \x01(\x01R\x03sum\"\x11\n" +
+	"\x0fGetStatsRequest\"\xb5\t\n" +
 	"\x10GetStatsResponse\x12\x18\n" +
 	"\arunning\x18\x01 \x01(\rR\arunning\x12\x18\n" +
 	"\awaiting\x18\x02 \x01(\rR\awaiting\x12!\n" +
@@ -864,7 +1381,26 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"open_calls\x18\x13 \x01(\rR\topenCalls\x12\x1a\n" +
 	"\bdraining\x18\x14 \x01(\bR\bdraining\x122\n" +
 	"\aworkers\x18\x15 \x03(\v2\x18.pagewire.v1.WorkerStatsR\aworkers\x12%\n" +
-	"\x0euptime_seconds\x18\x16 \x01(\x01R\ruptimeSeconds\"\x0e\n" +
+	"\x0euptime_seconds\x18\x16 \x01(\x01R\ruptimeSeconds\x12%\n" +
+	"\x0ewaiting_tokens\x18\x17 \x01(\x04R\rwaitingTokens\x122\n" +
+	"\atenants\x18\x18 \x03(\v2\x18.pagewire.v1.TenantStatsR\atenants\x12/\n" +
+	"\x06losses\x18\x19 \x03(\v2\x17.pagewire.v1.WorkerLossR\x06losses\x127\n" +
+	"\vfirst_token\x18\x1a \x01(\v2\x16.pagewire.v1.HistogramR\n" +
+	"firstToken\x12=\n" +
+	"\x0ebetween_tokens\x18\x1b \x01(\v2\x16.pagewire.v1.HistogramR\rbetweenTokens\x12.\n" +
+	"\x06stream\x18\x1c \x01(\v2\x16.pagewire.v1.HistogramR\x06stream\x125\n" +
+	"\n" +
+	"queue_wait\x18\x1d \x01(\v2\x16.pagewire.v1.HistogramR\tqueueWait\x12*\n" +
+	"\x04step\x18\x1e \x01(\v2\x16.pagewire.v1.HistogramR\x04step\x12\x18\n" +
+	"\aserving\x18\x1f \x01(\bR\aserving\x12\x16\n" +
+	"\x06reason\x18  \x01(\tR\x06reason\"\x12\n" +
+	"\x10GetConfigRequest\"3\n" +
+	"\aSetting\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"_\n" +
+	"\x11GetConfigResponse\x120\n" +
+	"\bsettings\x18\x01 \x03(\v2\x14.pagewire.v1.SettingR\bsettings\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\"\x0e\n" +
 	"\fDrainRequest\"\x0f\n" +
 	"\rDrainResponse\"\x13\n" +
 	"\x11FlushCacheRequest\"7\n" +
@@ -893,9 +1429,10 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n" +
 	"\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n" +
 	"\x14WORKER_STATE_SERVING\x10\x03\x12\x15\n" +
-	"\x11WORKER_STATE_LOST\x10\x042\xc0\x02\n" +
+	"\x11WORKER_STATE_LOST\x10\x042\x8c\x03\n" +
 	"\fAdminService\x12G\n" +
-	"\bGetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12>\n" +
+	"\bGetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12J\n" +
+	"\tGetConfig\x12\x1d.pagewire.v1.GetConfigRequest\x1a\x1e.pagewire.v1.GetConfigResponse\x12>\n" +
 	"\x05Drain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse\x12M\n" +
 	"\n" +
 	"FlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12X\n" +
@@ -915,39 +1452,55 @@ func file_pagewire_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_pagewire_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_pagewire_v1_admin_proto_goTypes = []any{
 	(WorkerState)(0),              // 0: pagewire.v1.WorkerState
 	(*WorkerStats)(nil),           // 1: pagewire.v1.WorkerStats
-	(*GetStatsRequest)(nil),       // 2: pagewire.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 3: pagewire.v1.GetStatsResponse
-	(*DrainRequest)(nil),          // 4: pagewire.v1.DrainRequest
-	(*DrainResponse)(nil),         // 5: pagewire.v1.DrainResponse
-	(*FlushCacheRequest)(nil),     // 6: pagewire.v1.FlushCacheRequest
-	(*FlushCacheResponse)(nil),    // 7: pagewire.v1.FlushCacheResponse
-	(*WatchKvEventsRequest)(nil),  // 8: pagewire.v1.WatchKvEventsRequest
-	(*WatchKvEventsResponse)(nil), // 9: pagewire.v1.WatchKvEventsResponse
-	(*KvEvent)(nil),               // 10: pagewire.v1.KvEvent
-	(*KvBlockStored)(nil),         // 11: pagewire.v1.KvBlockStored
+	(*TenantStats)(nil),           // 2: pagewire.v1.TenantStats
+	(*WorkerLoss)(nil),            // 3: pagewire.v1.WorkerLoss
+	(*Histogram)(nil),             // 4: pagewire.v1.Histogram
+	(*GetStatsRequest)(nil),       // 5: pagewire.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 6: pagewire.v1.GetStatsResponse
+	(*GetConfigRequest)(nil),      // 7: pagewire.v1.GetConfigRequest
+	(*Setting)(nil),               // 8: pagewire.v1.Setting
+	(*GetConfigResponse)(nil),     // 9: pagewire.v1.GetConfigResponse
+	(*DrainRequest)(nil),          // 10: pagewire.v1.DrainRequest
+	(*DrainResponse)(nil),         // 11: pagewire.v1.DrainResponse
+	(*FlushCacheRequest)(nil),     // 12: pagewire.v1.FlushCacheRequest
+	(*FlushCacheResponse)(nil),    // 13: pagewire.v1.FlushCacheResponse
+	(*WatchKvEventsRequest)(nil),  // 14: pagewire.v1.WatchKvEventsRequest
+	(*WatchKvEventsResponse)(nil), // 15: pagewire.v1.WatchKvEventsResponse
+	(*KvEvent)(nil),               // 16: pagewire.v1.KvEvent
+	(*KvBlockStored)(nil),         // 17: pagewire.v1.KvBlockStored
 }
 var file_pagewire_v1_admin_proto_depIdxs = []int32{
 	0,  // 0: pagewire.v1.WorkerStats.state:type_name -> pagewire.v1.WorkerState
 	1,  // 1: pagewire.v1.GetStatsResponse.workers:type_name -> pagewire.v1.WorkerStats
-	10, // 2: pagewire.v1.WatchKvEventsResponse.events:type_name -> pagewire.v1.KvEvent
-	11, // 3: pagewire.v1.KvEvent.stored:type_name -> pagewire.v1.KvBlockStored
-	2,  // 4: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
-	4,  // 5: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
-	6,  // 6: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
-	8,  // 7: pagewire.v1.AdminService.WatchKvEvents:input_type -> pagewire.v1.WatchKvEventsRequest
-	3,  // 8: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
-	5,  // 9: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
-	7,  // 10: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
-	9,  // 11: pagewire.v1.AdminService.WatchKvEvents:output_type -> pagewire.v1.WatchKvEventsResponse
-	8,  // [8:12] is the sub-list for method output_type
-	4,  // [4:8] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	2,  // 2: pagewire.v1.GetStatsResponse.tenants:type_name -> pagewire.v1.TenantStats
+	3,  // 3: pagewire.v1.GetStatsResponse.losses:type_name -> pagewire.v1.WorkerLoss
+	4,  // 4: pagewire.v1.GetStatsResponse.first_token:type_name -> pagewire.v1.Histogram
+	4,  // 5: pagewire.v1.GetStatsResponse.between_tokens:type_name -> pagewire.v1.Histogram
+	4,  // 6: pagewire.v1.GetStatsResponse.stream:type_name -> pagewire.v1.Histogram
+	4,  // 7: pagewire.v1.GetStatsResponse.queue_wait:type_name -> pagewire.v1.Histogram
+	4,  // 8: pagewire.v1.GetStatsResponse.step:type_name -> pagewire.v1.Histogram
+	8,  // 9: pagewire.v1.GetConfigResponse.settings:type_name -> pagewire.v1.Setting
+	16, // 10: pagewire.v1.WatchKvEventsResponse.events:type_name -> pagewire.v1.KvEvent
+	17, // 11: pagewire.v1.KvEvent.stored:type_name -> pagewire.v1.KvBlockStored
+	5,  // 12: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
+	7,  // 13: pagewire.v1.AdminService.GetConfig:input_type -> pagewire.v1.GetConfigRequest
+	10, // 14: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
+	12, // 15: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
+	14, // 16: pagewire.v1.AdminService.WatchKvEvents:input_type -> pagewire.v1.WatchKvEventsRequest
+	6,  // 17: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
+	9,  // 18: pagewire.v1.AdminService.GetConfig:output_type -> pagewire.v1.GetConfigResponse
+	11, // 19: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
+	13, // 20: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
+	15, // 21: pagewire.v1.AdminService.WatchKvEvents:output_type -> pagewire.v1.WatchKvEventsResponse
+	17, // [17:22] is the sub-list for method output_type
+	12, // [12:17] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_pagewire_v1_admin_proto_init() }
@@ -955,7 +1508,7 @@ func file_pagewire_v1_admin_proto_init() {
 	if File_pagewire_v1_admin_proto != nil {
 		return
 	}
-	file_pagewire_v1_admin_proto_msgTypes[9].OneofWrappers = []any{
+	file_pagewire_v1_admin_proto_msgTypes[15].OneofWrappers = []any{
 		(*KvEvent_Stored)(nil),
 		(*KvEvent_Removed)(nil),
 	}
@@ -965,7 +1518,7 @@ func file_pagewire_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pagewire_v1_admin_proto_rawDesc), len(file_pagewire_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   11,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

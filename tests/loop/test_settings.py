@@ -1,0 +1,61 @@
+"""The configuration as an operator is told it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from scheduler_svc import config
+from scheduler_svc.flags import UNBUILT, build_parser
+from scheduler_svc.settings import HIDDEN, SECRET, effective
+
+
+def test_every_setting_is_told_as_it_came_to_be(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text("[tenant.a]\nweight = 2\n")
+    told = dict(effective(config.parse(["fake:", "--max-num-seqs", "5", "--tenants", str(tenants)])))
+    assert told["port"] == "50051"
+    assert told["loop.engine.max_num_seqs"] == "5"
+    assert told["loop.engine.max_step_tokens"] == "256", "what 0 came to"
+    assert (told["loop.engine.tenants[0].name"], told["loop.engine.tenants[0].weight"]) == ("a", "2")
+    assert told["loop.setup.model"] == "fake:"
+    assert told["loop.worker_arguments"] == "--backend auto --device auto --cpu-isa auto"
+    assert (told["loop.record.file"], told["loop.spawn"], told["stream_interval"]) == ("", "true", "0.025")
+
+
+def test_every_flag_can_be_seen_in_it() -> None:
+    """A flag that changes nothing here changes nothing anywhere, or the dump is not whole."""
+    values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
+    values |= {"--depth": "3", "--max-step-tokens": "512"}
+    unbuilt = {flag for flag, *_ in UNBUILT}
+    plain = _chosen(["fake:"])
+    for action in build_parser()._actions:
+        flag = next((option for option in action.option_strings if option.startswith("--")), "")
+        if not flag or flag in unbuilt | {"--help", "--workers", "--tenants", "--enable-prefix-caching"}:
+            continue
+        value = values.get(flag) or (str(list(action.choices)[-1]) if action.choices else "300")
+        arguments = [flag] if action.nargs == 0 else [flag, value]
+        assert _chosen(["fake:", *arguments]) != plain, arguments
+
+
+def _chosen(arguments: list[str]) -> dict[str, str]:
+    told = dict(effective(config.parse(arguments)))
+    return {name: value for name, value in told.items() if name not in ("loop.setup.epoch", "loop.record.clock")}
+
+
+def test_secrets_are_named_and_not_told() -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        key: bytes = b"raw"
+        token: str = field(default="t0ken", metadata=SECRET)
+        parts: tuple[bytes, ...] = (b"raw", b"")
+
+    @dataclass(frozen=True)
+    class Outer:
+        name: str = "n"
+        inner: Inner = field(default_factory=Inner)
+
+    told = dict(effective(cast(Any, Outer())))
+    hidden = {"inner.key": HIDDEN, "inner.token": HIDDEN, "inner.parts[0]": HIDDEN, "inner.parts[1]": ""}
+    assert told == {"name": "n", **hidden}
