@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "hold a conversation",
     "bench": "measure a running service",
     "model": "pull and list models",
+    "top": "watch a running service",
     "replay": "replay a recorded engine log and compare every plan",
 }
 
