@@ -11,6 +11,7 @@ from protos.engine_wire import FinishReason, FrontendStats, Histogram, Observed,
 from protos.wire import Sampling
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
+from scheduler_svc.frontend.resume import Resumed
 from scheduler_svc.frontend.tokenizer import byte_tokenizer
 from scheduler_svc.frontend.validation import Prepared, TextRules
 from scheduler_svc.metrics import Frontends, Observer, StreamFacts, merged, merged_histogram
@@ -30,12 +31,12 @@ def spread(histogram: Histogram) -> tuple[float, float]:
 class Bench:
     """A call on a clock of the test's."""
 
-    def __init__(self, n: int = 1, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, n: int = 1, stop: tuple[str, ...] = (), had: Resumed | None = None) -> None:
         self.now = 100.0
         self.link, self.observer = EngineLink(), Observer()
         ScriptedEngine(self.link).held = True
         submits = [Submit("r", [1, 2, 3], 3, Sampling(max_tokens=99), index=i, num_siblings=n) for i in range(n)]
-        prepared = Prepared("r", 0, 3, submits, TextRules(stop=stop))
+        prepared = Prepared("r", 0, 3, submits, TextRules(stop=stop), {0: had} if had else {})
         streams = open_streams(prepared, byte_tokenizer(256), self.now, with_text=True)
         self.call = Call.open(prepared, self.link, streams, lambda: self.now, self.observer)
 
@@ -87,6 +88,23 @@ async def test_each_stream_of_a_call_is_one() -> None:
     bench.call.close()
     assert bench.seen.finished == (("abort", 2),)
     assert count(bench.seen.whole) == 0, "what was broken off says nothing of how long things take"
+
+
+def test_a_resumed_stream_begins_with_what_is_new() -> None:
+    bench = Bench(had=Resumed("resume", [97] * 4))
+    bench.bring(0.5, 1)
+    bench.bring(0.1, 2, finish=FinishReason.LENGTH)
+    seen = bench.seen
+    assert spread(seen.first_token) == pytest.approx((1, 0.5))
+    assert spread(seen.between_tokens) == pytest.approx((2, 0.1))
+    assert seen.output_tokens.total == 3
+
+
+def test_a_stream_that_was_resumed_at_its_end_has_ended() -> None:
+    bench = Bench(had=Resumed("resume", [97] * 4, FinishReason.LENGTH))
+    bench.call.close()
+    assert bench.seen.finished == (("length", 1),)
+    assert spread(bench.seen.first_token) == (0, 0)
 
 
 async def test_a_stop_string_ends_a_stream_once() -> None:
