@@ -6,11 +6,15 @@ them down; so any one process that has a link can serve the page for all of them
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from typing import Final
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -197,6 +201,27 @@ def _histogram(name: str, text: str, histogram: Histogram, labels: Mapping[str, 
     return family
 
 
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # seconds for a request to come
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a scrape is no event."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Without the look-up of this host's name, which may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
 class PageServer:
     """A page at http://host:port/metrics, answered by threads of its own. Raises OSError where it cannot listen."""
 
@@ -204,7 +229,17 @@ class PageServer:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(page)
         ProcessCollector(registry=registry)
-        self._server, self._thread = start_http_server(port, host, registry)
+        answer = make_wsgi_app(registry)
+
+        def as_text(environ: dict[str, Any], start_response: Any) -> Any:
+            """Never OpenMetrics: there the library writes `vllm_` for `vllm:`, and no dashboard finds it."""
+            environ.pop("HTTP_ACCEPT", None)
+            return answer(environ, start_response)
+
+        kind = _ServerV6 if ":" in host else _Server
+        self._server = make_server(host, port, as_text, kind, _Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics-page", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         self._server.shutdown()
