@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
+from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from pagewire.v1 import admin_pb2, inference_pb2
@@ -22,7 +23,7 @@ from tests.fuzz.messages import any_message, change_field, message_class, mutate
 
 PATIENCE = 60.0  # seconds for one call: whoever takes longer hangs
 AT_ONCE = 32
-FILES = (inference_pb2, admin_pb2, vllm_engine_pb2, health_pb2, reflection_pb2)
+FILES = (inference_pb2, admin_pb2, vllm_engine_pb2, health_pb2, reflection_pb2, channelz_pb2)
 # Whatever is sent, it is the sender's mistake, and said to be.
 FORBIDDEN = {
     grpc.StatusCode.INTERNAL,
