@@ -28,7 +28,7 @@ class LoopConfig:
     engine: EngineConfig
     setup: Setup  # of every epoch, but for its counter
     listen: str = ""  # ZeroMQ endpoint for workers; empty: one in a private directory
-    spawn: bool = True  # False: workers come by themselves
+    workers: int = 1  # 0: they come by themselves
     worker_arguments: tuple[str, ...] = ()
     step_deadline: float = 60.0  # seconds for one step
     load_deadline: float = 600.0  # seconds without a word while a worker starts
@@ -108,7 +108,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         engine=engine,
         setup=setup,
         listen=args.listen or "",
-        spawn=args.workers > 0,
+        workers=args.workers,
         worker_arguments=("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa),
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,25 +31,20 @@ from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
-from scheduler_svc.logs import relay
 from scheduler_svc.metrics import Frontends
 from scheduler_svc.record import Recorder
-from scheduler_svc.spawn import WorkerProcess
-from scheduler_svc.worker_link import WorkerLink
-from scheduler_svc.worker_socket import WorkerSocket
+from scheduler_svc.worker_groups import WorkerGroups
 
 TICK = 0.05  # seconds at most between two Ticks while somebody runs or waits
 _FINEST_TICK = 0.005
 _AUDIT_AFTER = 1.0  # seconds without anybody to serve, so that the next request hardly ever waits for the recount
-_FUTILE_STARTS = 5  # of workers, before the first was ever ready: then the service says why, and ends
-_LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
 
 Deliver = Callable[[list[ToFrontend]], None]
 log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Owns engine, worker socket and worker process, in one thread of its own, which calls `deliver` (see `attach`).
+    """Owns engine, worker socket and worker processes, in one thread of its own, which calls `deliver` (see `attach`).
 
     `send` and `stop` may be called from any thread.
     Raises OSError where the endpoint or the record file cannot be opened.
@@ -60,20 +53,8 @@ class EngineLoop:
     def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._engine = Scheduler(config.engine)
-        self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
-        self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers")
+        self._workers = WorkerGroups(config, clock)
         self._recorder = Recorder(config.record, self._engine, config.setup.epoch.boot, config.setup.model)
-        self._process: WorkerProcess | None = None
-        if config.spawn:
-            arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
-            self._process = WorkerProcess(arguments, clock, relay if config.relay_workers else None)
-        self._link = WorkerLink(
-            config.setup,
-            self._socket.send,
-            self._process,
-            step_deadline=config.step_deadline,
-            load_deadline=config.load_deadline,
-        )
         self._mailbox: deque[ToEngine] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rings when the mailbox is not empty
         self._deliver: Deliver | None = None
@@ -92,7 +73,7 @@ class EngineLoop:
     @property
     def endpoint(self) -> str:
         """Where workers connect."""
-        return self._socket.endpoint
+        return self._workers.endpoint
 
     def start(self) -> None:
         """Returns when the worker process is spawned (or has failed to be)."""
@@ -132,9 +113,9 @@ class EngineLoop:
     def _serve(self) -> None:
         """The main loop: wait, let the engine know the time and what was heard, send what it decided."""
         poller = zmq.Poller()
-        for source in (self._socket.router, self._socket.monitor, self._bell):
-            poller.register(source, zmq.POLLIN)
-        self._keep_worker(poller, set())
+        poller.register(self._bell, zmq.POLLIN)
+        self._workers.register(poller)
+        self._keep_workers(poller, set())
         self._begun.set()
         while not self._stopping:
             ready = {source for source, _ in poller.poll(self._patience())}
@@ -144,9 +125,9 @@ class EngineLoop:
                 self._feed(Tick(self._now))
             for event in self._hear(ready):
                 self._feed(event)
-            for event in self._link.send_plans(self._now):
+            for event in self._workers.send_plans(self._now):
                 self._feed(event)
-            self._keep_worker(poller, ready)
+            self._keep_workers(poller, ready)
             self._post()
             self._audit()
 
@@ -159,10 +140,14 @@ class EngineLoop:
             try:
                 self._engine.check_integrity()
             except IntegrityError as error:
-                for event in self._link.lose(f"the engine's books do not add up: {error}", self._now):
+                for event in self._workers.lose_all(f"the engine's books do not add up: {error}", self._now):
                     self._feed(event)
             if self._recorder.rest():
                 self._feed(FlushCache())
+
+    def _keep_workers(self, poller: zmq.Poller, ready: set[object]) -> None:
+        for event in self._workers.keep(poller, ready, self._now):
+            self._feed(event)
 
     def _patience(self) -> int | None:
         """Milliseconds until something is due by the clock alone."""
@@ -173,7 +158,7 @@ class EngineLoop:
             due.append(self._ticked + TICK)
         elif self._audit_at is not None:
             due.append(self._audit_at)
-        if (deadline := self._link.deadline) is not None:
+        if (deadline := self._workers.deadline) is not None:
             due.append(deadline)
         return int(max(0.0, min(due) - now) * 1000) + 1 if due else None
 
@@ -183,13 +168,7 @@ class EngineLoop:
             os.eventfd_read(self._bell)
         for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
-        if self._socket.monitor in ready:
-            for peer, gone in self._socket.gone():
-                yield from self._link.hear(peer, gone, self._now)
-        if self._socket.router in ready:
-            for peer, heard in self._socket.hear():
-                yield from self._link.hear(peer, heard, self._now)
-        yield from self._link.expire(self._now)
+        yield from self._workers.hear(ready, self._now)
 
     def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
         match message:
@@ -235,15 +214,12 @@ class EngineLoop:
             for instruction in instructions:
                 match instruction:
                     case StepPlan():
-                        self._link.add_plan(instruction, self._now)
+                        self._workers.add_plan(instruction, self._now)
                     case Outputs() | KvEvents():
                         self._outgoing.append(instruction)
-                    case EndEpoch(epoch, reason) if epoch == self._link.epoch:
-                        if isinstance(event, WorkerReady):  # it will not like the next one better
-                            self._link.fatal = reason
-                        events.extend(self._link.lose(reason, self._now))
-                    case EndEpoch():
-                        pass  # it has ended already
+                    case EndEpoch(epoch, reason):
+                        is_unusable = isinstance(event, WorkerReady)
+                        events.extend(self._workers.lose(epoch, reason, self._now, fatal=is_unusable))
 
     def _post(self) -> None:
         """All that this iteration has for the frontend, in one call."""
@@ -261,59 +237,35 @@ class EngineLoop:
 
     def _changed_status(self) -> ServiceStatus | None:
         """None while it says what the last one said, counts aside."""
-        old, link = self._status, self._link
-        serving, failed = self._is_serving(), bool(link.fatal or self._failure)
-        if old and (old.serving, old.failed, old.ready, old.workers) == (serving, failed, link.ready, [link.status]):
+        old, workers = self._status, self._workers
+        new = (self._is_serving(), self._has_failed(), workers.ready, workers.statuses)
+        if old and (old.serving, old.failed, old.ready, old.workers) == new:
             return None
-        link.history.see(link.status.state, self._now)
+        workers.see(self._now)
         self._status = self._service_status()
         return self._status
 
     def _is_serving(self) -> bool:
-        return self._link.serving and not self._draining and not self._failure
+        return self._workers.serving and not self._draining and not self._failure
+
+    def _has_failed(self) -> bool:
+        return bool(self._workers.fatal or self._failure)
 
     def _service_status(self) -> ServiceStatus:
-        link = self._link
-        reason = self._failure or link.fatal or ("draining" if self._draining else link.reason)
-        failed = bool(link.fatal or self._failure)
+        workers = self._workers
+        reason = self._failure or workers.fatal or ("draining" if self._draining else workers.reason)
         return ServiceStatus(
             self._is_serving(),
             reason,
-            link.ready,
-            [link.status],
+            workers.ready,
+            workers.statuses,
             self._engine.stats(),
-            failed,
-            [link.figures(self._now)],
-            link.history.losses(self._now),
+            self._has_failed(),
+            workers.figures(self._now),
+            workers.losses(self._now),
             self._frontends.sum(),
         )
 
-    def _keep_worker(self, poller: zmq.Poller, ready: set[object]) -> None:
-        """Notices a dead process, and starts one where none runs and none has to be waited for."""
-        process = self._process
-        if process is None or self._link.fatal:
-            return
-        if process.exit_fd in ready and process.has_ended():
-            poller.unregister(process.exit_fd)
-            for event in self._link.exited(process.reap(), self._now):
-                self._feed(event)
-            if self._link.ready is None and process.futile_starts >= _FUTILE_STARTS:
-                self._link.fatal = f"gave up after {process.futile_starts} starts: {self._link.reason}"
-                return
-        if not process.pid and self._clock() >= process.start_at:
-            try:
-                process.start()
-            except OSError as error:  # too many processes, say: another try follows, with patience
-                for event in self._link.exited(f"could not be started: {error}", self._now):
-                    self._feed(event)
-            else:
-                poller.register(process.exit_fd, zmq.POLLIN)
-
     def _close(self) -> None:
-        told = self._link.shut_down("the scheduler stops")
-        if self._process:
-            self._process.stop(_LAST_WORDS if told else 0.0)
-        self._socket.close()
+        self._workers.close()
         self._recorder.close()
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)

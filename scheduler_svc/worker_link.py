@@ -45,15 +45,18 @@ class WorkerLink:
     def __init__(
         self,
         setup: Setup,
+        next_epoch: Callable[[], Epoch],
         send: Callable[..., bool],  # (peer, *messages) → whether the peer is there
         process: WorkerProcess | None,
         *,
+        group: int,
+        refuse: Callable[[Ready], str],  # why it cannot serve beside the others; empty if it can
         step_deadline: float,
         load_deadline: float,
     ) -> None:
-        self._setup, self._send, self._process = setup, send, process
+        self._setup, self._next_epoch, self._send, self._process = setup, next_epoch, send, process
+        self._group, self._refuse = group, refuse
         self._step_deadline, self._load_deadline = step_deadline, load_deadline
-        self._counter = setup.epoch.counter
         self._peer = b""
         self._hello: Hello | None = None
         self._epoch: Epoch | None = None  # from its Setup to its end
@@ -71,6 +74,11 @@ class WorkerLink:
     @property
     def epoch(self) -> Epoch | None:
         return self._epoch
+
+    @property
+    def peer(self) -> bytes:
+        """Empty while nobody is there."""
+        return self._peer
 
     @property
     def status(self) -> WorkerStatus:
@@ -195,12 +203,12 @@ class WorkerLink:
         if self._epoch:
             yield from self.lose("it said hello again", now)
             return
+        self.fatal = ""  # of another worker, where others serve beside it
         self._begin(peer, hello, now)
 
     def _begin(self, peer: bytes, hello: Hello, now: float) -> None:
-        self._counter += 1
         self._peer, self._hello, self._since = peer, hello, now
-        self._epoch = Epoch(self._setup.epoch.boot, self._counter)
+        self._epoch = self._next_epoch()
         self._send(peer, msgspec.structs.replace(self._setup, epoch=self._epoch))
 
     def _believe(self, message: FromWorker, now: float) -> Iterator[Event]:
@@ -209,6 +217,9 @@ class WorkerLink:
             case Ready() if not self.serving:
                 if message.num_blocks < 2:
                     yield from self.lose(f"it has {message.num_blocks} KV blocks, one of them null", now)
+                    return
+                if refusal := self._refuse(message):
+                    yield from self.lose(refusal, now)
                     return
                 if self.ready:
                     log.info("worker %d: serves again", self.status.pid)
@@ -222,6 +233,7 @@ class WorkerLink:
                     message.align,
                     message.groups,
                     message.max_model_len,
+                    self._group,
                 )
             case StepResult() if self._in_flight:
                 self._in_flight.popleft()

@@ -19,8 +19,9 @@ class WorkerReady(Happening, frozen=True):
     num_blocks: int  # null block included
     max_slots: int
     align: int = 1
-    groups: int = 1
+    groups: int = 1  # KV groups
     max_model_len: int = 0
+    group: int = 0  # which of the worker groups behind this scheduler
 
 
 class WorkerLost(Happening, frozen=True):

@@ -39,7 +39,7 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (setup.max_step_tokens, setup.threads) == (50, 3)
     assert (setup.quantization, setup.kv_dtype) == ("int4", "int8")
     assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu", "--cpu-isa", "avx2")
-    assert (loop.listen, loop.spawn, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", True, 4, 5)
+    assert (loop.listen, loop.workers, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", 1, 4, 5)
     record = loop.record
     assert (record.file, record.mib, record.crash_dir, record.crash_mib) == (Path("log"), 8, Path("crashes"), 2)
     assert len(record.key) == 32

@@ -74,7 +74,7 @@ def test_a_step_past_its_deadline_costs_the_worker_its_life_and_the_request_its_
         assert observer.streams["bad", 0].finish == FinishReason.ERROR
         assert any("longer than 0.2 s" in status.reason for _, status in observer.statuses)
         observer.until_serving()
-        assert observer.loop._link.deadline is None, "nothing is in flight, so nothing is late"
+        assert observer.loop._workers.deadline is None, "nothing is in flight, so nothing is late"
 
 
 @pytest.mark.parametrize("kind", ["poison", "fault"])

@@ -100,7 +100,7 @@ def external_worker(endpoint: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def external(tmp_path: Path, model: str = "fake:", **changes: object) -> LoopConfig:
-    return loop_config(model, spawn=False, listen=f"ipc://{tmp_path}/workers", **changes)
+    return loop_config(model, workers=0, listen=f"ipc://{tmp_path}/workers", **changes)
 
 
 def junk(rng: random.Random) -> list[bytes]:
@@ -289,7 +289,8 @@ def test_a_worker_outlives_its_scheduler(tmp_path: Path, transport: str) -> None
 
 def _vanish(loop: EngineLoop) -> None:
     """Ends a loop as a crash would: without a word to its worker."""
-    loop._link.shut_down = lambda reason: False  # type: ignore[method-assign]
+    for group in loop._workers.groups:
+        group.link.shut_down = lambda reason: False  # type: ignore[method-assign]
     loop.stop()
 
 

@@ -1,0 +1,220 @@
+"""All workers of one scheduler: which group a peer belongs to, and whose processes are kept alive."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+import zmq
+
+from protos.engine_wire import Loss, WorkerFigures, WorkerStatus
+from protos.wire import Epoch, Hello, Ready, StepPlan
+from scheduler_svc.config import LoopConfig
+from scheduler_svc.engine.events import Event
+from scheduler_svc.logs import relay
+from scheduler_svc.spawn import WorkerProcess
+from scheduler_svc.worker_link import WorkerLink
+from scheduler_svc.worker_socket import Heard, WorkerSocket
+
+MAX_GROUPS = 64  # workers that come by themselves
+_FUTILE_STARTS = 5  # of workers, before the group's first was ever ready: then it is given up
+_LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
+
+
+class WorkerGroup:
+    """One worker at a time, and what stands behind it: a link, and a process if this scheduler spawns it."""
+
+    def __init__(self, link: WorkerLink, process: WorkerProcess | None, clock: Callable[[], float]) -> None:
+        self.link, self.process, self._clock = link, process, clock
+
+    def keep(self, poller: zmq.Poller, ready: set[object], now: float) -> Iterator[Event]:
+        """Notices a dead process, and starts one where none runs and none has to be waited for."""
+        process, link = self.process, self.link
+        if process is None or link.fatal:
+            return
+        if process.exit_fd in ready and process.has_ended():
+            poller.unregister(process.exit_fd)
+            yield from link.exited(process.reap(), now)
+            if link.ready is None and process.futile_starts >= _FUTILE_STARTS:
+                link.fatal = f"gave up after {process.futile_starts} starts: {link.reason}"
+                return
+        if not process.pid and self._clock() >= process.start_at:
+            try:
+                process.start()
+            except OSError as error:  # too many processes, say: another try follows, with patience
+                yield from link.exited(f"could not be started: {error}", now)
+            else:
+                poller.register(process.exit_fd, zmq.POLLIN)
+
+
+class WorkerGroups:
+    """Belongs to the loop's thread. Each epoch belongs to one group: counters are never used twice.
+
+    Raises OSError where the endpoint cannot be opened.
+    """
+
+    def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
+        self._config, self._clock = config, clock
+        self._counter = config.setup.epoch.counter
+        self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
+        self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers")
+        self.groups: list[WorkerGroup] = []
+        for _ in range(max(1, config.workers)):
+            self._add()
+
+    # ------------------------------------------------------------ as a whole
+
+    @property
+    def endpoint(self) -> str:
+        """Where workers connect."""
+        return self._socket.endpoint
+
+    @property
+    def serving(self) -> bool:
+        return any(group.link.serving for group in self.groups)
+
+    @property
+    def fatal(self) -> str:
+        """Why no worker can ever serve; empty while one may."""
+        return self.groups[0].link.fatal if all(group.link.fatal for group in self.groups) else ""
+
+    @property
+    def ready(self) -> Ready | None:
+        """Of a worker that serves; where none does, of one that did."""
+        links = [group.link for group in self.groups if group.link.ready]
+        return next((link.ready for link in links if link.serving), links[0].ready if links else None)
+
+    @property
+    def reason(self) -> str:
+        """Why none serves."""
+        return "" if self.serving else self.groups[0].link.reason
+
+    @property
+    def statuses(self) -> list[WorkerStatus]:
+        return [group.link.status for group in self.groups]
+
+    @property
+    def deadline(self) -> float | None:
+        """When `hear` has something to do by the clock alone."""
+        deadlines = [group.link.deadline for group in self.groups]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def figures(self, now: float) -> list[WorkerFigures]:
+        return [group.link.figures(now) for group in self.groups]
+
+    def losses(self, now: float) -> list[Loss]:
+        """The newest few of each, newest first."""
+        return sorted((loss for group in self.groups for loss in group.link.history.losses(now)), key=_age)
+
+    def see(self, now: float) -> None:
+        """Since when each is in its present state."""
+        for group in self.groups:
+            group.link.history.see(group.link.status.state, now)
+
+    # ------------------------------------------------------------ what happens
+
+    def register(self, poller: zmq.Poller) -> None:
+        for source in (self._socket.router, self._socket.monitor):
+            poller.register(source, zmq.POLLIN)
+
+    def hear(self, ready: set[object], now: float) -> Iterator[Event]:
+        """Each event is fed before the next is looked for."""
+        if self._socket.monitor in ready:
+            for peer, gone in self._socket.gone():
+                yield from self._owner(peer, gone).link.hear(peer, gone, now)
+        if self._socket.router in ready:
+            for peer, heard in self._socket.hear():
+                yield from self._owner(peer, heard).link.hear(peer, heard, now)
+        for group in self.groups:
+            yield from group.link.expire(now)
+
+    def keep(self, poller: zmq.Poller, ready: set[object], now: float) -> Iterator[Event]:
+        for group in self.groups:
+            yield from group.keep(poller, ready, now)
+
+    def add_plan(self, plan: StepPlan, now: float) -> None:
+        if group := self._of(plan.epoch):
+            group.link.add_plan(plan, now)
+
+    def send_plans(self, now: float) -> Iterator[Event]:
+        for group in self.groups:
+            yield from group.link.send_plans(now)
+
+    def lose(self, epoch: Epoch, reason: str, now: float, *, fatal: bool = False) -> Iterator[Event]:
+        """Ends an epoch, unless it has ended already. `fatal`: its group would not do better with another."""
+        if group := self._of(epoch):
+            if fatal:
+                group.link.fatal = reason
+            yield from group.link.lose(reason, now)
+
+    def lose_all(self, reason: str, now: float) -> Iterator[Event]:
+        for group in self.groups:
+            if group.link.serving:
+                yield from group.link.lose(reason, now)
+
+    def close(self) -> None:
+        told = [group.link.shut_down("the scheduler stops") for group in self.groups]
+        for group, heard in zip(self.groups, told, strict=True):
+            if group.process:
+                group.process.stop(_LAST_WORDS if heard else 0.0)
+        self._socket.close()
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    # ------------------------------------------------------------ who is who
+
+    def _add(self) -> WorkerGroup:
+        config = self._config
+        process = None
+        if config.workers:
+            arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
+            process = WorkerProcess(arguments, self._clock, relay if config.relay_workers else None)
+        link = WorkerLink(
+            config.setup,
+            self._next_epoch,
+            self._socket.send,
+            process,
+            group=len(self.groups),
+            refuse=self._differs,
+            step_deadline=config.step_deadline,
+            load_deadline=config.load_deadline,
+        )
+        self.groups.append(WorkerGroup(link, process, self._clock))
+        return self.groups[-1]
+
+    def _next_epoch(self) -> Epoch:
+        self._counter += 1
+        return Epoch(self._config.setup.epoch.boot, self._counter)
+
+    def _of(self, epoch: Epoch) -> WorkerGroup | None:
+        return next((group for group in self.groups if group.link.epoch == epoch), None)
+
+    def _owner(self, peer: bytes, heard: Heard) -> WorkerGroup:
+        """Whose worker this is; a stranger is the first group's to turn away."""
+        for group in self.groups:
+            if group.link.peer == peer:
+                return group
+        return self._host(heard) if isinstance(heard, Hello) else self.groups[0]
+
+    def _host(self, hello: Hello) -> WorkerGroup:
+        """Who takes in a newcomer: whose process it is, or, where workers come by themselves, who has none."""
+        for group in self.groups:
+            if group.process.pid == hello.pid if group.process else not group.link.peer:
+                return group
+        return self._add() if not self._config.workers and len(self.groups) < MAX_GROUPS else self.groups[0]
+
+    def _differs(self, ready: Ready) -> str:
+        """Why a worker cannot serve beside the others; empty if it can. A stream may move from one to the other (R2)."""
+        for group in self.groups:
+            other = group.link.ready
+            if group.link.serving and other and other.fingerprint != ready.fingerprint:
+                return (
+                    f"its arithmetic is another one: fingerprint {ready.fingerprint!r}, "
+                    f"those that serve have {other.fingerprint!r}"
+                )
+        return ""
+
+
+def _age(loss: Loss) -> float:
+    return loss.ago
