@@ -27,7 +27,13 @@ class FrontendHello(Wire, frozen=True):
 
 
 class FrontendLost(Wire, frozen=True):
-    """Ends all requests of a frontend. One in the scheduler's own process cannot be lost without it: none sends it."""
+    """Ends all requests of a frontend. Said for it: by whoever notices. One in the engine's process cannot be lost."""
+
+    frontend: str
+
+
+class FrontendBeat(Wire, frozen=True):
+    """Each second, from the event loop of a frontend in a process of its own: it does not hang."""
 
     frontend: str
 
@@ -56,6 +62,7 @@ class Abort(Wire, frozen=True):
     request_id: str
     reason: FinishReason = FinishReason.ABORTED
     index: int = -1  # −1: all
+    frontend: str = ""  # only if it is the request of this one; empty: whosever it is
 
 
 class TokenDelta(Wire, frozen=True):
@@ -246,6 +253,12 @@ class ServiceStatus(Wire, frozen=True):
     frontends: FrontendStats = FrontendStats()  # of all of them, those that have gone included
 
 
+class FrontendStop(Wire, frozen=True):
+    """To all frontends that are processes of their own: end, once all requests have, within `grace` seconds. 0: now."""
+
+    grace: float
+
+
 class Answer(Wire, frozen=True):
     token: int
     status: ServiceStatus
@@ -254,5 +267,5 @@ class Answer(Wire, frozen=True):
     frontend: str = ""
 
 
-ToEngine = FrontendHello | FrontendLost | Submit | Abort | Ask | WatchKv | Observed
-ToFrontend = Outputs | ServiceStatus | Answer | KvEvents
+ToEngine = FrontendHello | FrontendLost | FrontendBeat | Submit | Abort | Ask | WatchKv | Observed
+ToFrontend = Outputs | ServiceStatus | FrontendStop | Answer | KvEvents

@@ -33,7 +33,7 @@ class EngineConfig:
     """Raises ValueError, naming the field, where the numbers could not serve anybody."""
 
     block_size: int = 32  # tokens
-    max_num_seqs: int = 64  # sequences running at once
+    max_num_seqs: int = 64  # sequences running at once in each worker group
     max_step_tokens: int = 512  # positions computed in one step, drafts included
     depth: int = 1  # plans in flight
     long_step: int = 0  # positions; behind a plan with more of them nothing is sent until it has landed; 0: no limit

@@ -1,4 +1,6 @@
-"""What an epoch's workers hold, as the engine remembers it. A new epoch is a new Device: nothing is cleared by hand."""
+"""What one worker group holds in one epoch, as the engine remembers it. A new epoch is a new Device: nothing is cleared
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Device:
     """Slots, blocks and plans in flight."""
 
     def __init__(self, ready: WorkerReady, config: EngineConfig, journal: KvJournal | None = None) -> None:
+        self.group = ready.group
         self.epoch: Epoch = ready.epoch
+        self.running: list[Sequence] = []  # in order of the key
         self.step = 0
         self.align = ready.align
         self.kv = KVManager(ready.num_blocks, config.block_size, ready.align, config.prefix_caching, journal)

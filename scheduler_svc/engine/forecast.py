@@ -131,7 +131,7 @@ class Forecast:
         base, each = self.pace.fit()
         prompt = given * self._missed.mean
         steps = -(-prompt // self._config.max_step_tokens)
-        running = len(self._roster.running)
+        running = len(self._roster.running) / self._roster.num_groups
         is_full = queued or running >= self._config.max_num_seqs
         decode = max(base + each * (running + 1), self.pace.recent if is_full else 0.0)
         return steps * base + prompt * each + (self.least_tokens(sampling, given - prompt_len) - 1) * decode
@@ -157,7 +157,7 @@ class Forecast:
         meanwhile, for its weight; of better priority, everything.
         """
         roster, wait = self._roster, 0.0
-        if len(roster.running) >= self._config.max_num_seqs or roster.num_queued:
+        if len(roster.running) >= self._config.max_num_seqs * roster.num_groups or roster.num_queued:
             own = roster.ledger.account(submit.tenant)
             mine = own.backlog.get(submit.priority)
             own_turn = self._seconds(mine) if mine else 0.0
@@ -178,13 +178,14 @@ class Forecast:
         base, each = self.pace.fit()
         running = self._roster.running
         tokens = min(s.prompt_len + self.least_tokens(s.sampling) - s.settled for s in running)
-        return max(0, tokens - 1) * (base + each * len(running))
+        return max(0, tokens - 1) * (base + each * len(running) / self._roster.num_groups)
 
     def _seconds(self, work: Work) -> float:
-        """That `work` takes where as many as may run share each step's base."""
+        """That `work` takes where as many as may run share each step's base, and the groups share the work."""
         base, each = self.pace.fit()
-        shared = base / max(1, min(self._config.max_num_seqs, self._roster.num_live))
-        return work.prompt_tokens * self._missed.mean * each + work.output_tokens * (each + shared)
+        groups = self._roster.num_groups
+        shared = base / max(1, min(self._config.max_num_seqs, self._roster.num_live / groups))
+        return (work.prompt_tokens * self._missed.mean * each + work.output_tokens * (each + shared)) / groups
 
 
 def _can_end(sampling: Sampling) -> bool:

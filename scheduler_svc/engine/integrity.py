@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import Sequence, State
@@ -11,13 +13,15 @@ class IntegrityError(Exception):
     """The books of the engine disagree with each other: a defect of the engine, never of a request."""
 
 
-def check(roster: Roster, device: Device | None) -> None:
+def check(roster: Roster, devices: Iterable[Device]) -> None:
     _check_roster(roster)
-    if device is None:
-        _demand(not roster.running, "sequences run without a device")
-        return
-    _check_slots(roster, device)
-    _check_blocks(roster, device)
+    somewhere: list[Sequence] = []
+    for device in devices:
+        somewhere += device.running
+        _demand(all(s.device is device for s in device.running), f"group {device.group} runs what is another's")
+        _check_slots(device)
+        _check_blocks(device)
+    _demand(sorted(somewhere, key=lambda s: s.key) == roster.running, "who runs does not run in one group each")
 
 
 def _check_roster(roster: Roster) -> None:
@@ -34,6 +38,8 @@ def _check_roster(roster: Roster) -> None:
     _demand({s.arrival for s in roster.doubtful.values()} == hoping, "who has to start in time is not in the books")
     for s in live:
         _demand(s.settled == len(s.token_ids), f"{s.request_id}: settled is {s.settled} of {len(s.token_ids)} tokens")
+        has_device = s.state in (State.RUNNING, State.HOLDING, State.LEAVING)
+        _demand((s.device is not None) == has_device, f"{s.request_id}: {s.state.name} with device {s.device}")
         _demand(s.computed <= s.settled, f"{s.request_id}: {s.computed} computed of {s.settled} settled")
 
 
@@ -54,16 +60,16 @@ def _check_tenants(roster: Roster, live: list[Sequence]) -> None:
         _demand(set(account.lines) == waiting, f"tenant {account.name!r}: lines are not what waits")
 
 
-def _check_slots(roster: Roster, device: Device) -> None:
+def _check_slots(device: Device) -> None:
     fenced = [slot for flight in device.sent for slot, _ in flight.fenced]
-    slots = device.free_slots + fenced + [s.slot for s in roster.running]
+    slots = device.free_slots + fenced + [s.slot for s in device.running]
     _demand(sorted(slots) == list(range(1, device.num_slots + 1)), "slots are lost or owned twice")
 
 
-def _check_blocks(roster: Roster, device: Device) -> None:
+def _check_blocks(device: Device) -> None:
     pool = device.kv.pool
     refs = [0] * pool.num_blocks
-    tables = [s.block_ids for s in roster.running] + [blocks for f in device.sent for _, blocks in f.fenced]
+    tables = [s.block_ids for s in device.running] + [blocks for f in device.sent for _, blocks in f.fenced]
     for table in tables:
         for block in table:
             refs[block] += 1

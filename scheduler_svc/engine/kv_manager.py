@@ -35,15 +35,28 @@ class KVManager:
 
     def reusable(self, sequence: Sequence) -> list[int] | None:
         """Published blocks of the sequence's prefix, leaving at least one token to compute; None if it has to hold."""
-        if not (self.caching and sequence.reads_cache):
-            return []
-        usable = (sequence.settled - 1) // self.block_size
-        hashes = self.cache.extend_hashes(sequence)[: usable - usable % self._hit_unit]
+        hashes = self._usable(sequence)
         hits = self.cache.find(hashes)
         if digest := self.cache.being_filled(hashes, len(hits)):
             self.cache.hold(sequence, digest)
             return None
         return hits[: len(hits) - len(hits) % self._hit_unit]
+
+    def outlook(self, sequence: Sequence, reserve: int) -> int | None:
+        """How many of its tokens it would find here, now or once its leader is through; None where it has no room."""
+        hashes = self._usable(sequence)
+        hits = self.cache.find(hashes)
+        if digest := self.cache.being_filled(hashes, len(hits)):
+            return (hashes.index(digest) + 1) * self.block_size
+        hits = hits[: len(hits) - len(hits) % self._hit_unit]
+        return len(hits) * self.block_size if self.room_for(sequence, hits, reserve) else None
+
+    def _usable(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the blocks that it may hit: at least one token is left to compute."""
+        if not (self.caching and sequence.reads_cache):
+            return []
+        usable = (sequence.settled - 1) // self.block_size
+        return self.cache.extend_hashes(sequence)[: usable - usable % self._hit_unit]
 
     def room_for(self, sequence: Sequence, hits: list[int], reserve: int) -> bool:
         """Whether all its known tokens fit, with `reserve` blocks left."""

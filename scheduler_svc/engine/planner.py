@@ -6,6 +6,7 @@ from protos.wire import Admit, Row, StepPlan
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device, Flight
 from scheduler_svc.engine.forecast import Forecast
+from scheduler_svc.engine.placement import Placement
 from scheduler_svc.engine.policy import displaced, preempted, turn
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
@@ -28,7 +29,7 @@ class Step:
 
 
 class Planner:
-    """Plans for one epoch. Raises nothing: a sequence that cannot move in this step waits for a later one."""
+    """Plans for one epoch of one worker group. Raises nothing: who cannot move in this step waits for a later one."""
 
     def __init__(
         self,
@@ -36,12 +37,14 @@ class Planner:
         device: Device,
         roster: Roster,
         forecast: Forecast,
+        placement: Placement,
     ) -> None:
         self.config = config
         self.device = device
         self.kv = device.kv
         self.roster = roster
         self.forecast = forecast
+        self.placement = placement
         self._hopeless: list[Sequence] = []
         self.aside = 0  # blocks of those that were set aside in this step
         self.lone: Sequence | None = None  # the suspect that runs alone (R5)
@@ -54,6 +57,7 @@ class Planner:
         """
         step = Step(self.config.max_step_tokens)
         self.aside = 0
+        self.roster.wait_again(self.kv.cache.take_expected())
         if suspect := self._suspect():
             if any(sequence is not suspect for flight in self.device.sent for sequence in flight.sequences):
                 return None  # until they have landed
@@ -75,26 +79,28 @@ class Planner:
         first = self.roster.waiting.first()
         if first is None or first.suspect or self._gives_up(first):
             return
-        running, pool = self.roster.running, self.kv.pool
+        running, pool = self.device.running, self.kv.pool
         slots_are_out = len(running) >= self.config.max_num_seqs
         if not slots_are_out and self.kv.blocks(first.settled) + len(running) <= pool.available:
             return
-        victim = displaced(running, self.roster.ledger, first)
-        if victim is None or any(flight.fenced for flight in self.device.sent):
+        if self.placement.has_choice and self.placement.best(first):
+            return  # there is room for it, here or elsewhere
+        victim = displaced(running, self.roster.ledger, first, len(self.roster.running))
+        if victim is None or self.placement.is_fenced:
             return  # nobody has too much, or what was taken already is still behind the fence
         if not slots_are_out:
             hits = self.kv.reusable(first)
             if hits is None:
-                self.roster.hold(first)
+                self.roster.hold(first, self.device)
                 return
             if self.kv.room_for(first, hits, reserve=len(running)):
                 return
         step.preempted = True
-        self.roster.preempt(victim, self.device)
+        self.roster.preempt(victim)
 
     def _in_order(self) -> tuple[Sequence, ...]:
         """Who runs, first come first; but whoever may be preempted comes last, so that it has no row by then."""
-        running = self.roster.running
+        running = self.device.running
         most = 2 + self.config.num_drafts // self.kv.block_size  # new blocks of a row
         if self.roster.ledger.several and self.kv.pool.available < most * len(running):
             return tuple(sorted(running, key=turn))
@@ -132,9 +138,9 @@ class Planner:
         if any(flight.fenced for flight in self.device.sent):
             return -1
         while self.kv.missing(sequence, hi) > pool.available:
-            victim = preempted(self.roster.running, self.roster.ledger.several)
+            victim = preempted(self.device.running, self.roster.ledger.several)
             step.preempted = True
-            self.roster.preempt(victim, self.device)
+            self.roster.preempt(victim)
             if victim is sequence or victim.flying:
                 return -1  # it is gone itself, or the blocks are behind the fence
         return 0
@@ -195,22 +201,35 @@ class Planner:
         return True
 
     def _entrant(self) -> tuple[Sequence, list[int]] | None:
-        """The first in the queue with its cache hits, if there is room for it. Those that have to hold step aside."""
+        """The first in the queue with its cache hits, if there is room for it. Those that have to hold step aside, and
+        so do those that another group is better for.
+        """
         roster, device = self.roster, self.device
-        if not device.free_slots or len(roster.running) >= self.config.max_num_seqs:
+        if not device.free_slots or len(device.running) >= self.config.max_num_seqs:
             return None
         # The next step goes on behind those that this one has set aside.
         while self.aside < MAX_ASIDE and (sequence := roster.waiting.first()):
             if self._gives_up(sequence):
                 continue
+            if self.placement.has_choice:
+                best = self.placement.best(sequence, device)
+                if best is None or (best is not device and not best.sent):
+                    return None  # there is no room for it; or an idle group takes it, as soon as its turn comes
+                if best is not device:
+                    best.kv.cache.expect(sequence)
+                    self._set_aside(sequence, best)
+                    continue
             hits = self.kv.reusable(sequence)
             if hits is None:
-                roster.hold(sequence)
-                self.aside += 1 + len(sequence.hashes)
+                self._set_aside(sequence, device)
                 continue
             # A block to grow for each that runs, or the newcomer would be the next to be preempted.
-            return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(roster.running)) else None
+            return (sequence, hits) if self.kv.room_for(sequence, hits, reserve=len(device.running)) else None
         return None
+
+    def _set_aside(self, sequence: Sequence, device: Device) -> None:
+        self.roster.hold(sequence, device)
+        self.aside += 1 + len(sequence.hashes)
 
     def _gives_up(self, sequence: Sequence) -> bool:
         """Nothing is begun that would come too late."""
@@ -228,7 +247,7 @@ class Planner:
     def _admit(self, step: Step, sequence: Sequence, hits: list[int]) -> None:
         self.kv.admit(sequence, hits)
         sequence.slot = self.device.free_slots.pop()
-        self.roster.start(sequence)
+        self.roster.start(sequence, self.device)
         if sequence.cached_tokens < 0:
             sequence.unpaid -= sequence.computed
             counters = self.roster.counters

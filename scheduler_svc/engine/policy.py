@@ -68,14 +68,17 @@ def preempted(running: list[Sequence], several_tenants: bool) -> Sequence:
     return max(running, key=turn) if several_tenants else running[-1]
 
 
-def displaced(running: list[Sequence], accounts: Iterable[Account], waiting: Sequence) -> Sequence | None:
+def displaced(
+    running: list[Sequence], accounts: Iterable[Account], waiting: Sequence, num_running: int
+) -> Sequence | None:
     """Who leaves so that `waiting` may come in, where its tenant is below its share; None where it has to wait.
+    `running` are those of one worker group, `num_running` counts those of all.
 
     The youngest of the tenant most above its share, of no better priority than `waiting`. A tenant that has had no more
     than another may take slots from it until it has half as many, for its weight; and until it has as many while it is
     FAR behind. The rest it gets as streams end: hardly anybody is displaced where streams are short, nobody in turns.
     """
-    far = FAR * len(running) * waiting.account.output_cost
+    far = FAR * num_running * waiting.account.output_cost
     above = [account for account in accounts if account.running and _may_take(waiting.account, account, far)]
     if not above:
         return None

@@ -9,6 +9,7 @@ from scheduler_svc.engine.block_pool import BlockPool
 from scheduler_svc.engine.sequence import Sequence
 
 DIGEST_SIZE = 16  # bytes
+_NEXT_PLAN = b""  # no block's digest: who holds on it waits for this group's next plan
 
 
 def root(tenant: str, salt: str, adapter: str) -> bytes:
@@ -81,6 +82,17 @@ class PrefixCache:
     def hold(self, sequence: Sequence, digest: bytes) -> None:
         sequence.holds_on = digest
         self._followers.setdefault(digest, {})[sequence.arrival] = sequence
+
+    def expect(self, sequence: Sequence) -> None:
+        """`sequence` is to come in here, with the next plan that has room for it."""
+        self.hold(sequence, _NEXT_PLAN)
+
+    def take_expected(self) -> list[Sequence]:
+        return self._wake(_NEXT_PLAN)
+
+    @property
+    def num_expected(self) -> int:
+        return len(self._followers.get(_NEXT_PLAN, ()))
 
     def let_go(self, sequence: Sequence) -> None:
         """A follower that leaves."""

@@ -34,14 +34,15 @@ class Roster:
     """
     Submit ──► WAITING ──► RUNNING ──► FINISHED          from any state by an abort, a deadline, a lost frontend
                ▲  ▲  │        │ preempted
-               │  │  └► HOLDING, until its leader has filled the block or has left
+               │  │  └► HOLDING, until its leader has filled the block or has left, or for a group's next plan
                │  └─── LEAVING ◄┘  until its last result is in
-               └────── all of them, when the epoch ends
+               └────── all of a worker group's, when its epoch ends
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.requests: dict[str, dict[int, Sequence]] = {}  # by request id, then index
-        self.running: list[Sequence] = []  # in order of the key
+        self.running: list[Sequence] = []  # in all worker groups, in order of the key
+        self.num_groups = 1  # worker groups that live; 1 while none does
         self.waiting = FairQueue()
         self.ledger = Ledger(config)
         self.deadlines: Agenda[tuple[float, int], Sequence] = Agenda()
@@ -80,16 +81,18 @@ class Roster:
         if look_at:
             self.doubtful.add((look_at, sequence.arrival), sequence)
 
-    def start(self, sequence: Sequence) -> None:
+    def start(self, sequence: Sequence, device: Device) -> None:
         self.waiting.discard(sequence)
         self._unqueue(sequence)
-        sequence.state = State.RUNNING
+        sequence.state, sequence.device = State.RUNNING, device
         sequence.account.running += 1
-        insort(self.running, sequence, key=_key)
+        for running in (self.running, device.running):
+            insort(running, sequence, key=_key)
 
-    def hold(self, sequence: Sequence) -> None:
+    def hold(self, sequence: Sequence, device: Device) -> None:
+        """Its leader is there, or its next chance."""
         self.waiting.discard(sequence)
-        sequence.state = State.HOLDING
+        sequence.state, sequence.device = State.HOLDING, device
 
     def give_up(self, sequence: Sequence) -> None:
         """It is not to run any more, and about to be finished."""
@@ -97,29 +100,29 @@ class Roster:
         sequence.state = State.LEAVING
 
     def wait_again(self, sequences: Iterable[Sequence]) -> None:
-        """Followers that were woken, or the preempted whose last result is in."""
+        """Followers that were woken, or the preempted whose last result is in. Any worker group may have them now."""
         for sequence in sequences:
-            sequence.state = State.WAITING
+            sequence.state, sequence.device = State.WAITING, None
             self.waiting.add(sequence)
 
-    def preempt(self, sequence: Sequence, device: Device) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
-        self._stop(sequence, device)
-        flying = sequence.flying
+        device, flying = sequence.device, sequence.flying
+        self._stop(sequence)
         sequence.forget_device()
         sequence.flying = flying  # their results are still delivered
+        sequence.device = device if flying else None
         self._queue(sequence, State.LEAVING if flying else State.WAITING)
 
-    def finish(self, sequence: Sequence, device: Device | None) -> None:
+    def finish(self, sequence: Sequence) -> None:
         match sequence.state:
             case State.WAITING:
                 self.waiting.discard(sequence)
             case State.HOLDING:
-                assert device is not None
-                device.kv.cache.let_go(sequence)
+                assert sequence.device is not None
+                sequence.device.kv.cache.let_go(sequence)
             case State.RUNNING:
-                assert device is not None
-                self._stop(sequence, device)
+                self._stop(sequence)
             case State.LEAVING | State.FINISHED:
                 pass
         if sequence.state is not State.RUNNING:
@@ -133,16 +136,17 @@ class Roster:
         if not siblings:
             del self.requests[sequence.request_id]
 
-    def end_epoch(self) -> None:
-        """The device is gone: all wait, in their old order, with all their tokens."""
-        self.running.clear()
-        for account in self.ledger:
-            account.running = 0
+    def end_epoch(self, device: Device) -> None:
+        """The device is gone: all that it had wait, in their old order, with all their tokens."""
+        self.running = [sequence for sequence in self.running if sequence.device is not device]
         for sequence in self:
+            if sequence.device is not device:
+                continue
             sequence.forget_device()
             if sequence.state is State.RUNNING:
+                sequence.account.running -= 1
                 self._queue(sequence, State.WAITING)
-            elif sequence.state is not State.WAITING:
+            else:
                 self.wait_again([sequence])
 
     def _queue(self, sequence: Sequence, state: State, new: bool = False) -> None:
@@ -164,9 +168,12 @@ class Roster:
         sequence.account.unqueue(sequence)
         sequence.queued_tokens = 0
 
-    def _stop(self, sequence: Sequence, device: Device) -> None:
+    def _stop(self, sequence: Sequence) -> None:
         """It runs no more: slot and blocks go back."""
-        self.running.remove(sequence)
+        device = sequence.device
+        assert device is not None
+        for running in (self.running, device.running):
+            running.remove(sequence)
         sequence.account.running -= 1
         woken = device.kv.cache.stop_leading(sequence)
         device.vacate(sequence)

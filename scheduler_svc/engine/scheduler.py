@@ -7,10 +7,11 @@ crash, and verifying drafts are all this one arithmetic (R1).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import assert_never
 
 from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Submit, WatchKv
-from protos.wire import Row, RowResult, StepResult
+from protos.wire import Epoch, Row, RowResult, StepPlan, StepResult
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.door import Doorkeeper
@@ -19,6 +20,7 @@ from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
 from scheduler_svc.engine.kv_journal import KvJournal
 from scheduler_svc.engine.outbox import Outbox
+from scheduler_svc.engine.placement import Placement
 from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
@@ -29,20 +31,26 @@ _REFUSALS = (FinishReason.REJECTED, FinishReason.DEADLINE, FinishReason.INVALID)
 
 
 class Scheduler:
-    """One worker group's engine. State changes only in `handle`."""
+    """One engine for all worker groups. State changes only in `handle`.
+
+    Queue, tenants and quotas are one; slots, blocks, cache and plans are each group's own, and keyed by its epoch: no
+    two groups ever have the same.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.roster = Roster(config)
-        self.device: Device | None = None
-        self._planner: Planner | None = None
+        self.devices: dict[int, Device] = {}  # of the groups that live, by group
+        self._planners: dict[int, Planner] = {}
+        self._placement = Placement(config, self.devices)
         self._forecast = Forecast(config, self.roster)
         self._doorkeeper = Doorkeeper(config, self._forecast)
         self._arrivals = 0
         self._swept = 0.0
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
         self._max_len_reason = f"max_model_len {config.max_model_len}"
-        self._last_epoch = (-1, -1)
+        self._limits: dict[int, tuple[int, str]] = {}  # of each group that ever was ready, and where it comes from
+        self._last_epochs: dict[int, Epoch] = {}  # by group
         self._instructions: list[Instruction] = []
         self._outbox = Outbox()
         self.journal = KvJournal()
@@ -56,7 +64,8 @@ class Scheduler:
                 self._submit(event)
             case Abort():
                 for sequence in self.roster.find(event.request_id, event.index):
-                    self._finish(sequence, event.reason)
+                    if event.frontend in ("", sequence.frontend):
+                        self._finish(sequence, event.reason)
             case FrontendLost():
                 for sequence in list(self.roster):
                     if sequence.frontend == event.frontend:
@@ -65,23 +74,24 @@ class Scheduler:
             case WorkerReady():
                 self._begin_epoch(event)
             case WorkerLost():
-                if self.device and self.device.epoch == event.epoch:
-                    self._end_epoch(event.blameless)
+                if device := self._device(event.epoch):
+                    self._end_epoch(device, event.blameless)
             case Tick():
                 self._tick(event.now)
             case FlushCache():
-                if self.device:
-                    self.device.kv.pool.flush()
+                for device in self.devices.values():
+                    device.kv.pool.flush()
             case Drain():
                 self._doorkeeper.draining = True
             case WatchKv():
                 self.journal.watch(event)
             case _:
                 assert_never(event)
-        while self._planner and self._may_plan(self._planner.device) and (flight := self._planner.plan()):
-            self._instructions.append(flight.plan)
-        for sequence in self._planner.take_hopeless() if self._planner else ():
-            self._give_up(sequence)
+        while plans := list(self._plans()):
+            self._instructions += plans
+        for planner in self._planners.values():
+            for sequence in planner.take_hopeless():
+                self._give_up(sequence)
         instructions, self._instructions = self._instructions, []
         told = self.journal.take() if self.journal.dirty else ()
         return [*instructions, *self._outbox.take(), *told]
@@ -89,7 +99,17 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nobody is served, nobody waits, nothing is in flight."""
-        return not self.roster.num_live and not (self.device and self.device.sent)
+        return not self.roster.num_live and not any(device.sent for device in self.devices.values())
+
+    def _device(self, epoch: Epoch) -> Device | None:
+        """Whose epoch it is, if it has not ended."""
+        return next((device for device in self.devices.values() if device.epoch == epoch), None)
+
+    def _plans(self) -> Iterator[StepPlan]:
+        """One of each group that may and can; who is the least busy has the first choice among those who wait."""
+        for planner in sorted(self._planners.values(), key=_business):
+            if self._may_plan(planner.device) and (flight := planner.plan()):
+                yield flight.plan
 
     def _may_plan(self, device: Device) -> bool:
         """Behind another one, to save the worker a wait; not behind a long one: newcomers would wait for two. Behind
@@ -160,7 +180,7 @@ class Scheduler:
         bucket = sequence.account.bucket
         if bucket and sequence.cached_tokens < 0:  # it never ran: its prompt is given back
             bucket.level = min(bucket.burst, bucket.level + sequence.given)
-        self.roster.finish(sequence, self.device)
+        self.roster.finish(sequence)
         if sequence.cached_tokens < 0 and reason in _REFUSALS:
             self.roster.measures.refuse(reason)
             sequence.account.tally.refused += 1
@@ -199,33 +219,32 @@ class Scheduler:
 
     def _land(self, result: StepResult) -> None:
         """Resolves a result against the plan that it answers, never against who holds the slot now."""
-        device = self.device
-        if device is None or result.epoch != device.epoch:
+        device = self._device(result.epoch)
+        if device is None:
             return None  # from an epoch that has ended
         due = device.sent[0].plan.step if device.sent else None
         if result.step != due:
-            return self._distrust(f"a result for step {result.step}, due was {due}")
+            return self._distrust(device, f"a result for step {result.step}, due was {due}")
         flight = device.sent[0]
         seconds = result.timings.forward + result.timings.sample
         self._forecast.pace.learn(flight.num_tokens, seconds)
         self.roster.measures.step_seconds.add(seconds)
         rows = flight.plan.rows
         if len(result.rows) != len(rows):
-            return self._distrust(f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
+            return self._distrust(device, f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
         for sequence in flight.sequences:
             sequence.flying -= 1
         for row, answer, sequence in zip(rows, result.rows, flight.sequences, strict=True):
             if sequence.state is State.FINISHED:
                 continue
             if reason := _mismatch(row, answer, sequence):
-                return self._distrust(f"step {result.step}: {reason}")
+                return self._distrust(device, f"step {result.step}: {reason}")
             if row.sample:
                 try:
                     self._settle(sequence, row, answer)
                 except OverflowError:
-                    return self._distrust(
-                        f"step {result.step}: slot {row.slot} brings {answer.token_ids}, no token ids"
-                    )
+                    what = f"step {result.step}: slot {row.slot} brings {answer.token_ids}, no token ids"
+                    return self._distrust(device, what)
             elif answer.prompt_logprobs:
                 self._outbox.prompt(sequence, row, answer)
             if sequence.state is State.LEAVING and not sequence.flying:
@@ -252,24 +271,30 @@ class Scheduler:
             sequence.ahead -= 1 + row.num_drafts
             sequence.computed = sequence.settled - 1  # the last of them was sampled, and not fed yet
             if sequence.computed >= sequence.publish_at:
-                assert self.device is not None
-                self.roster.wait_again(self.device.kv.publish(sequence))
+                assert sequence.device is not None
+                self.roster.wait_again(sequence.device.kv.publish(sequence))
         if reason:
             self._leave(sequence, reason)
 
     # ------------------------------------------------------------ epochs
 
     def _begin_epoch(self, ready: WorkerReady) -> None:
-        if ready.epoch <= self._last_epoch:
+        last = self._last_epochs.get(ready.group)
+        if last and ready.epoch <= last:
             return  # an epoch that has ended, or the one that runs
-        if self.device:
-            self._end_epoch(blameless=False)
-        self._last_epoch = ready.epoch
+        if before := self.devices.get(ready.group):
+            self._end_epoch(before, blameless=False)
+        self._last_epochs[ready.group] = ready.epoch
         if reason := self._unusable(ready):
             self._instructions.append(EndEpoch(ready.epoch, reason))
             return
-        self.device = Device(ready, self.config, self.journal)
-        self._planner = Planner(self.config, self.device, self.roster, self._forecast)
+        device = self.devices[ready.group] = Device(ready, self.config, self.journal)
+        self._planners[ready.group] = Planner(self.config, device, self.roster, self._forecast, self._placement)
+        self.roster.num_groups = len(self.devices)
+        self._limit_lengths(ready)
+
+    def _limit_lengths(self, ready: WorkerReady) -> None:
+        """A sequence may come into any group, so none becomes longer than the smallest holds."""
         limits = [
             (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
             (ready.max_model_len, f"max_model_len {ready.max_model_len}"),
@@ -278,7 +303,8 @@ class Scheduler:
                 f"the {ready.num_blocks - 1} KV blocks of {self.config.block_size} tokens",
             ),
         ]
-        max_len, self._max_len_reason = min(limit for limit in limits if limit[0])
+        self._limits[ready.group] = min(limit for limit in limits if limit[0])
+        max_len, self._max_len_reason = min(self._limits.values())
         if max_len != self._max_len:
             self._max_len = max_len
             for sequence in list(self.roster):
@@ -296,22 +322,21 @@ class Scheduler:
             )
         return ""
 
-    def _distrust(self, reason: str) -> None:
-        assert self.device is not None
-        self._instructions.append(EndEpoch(self.device.epoch, reason))
-        self._end_epoch(blameless=False)
+    def _distrust(self, device: Device, reason: str) -> None:
+        self._instructions.append(EndEpoch(device.epoch, reason))
+        self._end_epoch(device, blameless=False)
 
-    def _end_epoch(self, blameless: bool) -> None:
-        """Everyone waits again. Whoever was in flight is a suspect: it may have killed the worker (R5)."""
-        assert self.device is not None
+    def _end_epoch(self, device: Device, blameless: bool) -> None:
+        """Everyone there waits again. Whoever was in flight is a suspect: it may have killed the worker (R5)."""
         if not blameless:
             self.roster.counters.recoveries += 1
-            suspects = dict.fromkeys(sequence for flight in self.device.sent for sequence in flight.sequences)
+            suspects = dict.fromkeys(sequence for flight in device.sent for sequence in flight.sequences)
             for sequence in suspects:
                 sequence.deaths += 1
-        self.roster.end_epoch()
-        self.journal.lost(self.device.kv.pool.by_hash)
-        self.device = self._planner = None
+        self.roster.end_epoch(device)
+        self.journal.lost(device.kv.pool.by_hash)
+        del self.devices[device.group], self._planners[device.group]
+        self.roster.num_groups = max(1, len(self.devices))
         for sequence in list(self.roster):
             if sequence.deaths >= FATAL_DEATHS:
                 self._finish(
@@ -321,11 +346,15 @@ class Scheduler:
     # ------------------------------------------------------------ what others see
 
     def stats(self) -> EngineStats:
-        return summary(self.roster, self.device, self._doorkeeper.draining)
+        return summary(self.roster, list(self.devices.values()), self._doorkeeper.draining)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where the books do not add up. The loop asks when it has been idle, tests always."""
-        check(self.roster, self.device)
+        check(self.roster, self.devices.values())
+
+
+def _business(planner: Planner) -> tuple[int, int]:
+    return len(planner.device.running), planner.device.group
 
 
 def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:

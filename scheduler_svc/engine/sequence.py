@@ -13,6 +13,7 @@ from protos.engine_wire import Submit
 from protos.wire import TokenLogprobs
 
 if TYPE_CHECKING:
+    from scheduler_svc.engine.device import Device
     from scheduler_svc.engine.fairness import Account
 
 SUSPECT_DEATHS = 2  # worker deaths in flight after which a sequence runs alone (R5)
@@ -21,7 +22,7 @@ FATAL_DEATHS = SUSPECT_DEATHS + 3  # the last three of them alone: nobody else c
 
 class State(Enum):
     WAITING = auto()  # in the queue
-    HOLDING = auto()  # waits for the leader that fills its next block (R4)
+    HOLDING = auto()  # waits for the leader that fills its next block (R4), or for a worker group's next plan
     RUNNING = auto()  # has a slot and blocks
     LEAVING = auto()  # preempted; waits again when its last result is in
     FINISHED = auto()
@@ -48,6 +49,7 @@ class Sequence:
         "came",
         "computed",
         "deaths",
+        "device",
         "ends",
         "flying",
         "frontend",
@@ -111,6 +113,7 @@ class Sequence:
 
     def forget_device(self) -> None:
         """What a preemption or a dead worker takes away. The tokens stay: they are all that a worker needs."""
+        self.device: Device | None = None  # while it runs, holds or leaves there
         self.computed = 0
         self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
         self.flying = 0  # plans in flight that name it

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from protos.engine_wire import EngineStats
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.roster import Roster
 
 
-def summary(roster: Roster, device: Device | None, draining: bool) -> EngineStats:
+def summary(roster: Roster, devices: Sequence[Device], draining: bool) -> EngineStats:
     counters, measures = roster.counters, roster.measures
-    pool = device.kv.pool if device else None
-    fenced = device.fenced_blocks() if device else 0
+    pools = [device.kv.pool for device in devices]
+    num_blocks = sum(pool.num_blocks - 1 for pool in pools)
+    fenced = sum(device.fenced_blocks() for device in devices)
     return EngineStats(
         running=len(roster.running),
         waiting=roster.num_queued,
         waiting_tokens=roster.queued_tokens,
-        num_blocks=pool.num_blocks - 1 if pool else 0,
-        free_blocks=len(pool.blank) if pool else 0,
-        cached_blocks=len(pool.cached) if pool else 0,
-        owned_blocks=pool.num_blocks - 1 - pool.available - fenced if pool else 0,
+        num_blocks=num_blocks,
+        free_blocks=sum(len(pool.blank) for pool in pools),
+        cached_blocks=sum(len(pool.cached) for pool in pools),
+        owned_blocks=num_blocks - sum(pool.available for pool in pools) - fenced,
         fenced_blocks=fenced,
-        num_slots=device.num_slots if device else 0,
-        free_slots=len(device.free_slots) if device else 0,
+        num_slots=sum(device.num_slots for device in devices),
+        free_slots=sum(len(device.free_slots) for device in devices),
         steps=counters.steps,
         preemptions=counters.preemptions,
         recoveries=counters.recoveries,

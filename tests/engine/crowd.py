@@ -30,6 +30,7 @@ class Party:
     priority: int = 0
     lifetime: tuple[float, float] | None = None  # seconds from a request to its deadline
     again: bool = True  # another request for each that ended
+    frontends: int = 1  # over which its requests come, in turns
     waits: list[float] = field(default_factory=list)  # seconds to each first token
 
 
@@ -59,6 +60,7 @@ class Crowd:
         parties: list[Party],
         *,
         seed: int = 0,
+        groups: int = 1,
         num_blocks: int = 4000,
         seconds: Callable[[int], float] = step_seconds,
     ) -> None:
@@ -71,11 +73,12 @@ class Crowd:
         self._made = 0
         self._plans: list[StepPlan] = []
         self.asked: dict[str, Asked] = {}
-        self._slots: dict[int, str] = {}
-        self._lengths: dict[int, int] = {}
-        self._epoch = Epoch(1, 1)
+        self._slots: dict[tuple[Epoch, int], str] = {}
+        self._lengths: dict[tuple[Epoch, int], int] = {}
+        self.groups = groups
         self._tell(Tick(self.now))
-        self._tell(WorkerReady(self._epoch, num_blocks, config.max_slots))
+        for group in range(groups):
+            self._tell(WorkerReady(Epoch(1, 1 + group), num_blocks, config.max_slots, group=group))
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -109,6 +112,7 @@ class Crowd:
                 tenant=party.name,
                 priority=party.priority,
                 deadline=deadline,
+                frontend=f"f{self._made % party.frontends}",
             )
         )
 
@@ -117,18 +121,18 @@ class Crowd:
         seconds = self.seconds(positions)
         self.now += seconds
         for admit in plan.admit:
-            self._lengths[admit.slot] = len(admit.token_ids)
+            self._lengths[plan.epoch, admit.slot] = len(admit.token_ids)
         rows = []
         for row in plan.rows:
-            asked = self.asked[self._slots[row.slot]]
+            asked = self.asked[self._slots[plan.epoch, row.slot]]
             if row.start >= 0:
                 new = min(row.start + row.num_tokens, asked.prompt_len) - max(row.start, asked.computed)
                 if new > 0:
                     asked.computed = min(row.start + row.num_tokens, asked.prompt_len)
                     self.served[-1][asked.party.name] += new * self.config.prompt_cost
             token_ids = [7] if row.sample else []
-            rows.append(RowResult(row.slot, self._lengths[row.slot], token_ids))
-            self._lengths[row.slot] += len(token_ids)
+            rows.append(RowResult(row.slot, self._lengths[plan.epoch, row.slot], token_ids))
+            self._lengths[plan.epoch, row.slot] += len(token_ids)
         self._tell(Tick(self.now))
         self._tell(StepResult(plan.epoch, plan.step, rows, timings=Timings(forward=seconds)))
 
@@ -156,5 +160,6 @@ class Crowd:
 
     def _take(self, plan: StepPlan) -> None:
         self._plans.append(plan)
-        for sequence in self.scheduler.roster.running:
-            self._slots[sequence.slot] = sequence.request_id
+        for device in self.scheduler.devices.values():
+            for sequence in device.running:
+                self._slots[device.epoch, sequence.slot] = sequence.request_id

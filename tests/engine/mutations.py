@@ -47,8 +47,8 @@ MUTATIONS = [
     Mutation(
         "forget to clear on epoch",
         "roster.py",
-        "        for sequence in self:\n            sequence.forget_device()\n",
-        "        for sequence in self:\n",
+        "            sequence.forget_device()\n            if sequence.state is State.RUNNING:\n",
+        "            if sequence.state is State.RUNNING:\n",
     ),
     Mutation("wrong settled", "sequence.py", "self.settled += len(token_ids)", "self.settled += 1"),
     # More of the same kind.
@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "results of a dead epoch",
         "scheduler.py",
-        "if device is None or result.epoch != device.epoch:",
-        "if device is None:",
+        "for device in self.devices.values() if device.epoch == epoch",
+        "for device in self.devices.values()",
     ),
     Mutation(
         "the preempted are admitted while their results are due",
@@ -234,6 +234,33 @@ MUTATIONS = [
         "block_pool.py",
         "        del self.by_hash[self.hashes[block]]\n",
         "",
+    ),
+    Mutation("a dead group takes all along", "roster.py", "if sequence.device is not device:", "if False:"),
+    Mutation(
+        "who is expected is never looked at",
+        "planner.py",
+        "        self.roster.wait_again(self.kv.cache.take_expected())\n",
+        "",
+    ),
+    Mutation("nobody waits for a prefix elsewhere", "planner.py", "if self.placement.has_choice:\n", "if False:\n"),
+    Mutation("any saving is worth a wait", "placement.py", "cost -= SEQUENCE_COST", "cost -= 0"),
+    Mutation("a prefix draws everybody", "placement.py", "SEQUENCE_COST * (running", "0 * (running"),
+    Mutation("a prefix draws nobody", "placement.py", "sequence.settled - cached", "sequence.settled"),
+    Mutation(
+        "blocks are not looked at elsewhere",
+        "placement.py",
+        "if cached is None:\n            return None",
+        "cached = cached or 0",
+    ),
+    Mutation("the newest group's lengths", "scheduler.py", "min(self._limits.values())", "self._limits[ready.group]"),
+    Mutation(
+        "one line of epochs for all groups",
+        "scheduler.py",
+        "self._last_epochs.get(ready.group)",
+        "max(self._last_epochs.values(), default=None)",
+    ),
+    Mutation(
+        "an abort of another frontend's", "scheduler.py", 'if event.frontend in ("", sequence.frontend):', "if True:"
     ),
     Mutation("suspects in company", "sequence.py", "return self.deaths >= SUSPECT_DEATHS", "return False"),
     Mutation(

@@ -314,7 +314,7 @@ def test_a_block_with_unverified_drafts_is_not_published() -> None:
     w = world(depth=2, num_drafts=3)
     w.submit(request("a", 8, 12))
     while w.results:
-        pool = w.scheduler.device.kv.pool  # type: ignore[union-attr]
+        pool = w.scheduler.devices[0].kv.pool
         for s in w.scheduler.roster.running:
             assert all(not pool.hashes[b] for b in s.block_ids[s.settled // 4 :])
         w.land()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from protos.engine_wire import FinishReason, FrontendLost, Outputs
+from protos.engine_wire import Abort, FinishReason, FrontendLost, Outputs
 from protos.wire import Admit, Epoch, Row, RowResult, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import Drain, WorkerReady
@@ -27,6 +27,22 @@ def world(*, ready: bool = True, num_blocks: int = 64, align: int = 1, max_model
 
 def rows(plan: StepPlan) -> list[tuple[int, int, int, int, bool]]:
     return [(row.slot, row.start, row.num_tokens, row.num_drafts, row.sample) for row in plan.rows]
+
+
+# ---------------------------------------------------------------- frontends
+
+
+def test_a_frontend_aborts_its_own_alone_and_nobodys_name_aborts_any() -> None:
+    w = world()
+    w.submit(request("r", 6, 30, frontend="f"))
+    w.send(Abort("r", frontend="g"))
+    assert w.streams["r", 0].end is None
+    w.send(Abort("r", frontend="f"))
+    assert w.streams["r", 0].reason is FinishReason.ABORTED
+    w.submit(request("s", 6, 30, frontend="f"))
+    w.send(Abort("s"))
+    assert w.streams["s", 0].reason is FinishReason.ABORTED
+    w.run()
 
 
 # ---------------------------------------------------------------- one arithmetic
@@ -166,7 +182,7 @@ def test_admission_by_priority_then_arrival() -> None:
 
 def answer(w: World, token_ids: list[int], logprobs: bool = False) -> None:
     """A result made by hand for the one row in flight; from here on the world's own worker is out of step."""
-    flight = w.scheduler.device.sent[0]  # type: ignore[union-attr]
+    flight = w.scheduler.devices[0].sent[0]
     row, settled = flight.plan.rows[0], flight.sequences[0].settled
     made = [TokenLogprobs(t, -1.0, 1) for t in token_ids] if logprobs else []
     result = RowResult(row.slot, settled, token_ids, made, num_drafted=len(token_ids) - 1)
@@ -462,7 +478,7 @@ def test_a_result_that_cannot_be_true_ends_the_epoch(change: str) -> None:
     w.submit(request("s", [9] * 8, 6))
     w.land()
     w.spoil(change)
-    assert w.scheduler.device is None
+    assert not w.scheduler.devices
     assert w.scheduler.stats().waiting == 2
     w.ready()
     w.run()
@@ -494,7 +510,7 @@ def kill_with(w: World, poison: str) -> None:
             w.ready()
         if not w.results:
             return
-        flight = w.scheduler.device.sent[0]  # type: ignore[union-attr]
+        flight = w.scheduler.devices[0].sent[0]
         if any(s.request_id == poison and s.state.name != "FINISHED" for s in flight.sequences):
             w.crash()
         else:
@@ -526,7 +542,7 @@ def test_a_suspect_runs_alone_until_a_token_clears_it(depth: int) -> None:
         w.crash()
     w.ready()
     for name in ("r0", "r1", "r2"):  # one after the other, each until its first token is known
-        assert {s.request_id for f in w.scheduler.device.sent for s in f.sequences} == {name}  # type: ignore[union-attr]
+        assert {s.request_id for f in w.scheduler.devices[0].sent for s in f.sequences} == {name}
         while w.scheduler.roster.find(name)[0].suspect:
             w.land()
         if depth == 2 and name != "r2":
@@ -605,8 +621,8 @@ def test_the_engine_leaves_nothing_for_the_cycle_collector() -> None:
         for i in range(20):
             w.scheduler.handle(request(f"r{i}", [i] * 5, 5, seed=i))
         w.results.clear()
-        while w.scheduler.device and w.scheduler.device.sent:
-            flight = w.scheduler.device.sent[0]
+        while w.scheduler.devices and w.scheduler.devices[0].sent:
+            flight = w.scheduler.devices[0].sent[0]
             answers = [
                 RowResult(row.slot, s.settled, [1] if row.sample else [])
                 for row, s in zip(flight.plan.rows, flight.sequences, strict=True)

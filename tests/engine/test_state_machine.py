@@ -7,6 +7,7 @@ with every delta, 9 when a run ends; 10 has a test of its own (test_replay.py), 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -17,8 +18,8 @@ from msgspec.structs import replace
 from protos.engine_wire import FinishReason, FrontendLost, Submit
 from protos.wire import Epoch, Sampling, StepResult
 from scheduler_svc.engine.config import EngineConfig, Tenant
-from scheduler_svc.engine.events import Drain, FlushCache, WorkerLost, WorkerReady
-from tests.engine.world import World
+from scheduler_svc.engine.events import Drain, Event, FlushCache, WorkerLost, WorkerReady
+from tests.engine.world import Side, World
 
 PREFIXES = [[(7 * i + 3 * f) % 31 for i in range(40)] for f in range(3)]
 events = 0  # over all runs of this process
@@ -44,6 +45,7 @@ class Engine(RuleBasedStateMachine):
         self.requests = 0
         block_size = data.draw(st.sampled_from([4, 8]), "block_size")
         num_drafts = data.draw(st.sampled_from([0, 0, 1, 3]), "num_drafts")
+        self.groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
         max_num_seqs = data.draw(st.sampled_from([1, 3, 6]), "max_num_seqs")
         least = max_num_seqs * (1 + num_drafts)
         self.world = World(
@@ -62,13 +64,18 @@ class Engine(RuleBasedStateMachine):
                 tenants=data.draw(st.sampled_from([(), (Tenant("a", 3.0, 20.0, 60.0), Tenant("b", 0.5))]), "tenants"),
             ),
             num_blocks=data.draw(st.sampled_from([6, 10, 16, 40]), "num_blocks"),
+            groups=self.groups,
             align=data.draw(st.sampled_from([1, 4, 8]), "align"),
             max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
             quality=data.draw(st.sampled_from([0.0, 0.6, 1.0]), "draft quality"),
             seconds=data.draw(st.sampled_from([None, lambda positions: 0.05 + 0.01 * positions]), "seconds"),
         )
         if data.draw(st.booleans(), "ready at once"):
-            self.world.ready()
+            self.world.ready_all()
+
+    def _draw_group(self, data: st.DataObject, wanted: Callable[[Side], object]) -> int:
+        """One of which that holds; the preconditions say that there is one."""
+        return data.draw(st.sampled_from([i for i, side in enumerate(self.world.sides) if wanted(side)]), "group")
 
     @rule(
         family=st.integers(0, 2),
@@ -122,9 +129,9 @@ class Engine(RuleBasedStateMachine):
                 )
             )
 
-    @rule(count=st.integers(1, 6))
-    def land(self, count: int) -> None:
-        self.world.land(count)
+    @rule(count=st.integers(1, 6), data=st.data())
+    def land(self, count: int, data: st.DataObject) -> None:
+        self.world.land(count, self._draw_group(data, lambda side: True))
 
     @rule(data=st.data(), reason=st.sampled_from([FinishReason.ABORTED, FinishReason.STOP]))
     def abort(self, data: st.DataObject, reason: FinishReason) -> None:
@@ -132,40 +139,47 @@ class Engine(RuleBasedStateMachine):
             number = data.draw(st.integers(max(1, self.requests - 6), self.requests), "request")
             self.world.abort(f"r{number}", reason, data.draw(st.sampled_from([-1, -1, 0, 1]), "index"))
 
-    @precondition(lambda self: self.world.worker is not None)
-    @rule(blameless=st.booleans())
-    def crash(self, blameless: bool) -> None:
-        self.world.crash(blameless)
+    @precondition(lambda self: any(side.worker for side in self.world.sides))
+    @rule(blameless=st.booleans(), data=st.data())
+    def crash(self, blameless: bool, data: st.DataObject) -> None:
+        self.world.crash(blameless, self._draw_group(data, lambda side: side.worker))
 
-    @precondition(lambda self: self.world.worker is None)
-    @rule()
-    def ready(self) -> None:
-        self.world.ready()
+    @precondition(lambda self: not all(side.worker for side in self.world.sides))
+    @rule(data=st.data())
+    def ready(self, data: st.DataObject) -> None:
+        self.world.ready(self._draw_group(data, lambda side: not side.worker))
 
-    @precondition(lambda self: self.world.worker is not None)
-    @rule()
-    def ready_again(self) -> None:
+    @precondition(lambda self: any(side.worker for side in self.world.sides))
+    @rule(data=st.data())
+    def ready_again(self, data: st.DataObject) -> None:
         """A new epoch without word of the old one's end."""
         self.world.crashes += 1
-        self.world.ready()
+        self.world.ready(self._draw_group(data, lambda side: side.worker))
 
-    @precondition(lambda self: self.world.results)
-    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows"]))
-    def spoil(self, change: str) -> None:
-        if self._first_row_counts():
-            self.world.spoil(change)
+    @precondition(lambda self: any(side.results for side in self.world.sides))
+    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows"]), data=st.data())
+    def spoil(self, change: str, data: st.DataObject) -> None:
+        group = self._draw_group(data, lambda side: side.results)
+        if self._first_row_counts(group):
+            self.world.spoil(change, group)
 
-    def _first_row_counts(self) -> bool:
+    def _first_row_counts(self, group: int) -> bool:
         """Whether the next result's first row names a sequence that is still alive: otherwise nobody reads it."""
-        assert self.world.scheduler.device is not None
-        return self.world.scheduler.device.sent[0].sequences[0].state.name != "FINISHED"
+        return self.world.scheduler.devices[group].sent[0].sequences[0].state.name != "FINISHED"
 
     @precondition(lambda self: self.world.counter)
     @rule()
     def stale(self) -> None:
         """Words of an epoch that has ended change nothing."""
-        old = Epoch(1, self.world.counter - 1)
-        for event in (StepResult(old, 1, []), WorkerLost(old, "late"), WorkerReady(old, 99, 99)):
+        old = Epoch(1, 0)
+        events: list[Event] = [StepResult(old, 1, []), WorkerLost(old, "late")]
+        for group, was in self.world.last_epochs.items():
+            alive = self.world.sides[group].worker
+            old = Epoch(1, was.counter - 1)
+            events.append(WorkerReady(old if alive else was, 99, 99, group=group))
+            if not alive:
+                events += [StepResult(was, 1, []), WorkerLost(was, "late")]
+        for event in events:
             assert self.world.send(event) == []
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 2.0]))
@@ -175,7 +189,7 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.world.send(FlushCache())
-        assert self.world.scheduler.stats().cached_blocks == 0 or self.world.results
+        assert self.world.scheduler.stats().cached_blocks == 0 or any(side.results for side in self.world.sides)
 
     @rule(frontend=st.sampled_from(["f", "f", "g"]), watches=st.sampled_from([True, True, True, False]))
     def watch(self, frontend: str, watches: bool) -> None:
@@ -199,8 +213,7 @@ class Engine(RuleBasedStateMachine):
             return
         world = self.world
         world.send(Drain())
-        if world.worker is None:
-            world.ready()
+        world.ready_all()
         bound = 200 + 12 * world.config.depth * sum(s.limit for s in world.scheduler.roster)
         world.run(bound)
         world.check_ends()

@@ -1,4 +1,4 @@
-"""A scheduler, its worker and its frontends in one place; the invariants are looked at after every event."""
+"""A scheduler, its workers and its frontends in one place; the invariants are looked at after every event."""
 
 from __future__ import annotations
 
@@ -60,8 +60,26 @@ class Named:
     table: frozenset[int]
 
 
+@dataclass
+class Side:
+    """One worker group: its worker, while it lives, and what it has computed and not yet delivered."""
+
+    worker: FakeWorker | None = None
+    results: deque[StepResult] = field(default_factory=deque)
+    in_flight: deque[dict[int, Named]] = field(default_factory=deque)  # one for each result, by slot
+    owners: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)  # by slot: owner, blocks hit, table
+
+    def forget_flights(self) -> None:
+        self.results.clear()
+        self.in_flight.clear()
+        self.owners.clear()
+
+
 class World:
-    """Sends events, runs plans at once and keeps their results until `land`: the worker is ahead of the engine."""
+    """Sends events, runs plans at once and keeps their results until `land`: the workers are ahead of the engine.
+
+    With several groups, what a group is asked or does is the first's where the caller names none.
+    """
 
     def __init__(
         self,
@@ -69,6 +87,7 @@ class World:
         *,
         num_blocks: int = 64,
         align: int = 1,
+        groups: int = 1,
         max_model_len: int = 0,
         quality: float = 0.6,
         seconds: Callable[[int], float] | None = None,
@@ -78,9 +97,7 @@ class World:
         self.seconds = seconds  # that a step of so many positions takes; None: no time passes, and none is reported
         self.quotas = {tenant.name: tenant for tenant in config.tenants}
         self.scheduler = Scheduler(config)
-        self.worker: FakeWorker | None = None
-        self.results: deque[StepResult] = deque()  # computed, not yet delivered
-        self.in_flight: deque[dict[int, Named]] = deque()  # one for each result, by slot
+        self.sides = [Side() for _ in range(groups)]
         self.streams: dict[tuple[str, int], Stream] = {}
         self.log: list[Event] = []
         self.answers: list[list[Instruction]] = []
@@ -88,10 +105,18 @@ class World:
         self.ended: list[EndEpoch] = []
         self.mirrors: list[tuple[str, Mirror]] = []  # by frontend
         self.counter = 0  # of epochs
+        self.last_epochs: dict[int, Epoch] = {}  # by group
         self.crashes = 0
         self.now = 1000.0
-        self._owners: dict[int, tuple[int, int, list[int]]] = {}  # by slot: owner, blocks hit, table
         self._num_owners = self._num_mirrors = 0
+
+    @property
+    def worker(self) -> FakeWorker | None:
+        return self.sides[0].worker
+
+    @property
+    def results(self) -> deque[StepResult]:
+        return self.sides[0].results
 
     # ------------------------------------------------------------ what happens
 
@@ -100,10 +125,11 @@ class World:
         lengths = [self.config.max_model_len, self.max_model_len, (self.num_blocks - 1) * self.config.block_size]
         return min(length for length in lengths if length)
 
-    def ready(self) -> None:
+    def ready(self, group: int = 0) -> None:
         self.counter += 1
-        epoch = Epoch(1, self.counter)
-        self.worker = FakeWorker(
+        epoch = self.last_epochs[group] = Epoch(1, self.counter)
+        side = self.sides[group]
+        side.worker = FakeWorker(
             epoch,
             num_blocks=self.num_blocks,
             block_size=self.config.block_size,
@@ -113,14 +139,20 @@ class World:
             max_model_len=self.limit,
             draft_quality=self.quality,
         )
-        self._forget_flights()
-        self.send(WorkerReady(epoch, self.num_blocks, self.config.max_slots, self.align, 1, self.max_model_len))
+        side.forget_flights()
+        self.send(WorkerReady(epoch, self.num_blocks, self.config.max_slots, self.align, 1, self.max_model_len, group))
 
-    def crash(self, blameless: bool = False) -> None:
-        assert self.worker is not None
-        epoch, self.worker = self.worker.epoch, None
+    def ready_all(self) -> None:
+        for group, side in enumerate(self.sides):
+            if side.worker is None:
+                self.ready(group)
+
+    def crash(self, blameless: bool = False, group: int = 0) -> None:
+        side = self.sides[group]
+        assert side.worker is not None
+        epoch, side.worker = side.worker.epoch, None
         self.crashes += not blameless
-        self._forget_flights()
+        side.forget_flights()
         self.send(WorkerLost(epoch, "killed", blameless))
 
     def submit(self, submit: Submit) -> None:
@@ -151,20 +183,22 @@ class World:
         self.now += seconds
         self.send(Tick(self.now))
 
-    def land(self, count: int = 1) -> None:
+    def land(self, count: int = 1, group: int = 0) -> None:
         """Delivers so many results, if there are so many."""
+        side = self.sides[group]
         for _ in range(count):
-            if not self.results:
+            if not side.results:
                 return
-            self.in_flight.popleft()
-            result = self.results.popleft()
+            side.in_flight.popleft()
+            result = side.results.popleft()
             if result.timings.forward:
                 self.tick(result.timings.forward)
             self.send(result)
 
-    def spoil(self, change: str) -> None:
+    def spoil(self, change: str, group: int = 0) -> None:
         """Delivers the next result with something wrong in it; the engine must not believe it."""
-        result = self.results.popleft()
+        side = self.sides[group]
+        result = side.results.popleft()
         rows = list(result.rows)
         step = result.step
         match change:
@@ -180,9 +214,9 @@ class World:
                 rows[0] = RowResult(rows[0].slot, rows[0].start, [-1] * max(1, len(rows[0].token_ids)))
             case "rows":
                 rows.pop()
-        self.worker = None
+        side.worker = None
         self.crashes += 1
-        self._forget_flights()
+        side.forget_flights()
         ended = len(self.ended)
         self.send(StepResult(result.epoch, step, rows))
         assert len(self.ended) == ended + 1, f"the engine believed a result with a wrong {change}"
@@ -190,9 +224,10 @@ class World:
     def run(self, max_steps: int = 10_000) -> None:
         """Until nothing is in flight and nothing more is sent."""
         for _ in range(max_steps):
-            if not self.results:
+            if not any(side.results for side in self.sides):
                 return
-            self.land()
+            for group in range(len(self.sides)):
+                self.land(group=group)
         raise AssertionError(f"not done after {max_steps} steps: {self.scheduler.stats()}")
 
     # ------------------------------------------------------------ what must hold
@@ -222,20 +257,23 @@ class World:
         self._check_mirrors()
         stats = self.scheduler.stats()
         assert stats.num_blocks == stats.free_blocks + stats.cached_blocks + stats.owned_blocks + stats.fenced_blocks
-        assert stats.running <= self.config.max_num_seqs
-        assert len(self.results) <= max(self.config.depth, self.config.short_depth)
-        for sequence in self.scheduler.roster.running:
-            assert self.worker is not None
-            length = len(self.worker.slots[sequence.slot].tokens)
-            assert sequence.settled <= length <= sequence.hi, (sequence.settled, length, sequence.hi)
-            assert self.worker.slots[sequence.slot].blocks == sequence.block_ids
-        assert self.worker is not None or not self.scheduler.roster.running
+        assert stats.running == sum(len(device.running) for device in self.scheduler.devices.values())
+        for group, device in self.scheduler.devices.items():
+            side = self.sides[group]
+            assert side.worker is not None
+            assert len(device.running) <= self.config.max_num_seqs
+            assert len(side.results) <= max(self.config.depth, self.config.short_depth)
+            for sequence in device.running:
+                slot = side.worker.slots[sequence.slot]
+                length = len(slot.tokens)
+                assert sequence.settled <= length <= sequence.hi, (sequence.settled, length, sequence.hi)
+                assert slot.blocks == sequence.block_ids
 
     def _check_mirrors(self) -> None:
-        published = self.scheduler.device.kv.pool.by_hash if self.scheduler.device else {}
-        assert self.scheduler.journal.blocks.keys() == published.keys()
+        published = {digest for device in self.scheduler.devices.values() for digest in device.kv.pool.by_hash}
+        assert self.scheduler.journal.blocks.keys() == published
         for _, mirror in self.mirrors:
-            assert mirror.blocks.keys() == published.keys()
+            assert mirror.blocks.keys() == published
 
     def check_ends(self) -> None:
         """All are done, nothing stays owned or fenced, and every stream is what the oracle says."""
@@ -308,17 +346,19 @@ class World:
         assert admitted == admitted[:1] * len(admitted), "cached_tokens changed"
 
     def _take_plan(self, plan: StepPlan) -> None:
-        assert self.worker is not None, "a plan without a worker"
+        side = next((side for side in self.sides if side.worker and side.worker.epoch == plan.epoch), None)
+        assert side, "a plan without a worker"
+        assert side.worker
         self.plans.append(plan)
         drafts = sum(row.num_tokens + row.num_drafts for row in plan.rows)
         assert drafts <= self.config.max_step_tokens
         for admit in plan.admit:
             self._num_owners += 1
-            self._owners[admit.slot] = (self._num_owners, 0, list(admit.block_ids[0]))
+            side.owners[admit.slot] = (self._num_owners, 0, list(admit.block_ids[0]))
         named = {}
         for row in plan.rows:
-            owner, hits, table = self._owners[row.slot]
-            slot = self.worker.slots.get(row.slot)
+            owner, hits, table = side.owners[row.slot]
+            slot = side.worker.slots.get(row.slot)
             if slot is None or any(admit.slot == row.slot for admit in plan.admit):
                 start, end = row.start, row.start + row.num_tokens
                 hits = row.start // self.config.block_size
@@ -327,28 +367,23 @@ class World:
                 start, end = slot.computed, min(slot.computed + row.num_tokens, len(slot.tokens)) + row.num_drafts
             for blocks in row.new_block_ids:
                 table += blocks
-            self._owners[row.slot] = (owner, hits, table)
+            side.owners[row.slot] = (owner, hits, table)
             size = self.config.block_size
             writes = frozenset(table[start // size : -(-end // size)])
             named[row.slot] = Named(owner, writes, frozenset(table[:hits]), frozenset(table))
-        self._check_owners(named)
-        self.in_flight.append(named)
-        result = self.worker.run(plan)
+        self._check_owners(side, named)
+        side.in_flight.append(named)
+        result = side.worker.run(plan)
         if self.seconds:
             result = replace(result, timings=Timings(forward=self.seconds(drafts)))
-        self.results.append(result)
+        side.results.append(result)
 
-    def _check_owners(self, newest: dict[int, Named]) -> None:
+    def _check_owners(self, side: Side, newest: dict[int, Named]) -> None:
         """No slot and no block belongs to two owners across the plans in flight, except published read-only blocks."""
-        for earlier in [*self.in_flight, newest]:
+        for earlier in [*side.in_flight, newest]:
             for slot, one in earlier.items():
                 assert slot not in newest or newest[slot].owner == one.owner, f"slot {slot} is named for two owners"
                 for other in newest.values():
                     if other.owner != one.owner:
                         assert not other.writes & one.table, "a row writes where another in flight reads or writes"
                         assert one.writes & other.table <= other.hits, "a row owns what another in flight writes"
-
-    def _forget_flights(self) -> None:
-        self.results.clear()
-        self.in_flight.clear()
-        self._owners.clear()

@@ -160,9 +160,7 @@ def test_the_books_are_audited_when_nobody_is_served(monkeypatch: pytest.MonkeyP
             observer.until_finished([made])
             assert audits.acquire(timeout=10), "once after each time"
         assert not observer.status.failed
-        device = observer.loop._engine.device
-        assert device
-        device.free_slots.pop(0)
+        observer.loop._engine.devices[0].free_slots.pop(0)
         last = Submit("last", [300, 301], 2, Sampling(max_tokens=3))
         observer.loop.send(last)
         observer.until(lambda: any("do not add up" in status.reason for _, status in observer.statuses), "the doubt")
