@@ -86,6 +86,7 @@ class Setup(Wire, frozen=True):
     tp_address: str = ""
     host_blocks: int = 0
     threads: int = 0  # 0: the worker chooses
+    sharing: int = 1  # workers on this host: what each chooses by itself (threads, memory) leaves as much to the others
 
 
 class Admit(Wire, frozen=True):

@@ -34,6 +34,10 @@ def main() -> int:
     settings = config.parse()
     logs.configure(settings.log_format, settings.log_level)
     began = time.monotonic()
+    if settings.frontends > 1:
+        from scheduler_svc import frontends
+
+        return frontends.serve(settings, sys.argv[1:], began)
     try:
         if settings.gateway:
             gateway.check(settings.gateway)
@@ -78,7 +82,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
     link = EngineLink()
     link.connect(loop)
     try:
-        frontend = Frontend(link, _frontend_config(settings), model)
+        frontend = Frontend(link, frontend_config(settings), model)
         port = await frontend.start()
     except (PortInUseError, MissingExtraError) as error:
         return _fail(str(error))
@@ -172,7 +176,7 @@ def _gateway(settings: ServiceConfig, frontend: Frontend, port: int) -> Gateway 
     return Gateway(chosen, arguments, lambda: frontend.router_calls, _say)
 
 
-def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
+def frontend_config(settings: ServiceConfig) -> FrontendConfig:
     from scheduler_svc.frontend.server import FrontendConfig
 
     return FrontendConfig(
@@ -180,7 +184,7 @@ def _frontend_config(settings: ServiceConfig) -> FrontendConfig:
         port=settings.port,
         served_name=settings.served_name,
         max_model_len=settings.loop.engine.max_model_len,
-        max_num_seqs=settings.loop.engine.max_num_seqs,
+        max_num_seqs=settings.loop.engine.max_num_seqs * max(1, settings.loop.workers),
         block_size=settings.loop.engine.block_size,
         slow_reader_timeout=settings.slow_reader_timeout,
         prefix_caching=settings.loop.engine.prefix_caching,

@@ -51,6 +51,7 @@ class ServiceConfig:
     log_format: str = "text"
     log_level: str = "info"
     otlp_endpoint: str = ""  # "": nothing is traced
+    frontends: int = 1  # 1: in the engine's process
 
 
 def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
@@ -65,6 +66,8 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         model = str(Path(model).resolve())
     if args.workers == 0 and not args.listen:
         parser.error("--workers 0 needs --listen, or no worker could ever connect")
+    if args.openai_port and args.frontends > 1:
+        parser.error(f"--openai-port {args.openai_port} goes with --frontends 1: more of them start no gateway yet")
     if args.openai_port and args.openai_port == args.port:
         parser.error(f"--openai-port {args.openai_port}: gRPC has that port, see --port")
     try:
@@ -85,6 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         log_format=args.log_format,
         log_level=args.log_level,
         otlp_endpoint=args.otlp_endpoint or "",
+        frontends=args.frontends,
     )
 
 
@@ -103,6 +107,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         max_step_tokens=engine.max_step_tokens,
         kv_bytes=int(args.kv_cache_gib * (1 << 30)),
         threads=args.threads,
+        sharing=max(1, args.workers),
     )
     return LoopConfig(
         engine=engine,
@@ -151,7 +156,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def _refuse_unbuilt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for flag, _, default in [*UNBUILT, ("--workers", int, 1)]:
+    for flag, _, default in UNBUILT:
         value = getattr(args, flag[2:].replace("-", "_"))
-        if value != default and (flag, value) != ("--workers", 0):
+        if value != default:
             parser.error(f"{flag} {value}: not built yet; only {default!r} is served")

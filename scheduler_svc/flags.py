@@ -39,6 +39,7 @@ Add = Callable[..., object]  # of a group
 def _service_flags(add: Add) -> None:
     add("--host", default="127.0.0.1")
     add("--port", type=_whole(0, 65535), default=50051, help="0 takes a free one; the ready line names it")
+    add("--frontends", type=_whole(1, 64), default=1, metavar="N", help="gRPC processes that share the port")
     add("--served-model-name", default="", help="default: the file's or directory's name")
     add(
         "--drain-timeout",
@@ -88,7 +89,7 @@ def _model_flags(add: Add) -> None:
 
 
 def _batching_flags(add: Add) -> None:
-    add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once")
+    add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once in each worker")
     add(
         "--max-step-tokens",
         type=_whole(0),
@@ -119,9 +120,15 @@ def _tenant_flags(add: Add) -> None:
 
 
 def _worker_flags(add: Add) -> None:
-    add("--workers", type=_whole(0), default=1, metavar="N", help="0: workers come by themselves, see --listen")
+    add(
+        "--workers",
+        type=_whole(0, 64),
+        default=1,
+        metavar="N",
+        help="each with the whole model, and its share of this host's cores; 0: they come by themselves, see --listen",
+    )
     add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")
-    add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of a worker; 0: it chooses")
+    add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of each worker; 0: it chooses")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
         "--backend",
@@ -199,7 +206,6 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
 
 UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
     ("--tensor-parallel", int, 1),
-    ("--frontends", int, 1),
     ("--speculation", str, ""),
 ]
 

@@ -14,8 +14,10 @@ from protos.engine_wire import (
     Abort,
     Answer,
     Ask,
+    FrontendBeat,
     FrontendHello,
     FrontendLost,
+    FrontendStop,
     KvEvents,
     Observed,
     Outputs,
@@ -31,6 +33,7 @@ from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.frontend_socket import FrontendSocket
 from scheduler_svc.metrics import Frontends
 from scheduler_svc.record import Recorder
 from scheduler_svc.worker_groups import WorkerGroups
@@ -46,16 +49,22 @@ log = logging.getLogger(__name__)
 class EngineLoop:
     """Owns engine, worker socket and worker processes, in one thread of its own, which calls `deliver` (see `attach`).
 
-    `send` and `stop` may be called from any thread.
+    `send` and `stop` may be called from any thread. `frontends`, where those are processes, is closed with the loop,
+    and here if the loop cannot be made.
     Raises OSError where the endpoint or the record file cannot be opened.
     """
 
-    def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, config: LoopConfig, clock: Callable[[], float], frontends: FrontendSocket | None = None) -> None:
+        self._clock, self._processes = clock, frontends
         self._engine = Scheduler(config.engine)
-        self._workers = WorkerGroups(config, clock)
-        self._recorder = Recorder(config.record, self._engine, config.setup.epoch.boot, config.setup.model)
-        self._mailbox: deque[ToEngine] = deque()
+        try:
+            self._workers = WorkerGroups(config, clock)
+            self._recorder = Recorder(config.record, self._engine, config.setup.epoch.boot, config.setup.model)
+        except OSError:
+            if frontends:
+                frontends.close()
+            raise
+        self._mailbox: deque[ToEngine | FrontendStop] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rings when the mailbox is not empty
         self._deliver: Deliver | None = None
         self._outgoing: list[ToFrontend] = []
@@ -85,7 +94,7 @@ class EngineLoop:
         self._deliver = deliver
         self.send(FrontendHello(""))
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: ToEngine | FrontendStop) -> None:
         self._mailbox.append(message)
         os.eventfd_write(self._bell, 1)
 
@@ -115,6 +124,8 @@ class EngineLoop:
         poller = zmq.Poller()
         poller.register(self._bell, zmq.POLLIN)
         self._workers.register(poller)
+        if self._processes:
+            self._processes.register(poller)
         self._keep_workers(poller, set())
         self._begun.set()
         while not self._stopping:
@@ -158,8 +169,9 @@ class EngineLoop:
             due.append(self._ticked + TICK)
         elif self._audit_at is not None:
             due.append(self._audit_at)
-        if (deadline := self._workers.deadline) is not None:
-            due.append(deadline)
+        for deadline in (self._workers.deadline, self._processes.deadline if self._processes else None):
+            if deadline is not None:
+                due.append(deadline)
         return int(max(0.0, min(due) - now) * 1000) + 1 if due else None
 
     def _hear(self, ready: set[object]) -> Iterator[Event]:
@@ -168,9 +180,12 @@ class EngineLoop:
             os.eventfd_read(self._bell)
         for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
+        if self._processes:
+            for message in self._processes.hear(ready, self._now):
+                yield from self._from_frontend(message)
         yield from self._workers.hear(ready, self._now)
 
-    def _from_frontend(self, message: ToEngine) -> Iterator[Event]:
+    def _from_frontend(self, message: ToEngine | FrontendStop) -> Iterator[Event]:
         match message:
             case Submit() | Abort() | WatchKv():
                 yield message
@@ -196,6 +211,10 @@ class EngineLoop:
                 self._draining = True
                 self._drains.append(message)
                 yield Drain()
+            case FrontendStop():
+                self._outgoing.append(message)  # from whoever keeps their processes, who has no link of his own
+            case FrontendBeat():
+                pass  # of those that are processes, whose socket takes it for itself
 
     def _answer(self, ask: Ask, *, found: bool = True, freed_blocks: int = 0) -> None:
         self._outgoing.append(Answer(ask.token, self._service_status(), found, freed_blocks, ask.frontend))
@@ -267,5 +286,7 @@ class EngineLoop:
         )
 
     def _close(self) -> None:
+        if self._processes:
+            self._processes.close()
         self._workers.close()
         self._recorder.close()

@@ -205,7 +205,7 @@ class WorkerGroups:
         return self._add() if not self._config.workers and len(self.groups) < MAX_GROUPS else self.groups[0]
 
     def _differs(self, ready: Ready) -> str:
-        """Why a worker cannot serve beside the others; empty if it can. A stream may move from one to the other (R2)."""
+        """Why a worker cannot serve beside the others; empty if it can. Streams move from one to another (R2)."""
         for group in self.groups:
             other = group.link.ready
             if group.link.serving and other and other.fingerprint != ready.fingerprint:

@@ -195,7 +195,7 @@ class WorkerLink:
         elif self._process and hello.pid != self._process.pid:
             refusal = "this scheduler serves only the worker that it spawned"
         elif self._epoch and peer != self._peer:
-            refusal = "this scheduler has a worker already"
+            refusal = "this scheduler has a worker already, and takes no more"
         if refusal:
             log.warning("worker %d: refused: %s", hello.pid, refusal)
             self._send(peer, Shutdown(f"refused: {refusal}"))

@@ -1,16 +1,17 @@
-"""The scheduler's end of the links to workers: a ROUTER socket, and word of who has gone."""
+"""The scheduler's end of the links to workers (and to frontends): a ROUTER socket, and word of who has gone."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from protos.codec import DecodeError, decode_from_worker, encode
-from protos.wire import FromWorker, ToWorker
+from protos.wire import FromWorker, Wire
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _LARGEST = 256 << 20  # bytes of a message that is read at all
@@ -29,14 +30,16 @@ class Garbled:
 
 
 Heard = FromWorker | Gone | Garbled
+Message = TypeVar("Message")
 
 
-class WorkerSocket:
+class RouterSocket(Generic[Message]):
     """A frame is a message; what is sent together comes together.
 
     Raises OSError where the endpoint cannot be bound."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, decode: Callable[[bytes], Message], whom: str) -> None:
+        self._decode_message = decode
         self._context = zmq.Context()
         self.router = self._context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -51,10 +54,10 @@ class WorkerSocket:
             self.router.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
-            raise OSError(error.errno, f"cannot listen for workers at {endpoint}: {error.strerror}") from error
+            raise OSError(error.errno, f"cannot listen for {whom} at {endpoint}: {error.strerror}") from error
         self.endpoint: str = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def hear(self) -> Iterator[tuple[bytes, Heard]]:
+    def hear(self) -> Iterator[tuple[bytes, Message | Gone | Garbled]]:
         """What one peer has sent together, if anything; another's end before any newcomer's words."""
         try:
             frames = self._receive()
@@ -65,7 +68,7 @@ class WorkerSocket:
             yield from self.gone()  # perhaps whoever had this descriptor before
             self._peers[connection] = peer
         for frame in frames[1:]:
-            yield peer, _decode(frame)
+            yield peer, self._decode(frame)
 
     def gone(self) -> Iterator[tuple[bytes, Gone]]:
         """Whose connections have ended."""
@@ -82,7 +85,7 @@ class WorkerSocket:
             frames.append(self.router.recv(zmq.DONTWAIT, copy=False))
         return frames
 
-    def send(self, peer: bytes, *messages: ToWorker) -> bool:
+    def send(self, peer: bytes, *messages: Wire) -> bool:
         """False where the peer is not connected any more."""
         try:
             self.router.send_multipart((peer, *map(encode, messages)), zmq.DONTWAIT)
@@ -98,9 +101,15 @@ class WorkerSocket:
         self.router.close()
         self._context.term()
 
+    def _decode(self, frame: zmq.Frame) -> Message | Garbled:
+        try:
+            return self._decode_message(frame.bytes)
+        except DecodeError as error:
+            return Garbled(f"{len(frame)} bytes that are no message: {error}")
 
-def _decode(frame: zmq.Frame) -> Heard:
-    try:
-        return decode_from_worker(frame.bytes)
-    except DecodeError as error:
-        return Garbled(f"{len(frame)} bytes that are no message: {error}")
+
+class WorkerSocket(RouterSocket[FromWorker]):
+    """Where workers connect."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint, decode_from_worker, "workers")

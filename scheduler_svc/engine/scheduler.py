@@ -155,9 +155,8 @@ class Scheduler:
 
     def _free_slots(self) -> int:
         """How many of the queue the next plan may take, if there are blocks for them: plans in flight delay it."""
-        if self.device is None:
-            return 0
-        return max(0, min(len(self.device.free_slots), self.config.max_num_seqs - len(self.roster.running)))
+        most = self.config.max_num_seqs
+        return sum(max(0, min(len(d.free_slots), most - len(d.running))) for d in self.devices.values())
 
     def _check_length(self, sequence: Sequence) -> None:
         """Sets how long it may become, and ends it if there is no room for one more token."""

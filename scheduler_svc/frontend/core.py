@@ -36,6 +36,7 @@ class FrontendConfig:
 
     host: str = "127.0.0.1"
     port: int = 50051
+    reuse_port: bool = False  # others of ours listen there as well
     served_name: str = ""  # "": the model's file or directory name
     max_model_len: int = 0
     max_num_seqs: int = 0

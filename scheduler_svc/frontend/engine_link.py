@@ -117,8 +117,11 @@ class EngineLink:
             self._send(message)
         return route
 
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1) -> None:
-        self._send(Abort(request_id, reason, index))
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1, everywhere: bool = False
+    ) -> None:
+        """Of this frontend's own request: another may have one of the same id. `everywhere`: whosever it is."""
+        self._send(Abort(request_id, reason, index, "" if everywhere else self.frontend))
 
     async def ask(self, question: Question, request_id: str = "") -> Answer:
         token = next(self._tokens)

@@ -157,7 +157,7 @@ def _options(config: FrontendConfig) -> list[tuple[str, Any]]:
         ("grpc.server.max_pending_requests", config.max_pending_calls),
         ("grpc.server.max_pending_requests_hard_limit", config.max_pending_calls),
         # On by default: a second server would silently take half of this one's calls.
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(config.reuse_port)),
         # Routers ping every 30 s, idle or not; the defaults would kill a silent call after 120 s.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -97,7 +97,7 @@ class VllmEngine:
 
     async def abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
         for request_id in request.request_ids:
-            self.core.link.abort(request_id, FinishReason.ABORTED)
+            self.core.link.abort(request_id, FinishReason.ABORTED, everywhere=True)
         return vllm.AbortResponse()
 
     async def health_check(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:

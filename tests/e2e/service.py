@@ -81,20 +81,27 @@ class Service:
         return await self.until_stats(_is_quiet, "nothing left behind")
 
     async def worker_pid(self) -> int:
-        """Of the worker that serves now."""
+        """Of a worker that serves now."""
         await self.until_health(SERVING)
-        return (await self.stats()).workers[0].pid
+        stats = await self.until_stats(lambda stats: bool(_serving(stats)), "a worker that serves")
+        return _serving(stats)[0]
 
     async def kill_worker(self) -> int:
         """kill -9 of the worker that serves; returns its pid when the service has noticed."""
         pid = await self.worker_pid()
         os.kill(pid, signal.SIGKILL)
-        await self.until_stats(lambda stats: stats.workers[0].pid != pid, f"the loss of worker {pid}")
+        await self.until_stats(
+            lambda stats: pid not in [worker.pid for worker in stats.workers], f"the loss of worker {pid}"
+        )
         return pid
 
     async def wait(self, patience: float = PATIENCE) -> int:
         """For the service's own end; its exit code."""
         return await asyncio.to_thread(self.process.wait, patience)
+
+
+def _serving(stats: admin_pb2.GetStatsResponse) -> list[int]:
+    return [worker.pid for worker in stats.workers if worker.state == admin_pb2.WORKER_STATE_SERVING]
 
 
 def _is_quiet(stats: admin_pb2.GetStatsResponse) -> bool:

@@ -20,14 +20,14 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
-        "--record-mib 8 --record-private --crash-dir crashes --crash-mib 2 "
+        "--record-mib 8 --record-private --crash-dir crashes --crash-mib 2 --frontends 3 --workers 2 "
         "--quantization int4 --kv-cache-dtype int8 --cpu-isa avx2 --slow-reader-timeout 8 "
         "--metrics-port 9090 --log-format json --log-level warning --otlp-endpoint http://localhost:4317"
     )
     (tmp_path / "model.gguf").touch()
     parsed = config.parse([str(tmp_path / "model.gguf"), *flags.split()])
     assert (parsed.host, parsed.port, parsed.served_name, parsed.drain_timeout) == ("127.0.0.2", 1234, "m", 6)
-    assert (parsed.stream_interval, parsed.slow_reader_timeout) == (0.0075, 8)
+    assert (parsed.stream_interval, parsed.slow_reader_timeout, parsed.frontends) == (0.0075, 8, 3)
     loop, engine, setup = parsed.loop, parsed.loop.engine, parsed.loop.setup
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_step_tokens, engine.max_waiting) == (100, 5, 50, 7)
     assert engine.max_waiting_tokens == 700
@@ -36,10 +36,10 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (engine.short_step, engine.short_depth) == (config.SHORT_STEP, 4)
     assert (setup.model, setup.dtype, setup.kv_bytes) == (str(tmp_path / "model.gguf"), "float32", 1 << 29)
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
-    assert (setup.max_step_tokens, setup.threads) == (50, 3)
+    assert (setup.max_step_tokens, setup.threads, setup.sharing) == (50, 3, 2)
     assert (setup.quantization, setup.kv_dtype) == ("int4", "int8")
     assert loop.worker_arguments == ("--backend", "torch", "--device", "cpu", "--cpu-isa", "avx2")
-    assert (loop.listen, loop.workers, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", 1, 4, 5)
+    assert (loop.listen, loop.workers, loop.step_deadline, loop.load_deadline) == ("tcp://127.0.0.1:5555", 2, 4, 5)
     record = loop.record
     assert (record.file, record.mib, record.crash_dir, record.crash_mib) == (Path("log"), 8, Path("crashes"), 2)
     assert len(record.key) == 32
@@ -116,8 +116,10 @@ def test_boot_ids_differ() -> None:
         ("--quantization int5", "--quantization: invalid choice: 'int5'"),
         ("--kv-cache-dtype fp8", "--kv-cache-dtype: invalid choice: 'fp8'"),
         ("--tensor-parallel 2", "--tensor-parallel 2: not built yet"),
-        ("--frontends 2", "--frontends 2: not built yet"),
-        ("--workers 2", "--workers 2: not built yet"),
+        ("--frontends 0", "0 is not in 1..64"),
+        ("--frontends 65", "65 is not in 1..64"),
+        ("--frontends 2 --openai-port 8000", "--openai-port 8000 goes with --frontends 1"),
+        ("--workers 65", "65 is not in 0..64"),
         ("--speculation ngram", "--speculation ngram: not built yet"),
         ("--dtype float16", "float16"),
         ("--port 65536", "65536 is not in 0..65535"),

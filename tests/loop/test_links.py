@@ -30,6 +30,7 @@ from protos.wire import (
     StepResult,
     ToWorker,
 )
+from scheduler_svc import worker_groups
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.loop import EngineLoop
 from scheduler_svc.worker_socket import Gone, WorkerSocket
@@ -253,7 +254,44 @@ def test_workers_come_die_and_come_again(tmp_path: Path) -> None:
         assert_undisturbed(observer, made)
 
 
-def test_a_second_worker_is_told_that_there_is_one(tmp_path: Path) -> None:
+def test_a_second_worker_serves_beside_the_first(tmp_path: Path) -> None:
+    with (
+        running(external(tmp_path)) as observer,
+        peer(observer.loop.endpoint) as one,
+        peer(observer.loop.endpoint) as two,
+    ):
+        setups = [one.begin(), two.begin()]
+        assert len({setup.epoch for setup in setups}) == 2
+        made = submits(2, random.Random(9), max_tokens=1)
+        for submit in made:
+            observer.loop.send(submit)
+        assert [worker.step().epoch for worker in (one, two)] == [setup.epoch for setup in setups]
+        observer.until_finished(made)
+        assert_undisturbed(observer, made)
+        assert [worker.state for worker in observer.status.workers] == ["serving", "serving"]
+
+
+def test_a_worker_of_another_arithmetic_is_told_so(tmp_path: Path) -> None:
+    """A stream may move from one to the other, and would not be the same there."""
+    with (
+        running(external(tmp_path)) as observer,
+        peer(observer.loop.endpoint) as one,
+        peer(observer.loop.endpoint) as two,
+    ):
+        one.begin()
+        observer.until_serving()
+        two.say(Hello(0, "test", PROTOCOL, pid=os.getpid()))
+        setup = two.hear()
+        assert isinstance(setup, Setup)
+        two.say(Ready(setup.epoch, 0, 100, fingerprint="another"))
+        answer = two.hear()
+        assert isinstance(answer, Shutdown)
+        assert "its arithmetic is another one: fingerprint 'another'" in answer.reason
+        assert observer.status.serving
+
+
+def test_only_so_many_workers_come_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_groups, "MAX_GROUPS", 1)
     with running(external(tmp_path)) as observer, external_worker(observer.loop.endpoint):
         observer.until_serving()
         with external_worker(observer.loop.endpoint) as second:
@@ -372,7 +410,9 @@ def test_nobody_speaks_for_the_worker(tmp_path: Path) -> None:
         epoch = worker.begin().epoch
         with peer(observer.loop.endpoint) as stranger:
             stranger.say(Fault(epoch, 0, "not its own", True), Hello(0, "stranger", PROTOCOL))
-            assert isinstance(stranger.hear(), Shutdown)  # so the Fault was heard, too
+            own = stranger.hear()  # so the Fault was heard, too
+            assert isinstance(own, Setup)
+            assert own.epoch != epoch, "it is a worker of its own"
         observer.loop.send(made[0])
         for _ in range(made[0].sampling.max_tokens):
             assert worker.step().epoch == epoch

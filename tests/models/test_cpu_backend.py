@@ -19,6 +19,7 @@ from tests.models.stepping import tokens
 from tests.models.test_backend import EPOCH, Session, ids, load
 from tests.models.test_backend import setup as plain_setup
 from worker_svc import backends
+from worker_svc.backends import base, cpu
 from worker_svc.backends.base import BackendError, DeviceBackend, Unsuited
 from worker_svc.backends.cpu import CpuBackend
 from worker_svc.sampling_rules import SamplerError
@@ -61,6 +62,27 @@ def test_a_stream_however_it_is_planned(llama: tuple[Path, Any], mode: dict[str,
         readmitted = one.greedy(prompt + ids(expected)[:6], 14, **fields)
         assert ids(expected) == ids(expected)[:6] + ids(readmitted)
         assert ids(session(llama[0], **mode, threads=1).greedy(prompt, 20, **fields)) == ids(expected)
+
+
+def test_workers_of_one_host_leave_threads_and_memory_to_each_other(
+    llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = library.Library.open
+
+    def noted(self: library.Library, spec: Any, threads: int, isa: str = "auto", cpus: int = 0) -> library.Model:
+        opened.append(threads)
+        return real(self, spec, 1, isa, cpus)
+
+    monkeypatch.setattr(cpu, "usable_threads", lambda: 6)
+    monkeypatch.setattr(library.Library, "open", noted)
+    monkeypatch.setattr(base, "KV_BYTES", 1 << 60)
+    for sharing in (1, 2, 4, 9):
+        message = setup(llama[0], threads=0, sharing=sharing, kv_bytes=1 << 20)
+        create(message, "cpu").load(message, lambda phase, share: None)
+    assert opened == [6, 3, 1, 1]
+    blocks = [base.kv_blocks(setup(llama[0], sharing=sharing, kv_bytes=0), 1 << 20) for sharing in (1, 2)]
+    assert blocks[0] // 2 == blocks[1]
 
 
 def test_logprobs_are_near_those_of_transformers(llama: tuple[Path, Any]) -> None:

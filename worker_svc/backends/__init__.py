@@ -47,4 +47,4 @@ def _torch(device: str, setup: Setup, why: str) -> DeviceBackend:
             raise
         needs = "the torch backend needs torch, which is not installed: pip install 'pagewire[torch]'"
         raise BackendError(f"{why}; {needs}" if why else needs) from error
-    return TorchBackend(device, setup.threads)
+    return TorchBackend(device, setup.threads or max(1, len(os.sched_getaffinity(0)) // setup.sharing))

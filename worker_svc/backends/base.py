@@ -86,7 +86,7 @@ def refuse_unsupported(
 def kv_blocks(setup: Setup, block_bytes: int) -> int:
     """How many blocks the memory for KV holds, null block included. Raises BackendError where it is too little."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = setup.kv_bytes or min(KV_BYTES, memory // 4)
+    size = setup.kv_bytes or min(KV_BYTES, memory // 4 // setup.sharing)
     if size > memory:
         raise BackendError(f"kv_bytes {size} is more than this machine's memory, {memory}")
     if size < 2 * block_bytes:

@@ -71,7 +71,7 @@ class CpuBackend:
             raise Unsuited(f"{path.name}: {trouble}")
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
-        threads = setup.threads or usable_threads()
+        threads = setup.threads or max(1, usable_threads() // setup.sharing)
         packed = self._packed
         if packed is None:
             assert self._source is not None
