@@ -248,9 +248,9 @@ MUTATIONS = [
     Mutation("a prefix draws nobody", "placement.py", "sequence.settled - cached", "sequence.settled"),
     Mutation(
         "blocks are not looked at elsewhere",
-        "placement.py",
-        "if cached is None:\n            return None",
-        "cached = cached or 0",
+        "kv_manager.py",
+        "return len(hits) * self.block_size if self.room_for(sequence, hits, reserve) else None",
+        "return len(hits) * self.block_size",
     ),
     Mutation("the newest group's lengths", "scheduler.py", "min(self._limits.values())", "self._limits[ready.group]"),
     Mutation(

@@ -145,15 +145,14 @@ def test_an_abort_finds_whoever_waits_for_a_group() -> None:
 
 
 def test_who_has_no_room_where_the_prefix_is_goes_where_there_is_some() -> None:
-    w = world(num_blocks=32, max_num_seqs=2)
-    w.submit(request("first", SHORT, 2))
+    w = world(num_blocks=80, max_num_seqs=2)
+    w.submit(request("first", LONG, 2))
     w.run()
-    w.submit(request("fills", [9] * 4, 90))
-    w.submit(request("also", [*SHORT, 8], 60))
-    assert (group_of(w, "fills"), group_of(w, "also")) == (0, 1)
-    w.land(80, group=0)
-    w.submit(request("second", [*SHORT, *[1] * 30], 10))
-    w.land(group=0)
+    w.submit(request("fills", [9] * 4, 150))
+    w.submit(request("beside", [8] * 4, 20))
+    assert (group_of(w, "fills"), group_of(w, "beside")) == (0, 1)
+    w.land(130, group=0)
+    w.submit(request("second", [*LONG, *[1] * 30], 10))
     w.land(group=1)
     assert group_of(w, "second") == 1
     w.run()
@@ -225,11 +224,13 @@ def test_epochs_are_compared_within_their_group() -> None:
 
 
 def test_the_smallest_group_limits_the_lengths() -> None:
-    w = world(ready=False)
+    w = world(3, ready=False)
     w.ready(0)
     w.submit(request("fits", 100, 4))
     w.num_blocks = 16
     w.ready(1)
+    w.num_blocks = 64
+    w.ready(2)
     w.submit(request("does not", 100, 4))
     assert w.streams["fits", 0].reason is FinishReason.INVALID, "it might come into the smaller one"
     end = w.streams["does not", 0].end
