@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from protos.engine_wire import FinishReason
 from protos.wire import StepPlan
@@ -22,21 +23,22 @@ CONFIG = EngineConfig(block_size=4, max_num_seqs=6, max_step_tokens=40, depth=2,
 ROOT = Path(__file__).parents[2]
 
 
-def record(seed: int) -> World:
+def record(seed: int, groups: int) -> World:
     """A busy run: shared prefixes, salts, priorities, aborts, crashes, a pool that is too small."""
     choose = random.Random(seed)
-    w = World(CONFIG, num_blocks=24, align=4, max_model_len=60)
-    w.ready()
+    w = World(CONFIG, num_blocks=24, align=4, groups=groups, max_model_len=60)
+    w.ready_all()
     for i in range(150):
         prompt = [choose.randrange(2)] * choose.randrange(1, 20) + [choose.randrange(30) for _ in range(5)]
         fields = {"priority": choose.randrange(2), "cache_salt": choose.choice(["", "salt"]), "eos_token_ids": (2,)}
         w.submit(request(f"request-{i}", prompt, choose.randrange(1, 15), seed=i, **fields))
-        w.land(choose.randrange(4))
+        w.land(choose.randrange(4), group=choose.randrange(groups))
         if choose.random() < 0.1:
             w.abort(f"request-{choose.randrange(i + 1)}", FinishReason.ABORTED)
         if choose.random() < 0.05:
-            w.crash()
-            w.ready()
+            group = choose.randrange(groups)
+            w.crash(group=group)
+            w.ready(group)
         w.tick(0.05)
     w.run()
     w.check_ends()
@@ -55,8 +57,9 @@ def digest(answers: list[list[Instruction]]) -> str:
     return hasher.hexdigest()
 
 
-def test_the_same_bytes_under_another_hash_seed(tmp_path: Path) -> None:
-    w = record(seed=4)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_same_bytes_under_another_hash_seed(groups: int, tmp_path: Path) -> None:
+    w = record(seed=4, groups=groups)
     assert w.scheduler.stats().preemptions > 0
     assert w.scheduler.stats().cached_tokens > 0
     assert w.scheduler.stats().recoveries > 0
