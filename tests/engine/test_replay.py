@@ -32,11 +32,11 @@ def record(seed: int, groups: int) -> World:
         prompt = [choose.randrange(2)] * choose.randrange(1, 20) + [choose.randrange(30) for _ in range(5)]
         fields = {"priority": choose.randrange(2), "cache_salt": choose.choice(["", "salt"]), "eos_token_ids": (2,)}
         w.submit(request(f"request-{i}", prompt, choose.randrange(1, 15), seed=i, **fields))
-        w.land(choose.randrange(4), group=choose.randrange(groups))
+        w.land(choose.randrange(4), group=choose.randrange(groups) if groups > 1 else 0)
         if choose.random() < 0.1:
             w.abort(f"request-{choose.randrange(i + 1)}", FinishReason.ABORTED)
         if choose.random() < 0.05:
-            group = choose.randrange(groups)
+            group = choose.randrange(groups) if groups > 1 else 0
             w.crash(group=group)
             w.ready(group)
         w.tick(0.05)

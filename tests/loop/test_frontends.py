@@ -24,12 +24,15 @@ from protos.engine_wire import (
     FrontendHello,
     FrontendLost,
     FrontendStop,
+    KvBlock,
+    KvEvents,
     Outputs,
     Question,
     ServiceStatus,
     Submit,
     ToFrontend,
     TokenDelta,
+    WatchKv,
     WorkerStatus,
 )
 from protos.wire import Epoch, Ready, Sampling, TokenLogprobs
@@ -62,6 +65,7 @@ STATUS = ServiceStatus(
         Submit("r", [1, 2], 2, Sampling(3, stop_token_ids=(4,)), tenant="t", deadline=1.5, frontend="f"),
         Abort("r", FinishReason.STOP, 1, "f"),
         Ask(1, Question.CANCEL, "r", "f"),
+        WatchKv(3, "f"),
     ],
 )
 def test_what_a_frontend_says_crosses_a_socket(message: Submit) -> None:
@@ -75,6 +79,7 @@ def test_what_a_frontend_says_crosses_a_socket(message: Submit) -> None:
         STATUS,
         FrontendStop(2.5),
         Answer(1, STATUS, False, 3, "f"),
+        KvEvents(4, [KvBlock(b"digest", b"parent", b"root", b"tokens"), b"another"], True, 3, "f"),
     ],
 )
 def test_what_a_frontend_hears_crosses_a_socket(message: Outputs) -> None:
@@ -249,6 +254,17 @@ async def test_each_frontend_gets_its_own_streams_and_all_get_the_status(tmp_pat
             assert not any(other.deltas(submit.request_id) for owner, submit in made if owner is desk)
             assert any(isinstance(m, ServiceStatus) and m.serving for m in desk.heard)
         assert (await f.ask(Question.STATS)).status.stats.finished == len(made)
+
+
+async def test_who_watches_the_blocks_is_told_and_nobody_else(tmp_path: Path) -> None:
+    async with opened(tmp_path, "f", "g") as (_, (f, g)):
+        f.socket.send(WatchKv(1, "f"))
+        f.submit("r", 20)
+        assert await f.end("r") is FinishReason.LENGTH
+        await f.ask(Question.STATS)
+        assert any(message.changes for message in f.heard if isinstance(message, KvEvents))
+        await g.ask(Question.STATS)
+        assert not any(isinstance(message, KvEvents) for message in g.heard)
 
 
 async def test_a_frontend_that_goes_takes_its_own_sequences_along_and_no_others(tmp_path: Path) -> None:
