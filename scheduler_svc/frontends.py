@@ -65,9 +65,7 @@ class Inbox:
 class Frontend:
     """One place of N: a process at a time, each with a name of its own, so that nobody gets what was another's."""
 
-    def __init__(
-        self, number: int, arguments: Sequence[str], metrics_port: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, number: int, arguments: Sequence[str], metrics_port: int, clock: Callable[[], float]) -> None:
         self.number, self._metrics_port = number, metrics_port
         self.process = ChildProcess(_MODULE, arguments, clock)
         self.listening = False
