@@ -16,7 +16,8 @@ import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from pagewire.v1 import inference_pb2, inference_pb2_grpc
+from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[import-untyped]
 
 from tests.e2e.service import NOT_SERVING, PATIENCE, Service, service
 from tests.e2e.test_lifecycle import _oracle, _refusal, _request
@@ -31,11 +32,15 @@ class Client:
     def __init__(self, running: Service) -> None:
         self.channel = grpc.aio.insecure_channel(running.address, options=OPTIONS)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
-        self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
 
     async def open_calls(self) -> int:
-        """Of the frontend that it is connected to."""
-        return (await self.admin.GetStats(admin_pb2.GetStatsRequest(), wait_for_ready=True)).open_calls
+        """Of the frontend that it is connected to: GetStats has the sum of all."""
+        info = self.channel.unary_unary(
+            "/vllm.grpc.engine.VllmEngine/GetServerInfo",
+            vllm.GetServerInfoRequest.SerializeToString,
+            vllm.GetServerInfoResponse.FromString,
+        )
+        return int((await info(vllm.GetServerInfoRequest(), wait_for_ready=True)).active_requests)
 
     async def begin(self, request: inference_pb2.GenerateRequest, tenant: str = "") -> asyncio.Task[list[int]]:
         """A stream that has brought a token; the task ends with all of them, or with the call's error."""

@@ -21,18 +21,18 @@ def test_every_setting_is_told_as_it_came_to_be(tmp_path: Path) -> None:
     assert (told["loop.engine.tenants[0].name"], told["loop.engine.tenants[0].weight"]) == ("a", "2")
     assert told["loop.setup.model"] == "fake:"
     assert told["loop.worker_arguments"] == "--backend auto --device auto --cpu-isa auto"
-    assert (told["loop.record.file"], told["loop.spawn"], told["stream_interval"]) == ("", "true", "0.025")
+    assert (told["loop.record.file"], told["loop.workers"], told["stream_interval"]) == ("", "1", "0.025")
 
 
 def test_every_flag_can_be_seen_in_it() -> None:
     """A flag that changes nothing here changes nothing anywhere, or the dump is not whole."""
     values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
-    values |= {"--depth": "3", "--max-step-tokens": "512"}
+    values |= {"--depth": "3", "--max-step-tokens": "512", "--frontends": "2", "--workers": "2"}
     unbuilt = {flag for flag, *_ in UNBUILT}
     plain = _chosen(["fake:"])
     for action in build_parser()._actions:
         flag = next((option for option in action.option_strings if option.startswith("--")), "")
-        if not flag or flag in unbuilt | {"--help", "--workers", "--tenants", "--enable-prefix-caching"}:
+        if not flag or flag in unbuilt | {"--help", "--tenants", "--enable-prefix-caching"}:
             continue
         value = values.get(flag) or (str(list(action.choices)[-1]) if action.choices else "300")
         arguments = [flag] if action.nargs == 0 else [flag, value]
