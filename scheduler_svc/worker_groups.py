@@ -205,13 +205,17 @@ class WorkerGroups:
         return self._add() if not self._config.workers and len(self.groups) < MAX_GROUPS else self.groups[0]
 
     def _differs(self, ready: Ready) -> str:
-        """Why a worker cannot serve beside the others; empty if it can. Streams move from one to another (R2)."""
+        """Why a worker cannot serve beside the others, or after them; empty if it can.
+
+        Streams move from one to another and promise to be the same there (R2). So whoever comes when all have died,
+        over a model file that was replaced meanwhile, say, is no heir: frontends hold the old one's tokenizer, too.
+        """
         for group in self.groups:
             other = group.link.ready
-            if group.link.serving and other and other.fingerprint != ready.fingerprint:
+            if other and other.fingerprint != ready.fingerprint:
                 return (
-                    f"its arithmetic is another one: fingerprint {ready.fingerprint!r}, "
-                    f"those that serve have {other.fingerprint!r}"
+                    f"its arithmetic is another one: fingerprint {ready.fingerprint!r}, this service began "
+                    f"with {other.fingerprint!r}; start the service anew to serve it"
                 )
         return ""
 

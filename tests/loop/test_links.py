@@ -290,6 +290,33 @@ def test_a_worker_of_another_arithmetic_is_told_so(tmp_path: Path) -> None:
         assert observer.status.serving
 
 
+def test_nor_does_it_take_over_from_a_dead_one(tmp_path: Path) -> None:
+    """What is served waits for a worker that goes on with the same stream."""
+    with running(external(tmp_path)) as observer:
+        with peer(observer.loop.endpoint) as one:
+            one.begin()
+            observer.until_serving()
+            made = submits(2, random.Random(9), max_tokens=2)
+            for submit in made:
+                observer.loop.send(submit)
+            one.step()
+        with peer(observer.loop.endpoint) as two:
+            two.say(Hello(0, "test", PROTOCOL, pid=os.getpid()))
+            setup = two.hear()
+            assert isinstance(setup, Setup)
+            two.say(Ready(setup.epoch, 0, 100, fingerprint="another"))
+            answer = two.hear()
+            assert isinstance(answer, Shutdown)
+            assert "start the service anew" in answer.reason
+            observer.until(lambda: not observer.status.serving, "that nobody serves")
+        with peer(observer.loop.endpoint) as three:
+            three.begin()
+            three.step()
+            three.step()
+            observer.until_finished(made)
+            assert_undisturbed(observer, made)
+
+
 def test_only_so_many_workers_come_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_groups, "MAX_GROUPS", 1)
     with running(external(tmp_path)) as observer, external_worker(observer.loop.endpoint):
