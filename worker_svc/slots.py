@@ -131,8 +131,6 @@ class SlotTable:
         sampling = admit.sampling
         if not 0 <= sampling.seed < 1 << 64:
             raise SlotError(f"slot {slot} has the seed {sampling.seed}, not an unsigned number of 64 bits")
-        if (most := max(sampling.logprobs, sampling.prompt_logprobs)) > self.vocab_size:
-            raise SlotError(f"slot {slot} wants {most} alternatives of a vocabulary of {self.vocab_size}")
         self.sampling[slot] = sampling
         self._admitted += 1
         self.admissions[slot] = self._admitted

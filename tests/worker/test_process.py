@@ -73,8 +73,6 @@ def test_a_gap_in_steps_ends_the_epoch() -> None:
     ("bad", "words"),
     [
         (next_plan(1), "slot 1"),
-        # found by tests.fuzz: it computed for ever
-        (plan(1, [], [Admit(1, PROMPT, 5, [[1, 2]], Sampling(1, prompt_logprobs=1 << 40))]), "alternatives"),
         (plan(1, [], release=[3]), "slot 3"),
         (plan(1, [Row(1, 0, 2)], [Admit(1, PROMPT, 5, [[99999]], Sampling(max_tokens=1))]), "block 99999"),
         (plan(1, [Row(1, 0, 5)], [Admit(1, PROMPT, 5, [[1]], Sampling(max_tokens=1))]), "1 blocks"),

@@ -102,8 +102,6 @@ REFUSED = {
     "two KV groups": (plan(admit=(entrant(2, block_ids=[[1], [2]]),)), "2 KV groups"),
     "an adapter": (plan(admit=(entrant(2, adapter="x"),)), "adapter 'x'"),
     "a seed of 65 bits": (plan(admit=(entrant(2, sampling=Sampling(4, seed=1 << 64)),)), "seed"),
-    "too many alternatives": (plan(admit=(entrant(2, sampling=Sampling(4, logprobs=101)),)), "101 alternatives"),
-    "… of prompt tokens": (plan(admit=(entrant(2, sampling=Sampling(4, prompt_logprobs=1 << 40)),)), "of 100"),
     "a row of a free slot": (plan(rows=(Row(3, 0, 1),)), "slot 3 is not admitted"),
     "two rows of a slot": (plan(rows=(Row(1, 0, 1), Row(1, 1, 1))), "two rows for slot 1"),
     "forced tokens past the end": (plan(rows=(Row(1, 0, 1, append_token_ids=[1] * 6),)), "11 tokens"),

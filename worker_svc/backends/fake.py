@@ -201,8 +201,6 @@ class FakeBackend:
             raise ValueError(f"admit to slot {admit.slot}, which is taken or not in 1..{self._max_slots}")
         if not 1 <= admit.prompt_len <= len(admit.token_ids):
             raise ValueError(f"admit with prompt_len {admit.prompt_len} of {len(admit.token_ids)} tokens")
-        if (most := max(admit.sampling.logprobs, admit.sampling.prompt_logprobs)) > self._options.vocab:
-            raise ValueError(f"admit with {most} alternatives of a vocabulary of {self._options.vocab}")
         slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [])
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
@@ -267,7 +265,7 @@ class FakeBackend:
         return memoryview(mask.bitmask)[first : first + width]
 
     def _logprobs(self, token: int, alternatives: int) -> TokenLogprobs:
-        """A uniform distribution, in which the alternatives are the ids that follow."""
-        logprob = -math.log(self._options.vocab)
-        top = tuple((token + i) % self._options.vocab for i in range(alternatives))
-        return TokenLogprobs(token, logprob, 1, top, (logprob,) * alternatives)
+        """A uniform distribution, in which the alternatives are the ids that follow; at most the whole vocabulary."""
+        vocab = self._options.vocab
+        logprob, count = -math.log(vocab), min(alternatives, vocab)
+        return TokenLogprobs(token, logprob, 1, tuple((token + i) % vocab for i in range(count)), (logprob,) * count)
