@@ -170,8 +170,8 @@ class WorkerGroups:
         config = self._config
         process = None
         if config.workers:
-            link = ("--curve-keys", str(config.curve_keys)) if config.curve_keys else ()
-            arguments = ("--connect", from_this_host(self._socket.endpoint), *link, *config.worker_arguments)
+            keys = ("--curve-keys", str(config.curve_keys)) if config.curve_keys else ()
+            arguments = ("--connect", from_this_host(self._socket.endpoint), *keys, *config.worker_arguments)
             process = WorkerProcess(arguments, self._clock, relay if config.relay_workers else None)
         link = WorkerLink(
             config.setup,

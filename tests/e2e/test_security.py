@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.certificates import Authority
 from tests.e2e.service import ROOT
 
@@ -43,7 +45,8 @@ def serving(*flags: str) -> Iterator[str]:
         process.communicate()
 
 
-def test_a_service_behind_tls_and_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_a_service_behind_tls_and_tokens(frontends: int, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     server, caller = authority.certify("server"), authority.certify("caller")
     tokens, mine = tmp_path / "tokens.toml", tmp_path / "mine"
@@ -55,7 +58,8 @@ def test_a_service_behind_tls_and_tokens(tmp_path: Path) -> None:
     assert mine.read_text().strip() not in tokens.read_text()
     admin = operators.stderr.split()[-1]
     files = ["--tls-cert", str(server.certificate), "--tls-key", str(server.key), "--tls-client-ca"]
-    with serving(*files, str(authority.file), "--tokens", str(tokens)) as address:
+    files += [str(authority.file), "--tokens", str(tokens), "--frontends", str(frontends)]
+    with serving(*files) as address:
         reach = ["--address", address, "--tls-ca", str(authority.file)]
         shown = [*reach, "--tls-cert", str(caller.certificate), "--tls-key", str(caller.key)]
         done = pagewire("generate", "hello", "--max-tokens", "3", *shown, "--token-file", str(mine))
