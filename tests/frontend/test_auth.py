@@ -65,7 +65,11 @@ async def test_a_token_names_the_tenant(guarded: Service) -> None:
     assert len(guarded.engine.submits) == 2
 
 
-@pytest.mark.parametrize("token", ["", STRANGER, FORGED, SEARCH + "x", SEARCH.upper(), "pw_", "x" * 5000])
+@pytest.mark.parametrize(
+    "token",
+    ["", STRANGER, FORGED, SEARCH + "x", SEARCH.upper(), "pw_", "x" * 5000],
+    ids=["none", "stranger", "forged", "longer", "upper", "short", "huge"],  # the tokens differ in each process
+)
 async def test_without_a_known_token_nothing_is_served(guarded: Service, token: str) -> None:
     async with client(guarded, token) as caller:
         for call in (caller.model, caller.stats, caller.drain, lambda: caller.tokenize("x")):
