@@ -111,7 +111,8 @@ def _gateway_flags(add: Add) -> None:
         type=_whole(0, 65535),
         default=0,
         metavar="PORT",
-        help="also serve OpenAI's HTTP API there, through smg (pip install 'pagewire[openai]'); 0: no. With --tls-cert or --tokens on loopback alone",
+        help="also serve OpenAI's HTTP API there, through smg (pip install 'pagewire[openai]'); 0: no. "
+        "It knows no tokens: with --tls-cert or --tokens it listens on loopback alone",
     )
 
 

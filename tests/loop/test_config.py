@@ -137,6 +137,14 @@ def test_links_that_others_can_reach_have_keys(
     assert parsed.loop.curve_keys == (tmp_path / directory if directory else None)
 
 
+@pytest.mark.parametrize("flags", ["--tokens t", "--tls-cert c --tls-key k"])
+def test_a_gateway_that_asks_nobody_stays_on_this_host(flags: str) -> None:
+    plain = config.parse(["fake:", *["--host", "0.0.0.0", "--openai-port", "8000"]])
+    assert (plain.gateway and plain.gateway.host, plain.access.router_listen) == ("0.0.0.0", "")
+    guarded = config.parse(["fake:", *f"--host 0.0.0.0 --openai-port 8000 {flags}".split()])
+    assert (guarded.gateway and guarded.gateway.host, guarded.access.router_listen) == ("127.0.0.1", "127.0.0.1:0")
+
+
 def test_boot_ids_differ() -> None:
     assert config.parse(["fake:"]).loop.setup.epoch != config.parse(["fake:"]).loop.setup.epoch
 
