@@ -33,7 +33,7 @@ FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL 
 
 
 def over_tcp(keys: Path | None, *, spawn: bool = False, model: str = "fake:delay_ms=1") -> LoopConfig:
-    return loop_config(model, spawn=spawn, listen="tcp://127.0.0.1:*", curve_keys=keys)
+    return loop_config(model, workers=int(spawn), listen="tcp://127.0.0.1:*", curve_keys=keys)
 
 
 def made(directory: Path) -> Path:
