@@ -35,7 +35,7 @@ def serving(*flags: str) -> Iterator[str]:
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if ready := re.search(r"ready: .* at (\S+),", line):
+            if ready := re.search(r"ready: .* at ([^ ,]+)[ ,]", line):
                 yield ready[1]
                 break
         else:
