@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-from client import api
+from client import api, channel
 from client.continuation import STALE_TIMEOUT, Continuation
 from client.errors import CancelledError, NotFoundError, ServiceError, UnavailableError, typed
 from client.retry import Attempts, Places
@@ -141,10 +141,13 @@ class Client:
         *,
         retry: api.Retry | None = None,
         keepalive: api.Keepalive | None = api.Keepalive(),
+        tls: channel.Tls | None = None,
+        token: str = "",
+        tenant: str = "",
     ) -> None:
         self.addresses, self.retry = api.addresses(address), retry
-        options = api.channel_options(keepalive)
-        self.targets = [Target(one, grpc.aio.insecure_channel(one, options)) for one in self.addresses]
+        said = channel.carried(token, tenant)
+        self.targets = [Target(one, channel.open_aio(one, keepalive, tls, said)) for one in self.addresses]
         self._places = Places(len(self.targets))
 
     @property

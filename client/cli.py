@@ -18,6 +18,8 @@ COMMANDS = {
     "bench": "measure a running service",
     "model": "pull and list models",
     "top": "watch a running service",
+    "token": "make a token that lets a client in",
+    "keys": "make keys for a worker on another host",
     "replay": "replay a recorded engine log and compare every plan",
 }
 
@@ -53,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _code(error: Exception) -> int | None:
     """The exit code of what is told in one line; None for a bug of ours. Looked up late, because it imports gRPC."""
+    from client.channel import AccessError
     from client.errors import ServiceError
     from client.load import ShortStreamError
     from client.store import StoreError, UnknownModelError
 
     match error:
-        case UnknownModelError():
+        case UnknownModelError() | AccessError():
             return 2
         case ServiceError() | ShortStreamError() | StoreError() | OSError():
             return 1

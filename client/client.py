@@ -24,7 +24,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from pagewire.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-from client import api
+from client import api, channel
 from client.continuation import STALE_TIMEOUT, Continuation
 from client.errors import CancelledError, NotFoundError, ServiceError, UnavailableError, typed
 from client.retry import Attempts, Places
@@ -141,7 +141,8 @@ class Client:
 
     `address` may be several, of services with the same model: calls go to the first, and to the next one from the
     moment that it is unavailable. Timeouts are in seconds, for a whole call with its retries. `retry` is a policy for
-    refused calls, none by default; `keepalive` says how a dead host is noticed, None that it is not.
+    refused calls, none by default; `keepalive` says how a dead host is noticed, None that it is not. `tls` is needed
+    where the server has a certificate, `token` where it asks for one; `tenant` names who calls where it does not.
     """
 
     def __init__(
@@ -150,10 +151,13 @@ class Client:
         *,
         retry: api.Retry | None = None,
         keepalive: api.Keepalive | None = api.Keepalive(),
+        tls: channel.Tls | None = None,
+        token: str = "",
+        tenant: str = "",
     ) -> None:
         self.addresses, self.retry = api.addresses(address), retry
-        options = api.channel_options(keepalive)
-        self.targets = [Target(one, grpc.insecure_channel(one, options)) for one in self.addresses]
+        said = channel.carried(token, tenant)
+        self.targets = [Target(one, channel.open_sync(one, keepalive, tls, said)) for one in self.addresses]
         self._places = Places(len(self.targets))
 
     @property

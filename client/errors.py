@@ -137,7 +137,9 @@ _CLASSES = {
 def decode(error: grpc.RpcError, address: str) -> ServiceError:
     """The typed exception behind what grpc raised; works for the errors of both grpc and grpc.aio."""
     code, message = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and message.startswith("failed to connect"):
+    if code is grpc.StatusCode.UNAVAILABLE and "handshak" in message.lower():
+        message = f"no TLS connection with {address}: {message}"
+    elif code is grpc.StatusCode.UNAVAILABLE and message.startswith("failed to connect"):
         message = f"no server answers at {address}"
     details = Details()
     for detail in _packed(error):

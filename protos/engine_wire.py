@@ -133,6 +133,7 @@ class Ask(Wire, frozen=True):
     question: Question
     request_id: str = ""  # with CANCEL
     frontend: str = ""
+    tenant: str | None = None  # with CANCEL: of this tenant's requests alone; None: of anybody's
 
 
 class Histogram(Wire, frozen=True):

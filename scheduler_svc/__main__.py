@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from protos.curve import CurveError
 from scheduler_svc import config, gateway, logs, replay
 from scheduler_svc.gateway import Gateway, GatewayError
 from scheduler_svc.loop import EngineLoop
@@ -31,6 +32,10 @@ def main() -> int:
     logs.configure("text", "info")
     if sys.argv[1:2] == ["replay"]:
         return replay.main(sys.argv[2:])
+    if sys.argv[1:2] in (["token"], ["keys"]):
+        from scheduler_svc import credentials
+
+        return credentials.main(sys.argv[1:])
     settings = config.parse()
     logs.configure(settings.log_format, settings.log_level)
     began = time.monotonic()
@@ -46,7 +51,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is something to drain
     try:
         loop = EngineLoop(settings.loop, time.monotonic)
-    except OSError as error:
+    except (OSError, CurveError) as error:
         return _fail(str(error))
     try:
         loop.start()  # the worker first: it loads while gRPC and tokenizer do, and nothing of gRPC lives through a fork
@@ -72,6 +77,7 @@ def _serve(settings: ServiceConfig, loop: EngineLoop, began: float) -> int:
 async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: ServedModel, began: float) -> int:
     from scheduler_svc.frontend.courier import Courier
     from scheduler_svc.frontend.engine_link import EngineLink
+    from scheduler_svc.frontend.reloading import FileError
     from scheduler_svc.frontend.server import Frontend, PortInUseError
     from scheduler_svc.frontend.tracing import MissingExtraError
 
@@ -84,7 +90,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
     try:
         frontend = Frontend(link, frontend_config(settings), model)
         port = await frontend.start()
-    except (PortInUseError, MissingExtraError) as error:
+    except (PortInUseError, MissingExtraError, FileError) as error:
         return _fail(str(error))
     failed: asyncio.Future[str] = asyncio_loop.create_future()
     openai = _gateway(settings, frontend, port)
@@ -170,15 +176,22 @@ def _gateway(settings: ServiceConfig, frontend: Frontend, port: int) -> Gateway 
     if (chosen := settings.gateway) is None:
         return None
 
+    inner = settings.access.router_listen.rpartition(":")[0].strip("[]")
+
     def arguments() -> list[str]:
-        return gateway.command(chosen, settings.host, port)
+        return gateway.command(chosen, inner or settings.host, frontend.router_port if inner else port)
 
     return Gateway(chosen, arguments, lambda: frontend.router_calls, _say)
 
 
 def frontend_config(settings: ServiceConfig) -> FrontendConfig:
     from scheduler_svc.frontend.server import FrontendConfig
+    from scheduler_svc.frontend.tls import TlsFiles
 
+    access = settings.access
+    tls = (
+        TlsFiles(access.tls_cert, access.tls_key, access.tls_client_ca) if access.tls_cert and access.tls_key else None
+    )
     return FrontendConfig(
         host=settings.host,
         port=settings.port,
@@ -192,6 +205,10 @@ def frontend_config(settings: ServiceConfig) -> FrontendConfig:
         metrics_port=settings.metrics_port,
         otlp_endpoint=settings.otlp_endpoint,
         settings=effective(settings),
+        tls=tls,
+        tokens=access.tokens,
+        router_listen=access.router_listen,
+        max_connection_age=access.max_connection_age,
     )
 
 

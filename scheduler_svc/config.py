@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protos import model_cache
+from protos import curve, model_cache
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.flags import STEP_TOKENS, UNBUILT, build_parser
@@ -20,6 +20,7 @@ from scheduler_svc.tenants import Tenants, TenantsError
 from scheduler_svc.tenants import load as load_tenants
 
 SHORT_STEP = 4  # positions: such a step takes little longer than one of a single row
+LOOPBACK = "127.0.0.1"
 FAKE = "fake:"  # a model that is none, for tests: its worker imports no torch
 
 
@@ -30,6 +31,7 @@ class LoopConfig:
     listen: str = ""  # ZeroMQ endpoint for workers; empty: one in a private directory
     workers: int = 1  # 0: they come by themselves
     worker_arguments: tuple[str, ...] = ()
+    curve_keys: Path | None = None  # their directory; None: the link needs none
     step_deadline: float = 60.0  # seconds for one step
     load_deadline: float = 600.0  # seconds without a word while a worker starts
     record: RecordConfig = field(default_factory=RecordConfig)
@@ -46,12 +48,25 @@ class ServiceConfig:
     stream_interval: float  # seconds
     slow_reader_timeout: float  # seconds; 0: none
     loop: LoopConfig
+    access: Access
     gateway: GatewayConfig | None = None
     metrics_port: int = 0  # 0: none
     log_format: str = "text"
     log_level: str = "info"
     otlp_endpoint: str = ""  # "": nothing is traced
     frontends: int = 1  # 1: in the engine's process
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who gets in at the gRPC port, and how. None and "": not asked for."""
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tokens: Path | None = None
+    router_listen: str = ""
+    max_connection_age: float = 0.0  # seconds; 0: no bound
 
 
 def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
@@ -83,13 +98,47 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         stream_interval=args.stream_interval / 1000,
         slow_reader_timeout=args.slow_reader_timeout,
         loop=loop,
-        gateway=GatewayConfig(args.host, args.openai_port, args.drain_timeout) if args.openai_port else None,
+        access=_access(parser, args),
+        gateway=_gateway(args),
         metrics_port=args.metrics_port,
         log_format=args.log_format,
         log_level=args.log_level,
         otlp_endpoint=args.otlp_endpoint or "",
         frontends=args.frontends,
     )
+
+
+def _gateway(args: argparse.Namespace) -> GatewayConfig | None:
+    """It asks nobody for a token and speaks plain HTTP: where gRPC does not, it stays on this host."""
+    host = LOOPBACK if args.tls_cert or args.tokens else args.host
+    return GatewayConfig(host, args.openai_port, args.drain_timeout) if args.openai_port else None
+
+
+def _access(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Access:
+    if (args.tls_cert is None) != (args.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
+    if args.tls_client_ca and not args.tls_cert:
+        parser.error("--tls-client-ca needs --tls-cert and --tls-key")
+    beside = f"{LOOPBACK}:0" if args.openai_port and (args.tls_cert or args.tokens) else ""
+    return Access(
+        args.tls_cert,
+        args.tls_key,
+        args.tls_client_ca,
+        args.tokens,
+        args.vllm_listen or beside,
+        args.max_connection_age,
+    )
+
+
+def _curve_keys(args: argparse.Namespace) -> Path | None:
+    """Raises ValueError."""
+    endpoint: str = args.listen or ""
+    given: Path | None = args.curve_keys
+    if given and not endpoint.startswith("tcp://"):
+        raise ValueError(f"--curve-keys goes with --listen tcp://…, not with {endpoint or 'a private socket'}")
+    if given is None and curve.needs_keys(endpoint):
+        return Path(os.environ.get("PAGEWIRE_HOME") or model_cache.HOME).expanduser() / "curve"
+    return given.resolve() if given else None
 
 
 def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
@@ -115,6 +164,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         listen=args.listen or "",
         workers=args.workers,
         worker_arguments=("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa),
+        curve_keys=_curve_keys(args),
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,
         record=_record_config(args),

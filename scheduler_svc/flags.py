@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+from protos import curve
 from scheduler_svc.logs import FORMATS, LEVELS
 
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
@@ -111,7 +111,28 @@ def _gateway_flags(add: Add) -> None:
         type=_whole(0, 65535),
         default=0,
         metavar="PORT",
-        help="also serve OpenAI's HTTP API there, through smg (pip install 'pagewire[openai]'); 0: no",
+        help="also serve OpenAI's HTTP API there, through smg (pip install 'pagewire[openai]'); 0: no. "
+        "It knows no tokens: with --tls-cert or --tokens it listens on loopback alone",
+    )
+
+
+def _access_flags(add: Add) -> None:
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain of the gRPC port (PEM); read again on change")
+    add("--tls-key", type=Path, metavar="FILE", help="… and its key, without a pass phrase")
+    add("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of this authority (mTLS)")
+    add("--tokens", type=Path, metavar="FILE", help="bearer tokens, see `pagewire token new`; read again on change")
+    add(
+        "--vllm-listen",
+        type=_host_and_port,
+        metavar="HOST:PORT",
+        help="a plain port that asks for no token and serves vllm.grpc.engine alone, for a router beside it",
+    )
+    add(
+        "--max-connection-age",
+        type=_number,
+        default=0.0,
+        metavar="SECONDS",
+        help="clients connect again so often, between their calls; 0: never",
     )
 
 
@@ -127,7 +148,14 @@ def _worker_flags(add: Add) -> None:
         metavar="N",
         help="each with the whole model, and its share of this host's cores; 0: they come by themselves, see --listen",
     )
-    add("--listen", type=_endpoint, metavar="tcp://127.0.0.1:PORT", help="where workers connect")
+    add("--listen", type=_endpoint, metavar="tcp://HOST:PORT", help="where workers connect; or ipc:///PATH")
+    add(
+        "--curve-keys",
+        type=Path,
+        metavar="DIR",
+        help="keys of a tcp link to workers, made if missing; default where other hosts can connect: "
+        "$PAGEWIRE_HOME/curve",
+    )
     add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of each worker; 0: it chooses")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
@@ -198,6 +226,7 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("OpenAI's API", _gateway_flags),
     ("model", _model_flags),
     ("batching and memory", _batching_flags),
+    ("access", _access_flags),
     ("tenants", _tenant_flags),
     ("workers", _worker_flags),
     ("for operators", _operator_flags),
@@ -249,16 +278,14 @@ def _url(text: str) -> str:
 
 
 def _endpoint(text: str) -> str:
-    """Workers are believed, so nobody from outside this host may be one until the links are encrypted."""
-    if text.startswith("ipc://"):
-        return text
-    host, _, port = text.removeprefix("tcp://").rpartition(":")
-    if not text.startswith("tcp://") or not host or not (port.isdecimal() or port == "*"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither ipc://PATH nor tcp://HOST:PORT")
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        raise argparse.ArgumentTypeError(f"{text!r}: only loopback addresses until links between hosts are encrypted")
+        return curve.check_endpoint(text)
+    except curve.CurveError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return text

@@ -79,6 +79,7 @@ async def _serve(settings: ServiceConfig, place: Place, model: ServedModel) -> i
     from scheduler_svc.engine_socket import EngineSocket
     from scheduler_svc.frontend.courier import Courier
     from scheduler_svc.frontend.engine_link import EngineLink
+    from scheduler_svc.frontend.reloading import FileError
     from scheduler_svc.frontend.server import Frontend, PortInUseError
     from scheduler_svc.frontend.tracing import MissingExtraError
 
@@ -104,7 +105,7 @@ async def _serve(settings: ServiceConfig, place: Place, model: ServedModel) -> i
         await frontend.start()
         engine.begin()
         return await _until_ended(frontend, engine)
-    except (PortInUseError, MissingExtraError) as error:
+    except (PortInUseError, MissingExtraError, FileError) as error:
         return _fail(str(error))
     finally:
         engine.close()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from protos.curve import CurveError
 from protos.engine_wire import FrontendStop, ServiceStatus
 from scheduler_svc import logs
 from scheduler_svc.config import ServiceConfig
@@ -249,7 +250,7 @@ def serve(settings: ServiceConfig, arguments: Sequence[str], began: float) -> in
             guard = stack.enter_context(contextlib.closing(PortGuard(settings.host, settings.port)))
             link = FrontendSocket(f"ipc://{directory}/engine", inbox.put)  # private: the directory is its owner's alone
             loop = EngineLoop(settings.loop, time.monotonic, link)
-        except OSError as error:
+        except (OSError, CurveError) as error:
             _say(str(error))
             return 1
         stack.callback(loop.stop)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
+from protos.curve import CurveError
 from protos.engine_wire import (
     Abort,
     Answer,
@@ -51,7 +52,7 @@ class EngineLoop:
 
     `send` and `stop` may be called from any thread. `frontends`, where those are processes, is closed with the loop,
     and here if the loop cannot be made.
-    Raises OSError where the endpoint or the record file cannot be opened.
+    Raises OSError where the endpoint or the record file cannot be opened, CurveError where the endpoint is not safe.
     """
 
     def __init__(self, config: LoopConfig, clock: Callable[[], float], frontends: FrontendSocket | None = None) -> None:
@@ -60,7 +61,7 @@ class EngineLoop:
         try:
             self._workers = WorkerGroups(config, clock)
             self._recorder = Recorder(config.record, self._engine, config.setup.epoch.boot, config.setup.model)
-        except OSError:
+        except (OSError, CurveError):
             if frontends:
                 frontends.close()
             raise
@@ -202,8 +203,8 @@ class EngineLoop:
                 cached = self._engine.stats().cached_blocks
                 yield FlushCache()
                 self._answer(message, freed_blocks=cached - self._engine.stats().cached_blocks)
-            case Ask(question=Question.CANCEL, request_id=request_id):
-                found = request_id in self._engine
+            case Ask(question=Question.CANCEL, request_id=request_id, tenant=tenant):
+                found = self._engine.has(request_id, tenant)
                 if found:
                     yield Abort(request_id)
                 self._answer(message, found=found)

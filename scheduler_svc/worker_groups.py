@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
+from protos.curve import from_this_host, scheduler_keys
 from protos.engine_wire import Loss, WorkerFigures, WorkerStatus
 from protos.wire import Epoch, Hello, Ready, StepPlan
 from scheduler_svc.config import LoopConfig
@@ -51,14 +52,15 @@ class WorkerGroup:
 class WorkerGroups:
     """Belongs to the loop's thread. Each epoch belongs to one group: counters are never used twice.
 
-    Raises OSError where the endpoint cannot be opened.
+    Raises OSError where the endpoint cannot be opened, CurveError where it would be open to others.
     """
 
     def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
         self._config, self._clock = config, clock
         self._counter = config.setup.epoch.counter
         self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
-        self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers")
+        keys = scheduler_keys(config.curve_keys, zmq.curve_keypair, zmq.curve_public) if config.curve_keys else None
+        self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers", keys)
         self.groups: list[WorkerGroup] = []
         for _ in range(max(1, config.workers)):
             self._add()
@@ -168,7 +170,8 @@ class WorkerGroups:
         config = self._config
         process = None
         if config.workers:
-            arguments = ("--connect", self._socket.endpoint, *config.worker_arguments)
+            keys = ("--curve-keys", str(config.curve_keys)) if config.curve_keys else ()
+            arguments = ("--connect", from_this_host(self._socket.endpoint), *keys, *config.worker_arguments)
             process = WorkerProcess(arguments, self._clock, relay if config.relay_workers else None)
         link = WorkerLink(
             config.setup,

@@ -9,13 +9,18 @@ import signal
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
+import zmq
+
+from protos import curve
 from protos.wire import PROTOCOL, Hello
 from worker_svc import backends, config
 from worker_svc.link import Link
 from worker_svc.worker import Worker
 
 _PR_SET_PDEATHSIG = 1
+_KEYS_INTERVAL = 0.2  # seconds between two looks
 
 
 def main() -> int:
@@ -28,7 +33,12 @@ def main() -> int:
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the first process of a container it has no other
     hello = Hello(0, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
-    link = Link(settings.connect, hello, reconnect=not settings.parent_pid)
+    try:
+        keys = _await_keys(settings.curve_keys) if settings.curve_keys else None
+    except curve.CurveError as error:
+        print(f"pagewire worker: {error}", file=sys.stderr, flush=True)
+        return 1
+    link = Link(settings.connect, hello, reconnect=not settings.parent_pid, keys=keys)
     create = functools.partial(
         backends.create, settings.backend, device=settings.device, isa=settings.cpu_isa, home=settings.home
     )
@@ -39,6 +49,17 @@ def main() -> int:
     print(f"pagewire worker {os.getpid()}: ends: {reason}", file=sys.stderr, flush=True)
     link.close()
     return 0
+
+
+def _await_keys(directory: Path) -> curve.WorkerKeys:
+    """They may come later than this process, as the scheduler itself may. Raises CurveError."""
+    keys = curve.worker_keys(directory, zmq.curve_public)
+    if keys is None:
+        print(f"pagewire worker: waits for keys in {directory}, which the scheduler makes", file=sys.stderr, flush=True)
+    while keys is None:
+        time.sleep(_KEYS_INTERVAL)
+        keys = curve.worker_keys(directory, zmq.curve_public)
+    return keys
 
 
 def _die_with(parent: int) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from protos import model_cache
+from protos import curve, model_cache
 from worker_svc.backends import ISAS, NAMES
 
 
@@ -22,12 +21,13 @@ class WorkerConfig:
     mask_deadline: float  # seconds
     cpu_isa: str
     home: Path  # where packed weights go whose model lies where nobody may write
+    curve_keys: Path | None  # None: the link needs none
 
 
 def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
     """Exits with code 2 and one line where an argument is wrong."""
     parser = argparse.ArgumentParser(prog="worker_svc", description="Holds weights and KV, and executes step plans.")
-    parser.add_argument("--connect", required=True, type=endpoint, help="ipc://PATH or tcp://127.0.0.1:PORT")
+    parser.add_argument("--connect", required=True, type=endpoint, help="ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("--backend", choices=NAMES, default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--parent-pid", type=int, default=0, metavar="N", help="exit when this parent is gone")
@@ -41,20 +41,26 @@ def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
         default=Path(os.environ.get("PAGEWIRE_HOME") or model_cache.HOME),
         help="for packed weights whose model lies where nobody may write; default: $PAGEWIRE_HOME",
     )
-    return WorkerConfig(**vars(parser.parse_args(argv)))
+    parser.add_argument(
+        "--curve-keys",
+        type=Path,
+        metavar="DIR",
+        help="keys of a tcp link, which the scheduler has made; default for other hosts: $PAGEWIRE_HOME/curve",
+    )
+    args = parser.parse_args(argv)
+    if args.curve_keys and args.connect.startswith("ipc://"):
+        parser.error(f"--curve-keys goes with --connect tcp://…, not with {args.connect}")
+    if args.curve_keys is None and curve.needs_keys(args.connect):
+        args.curve_keys = args.home.expanduser() / "curve"
+    return WorkerConfig(**vars(args))
 
 
 def endpoint(value: str) -> str:
-    """Raises argparse's error unless nothing outside this host can be at the other end: there is no CURVE yet."""
-    if value.startswith("ipc://"):
-        return value
-    host = value.removeprefix("tcp://").rpartition(":")[0]
-    if not value.startswith("tcp://") or not host:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither ipc://PATH nor tcp://HOST:PORT")
+    """Raises argparse's error for what cannot be connected to."""
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        raise argparse.ArgumentTypeError(f"{value!r}: only loopback addresses until links between hosts are encrypted")
-    return value
+        checked = curve.check_endpoint(value)
+    except curve.CurveError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if checked.endswith(":*"):
+        raise argparse.ArgumentTypeError(f"{value!r} names no port")
+    return checked

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from protos import curve
 from protos.codec import DecodeError, decode_to_worker, encode
 from protos.wire import FromWorker, Hello, StepPlan, StepResult, ToWorker
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000  # answered by ZeroMQ's own thread
 _READABLE = int(zmq.POLLIN)  # the enumeration's own `&` is slow
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # ZeroMQ then tries no more
+_BROKEN = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+RETRY = 1.0  # seconds from a refusal to the next attempt: the key may be let in meanwhile
 GRACE = 1.0  # seconds that the main thread gets to end by itself when a spawned worker's link is closed
 
 
@@ -46,26 +50,31 @@ class Link:
     later ones, as soon as the main thread receives. A frame is a message, and what was sent together comes together.
 
     `reconnect`: a scheduler that goes away is waited for. Otherwise its going ends this process, also when the main
-    thread hangs in a step.
+    thread hangs in a step. With `keys`, the scheduler must be the one that they name.
     """
 
-    def __init__(self, endpoint: str, hello: Hello, *, reconnect: bool) -> None:
-        self._hello, self._reconnect = hello, reconnect
+    def __init__(self, endpoint: str, hello: Hello, *, reconnect: bool, keys: curve.WorkerKeys | None = None) -> None:
+        self._endpoint, self._hello, self._reconnect = endpoint, hello, reconnect
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
+        if keys:
+            self._dealer.setsockopt(zmq.CURVE_SERVERKEY, keys.scheduler)
+            self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            self._dealer.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         self._dealer.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         self._dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         self._dealer.setsockopt(zmq.RECONNECT_IVL, 50)
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a scheduler that is away
         self._dealer.setsockopt(zmq.LINGER, 500)
-        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED | _REFUSED | _BROKEN
         self._monitor = self._dealer.get_monitor_socket(events)
         self._inbox: deque[Received] = deque()  # has come, and was not received yet
         self._held: list[bytes] = []  # results on their way, see `answer`
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by the watch: look at the two below
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by the watch: look at the three below
         self._connected = threading.Event()  # and not greeted yet
         self._gone = threading.Event()
+        self._refused = threading.Event()  # and long enough ago
         self._ended = threading.Event()
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
@@ -94,6 +103,8 @@ class Link:
         while True:
             if self._connected.is_set():
                 self._greet()
+            if self._refused.is_set():
+                self._connect_again()
             if not self._inbox:
                 self._collect()
             if self._inbox:
@@ -117,17 +128,30 @@ class Link:
         self._context.term()
         os.close(self._bell)
 
+    def _connect_again(self) -> None:
+        self._refused.clear()
+        with contextlib.suppress(zmq.ZMQError):  # nothing is left of the old one
+            self._dealer.disconnect(self._endpoint)
+        self._dealer.connect(self._endpoint)
+
     def _greet(self) -> None:
         self._connected.clear()
         self._dealer.poll(1000, zmq.POLLOUT)  # the new pipe is on its way to this thread
         self.send(self._hello)
 
     def _watch_connection(self) -> None:
+        said = False
         while (event := recv_monitor_message(self._monitor)["event"]) != zmq.EVENT_MONITOR_STOPPED:
+            if event & (_REFUSED | _BROKEN) and not said:
+                said = True
+                line = "pagewire worker: the handshake fails, as when one side does not know the other's key; goes on"
+                print(line, file=sys.stderr, flush=True)
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected.set()
             elif not self._reconnect:
                 self._gone.set()
+            elif event & _REFUSED and not self._ended.wait(RETRY):
+                self._refused.set()
             os.eventfd_write(self._bell, 1)
             if self._gone.is_set() and not self._ended.wait(GRACE):
                 self._exit()

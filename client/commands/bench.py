@@ -37,7 +37,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     seed = time.time_ns() if arguments.seed is None else arguments.seed
     if arguments.json:
         arguments.json.touch()  # a path that cannot be written fails now, not after the load
-    result, samples = asyncio.run(_measure(arguments.address, workload, seed))
+    result, samples = asyncio.run(_measure(arguments, workload, seed))
     console = Console()
     console.print(_table(result))
     console.print(_plot("first token, ms", [1000 * sample.ttft for sample in samples]))
@@ -47,9 +47,11 @@ def main(prog: str, argv: Sequence[str]) -> int:
     return 0
 
 
-async def _measure(address: str, workload: load.Workload, seed: int) -> tuple[load.Result, list[load.Sample]]:
+async def _measure(
+    arguments: argparse.Namespace, workload: load.Workload, seed: int
+) -> tuple[load.Result, list[load.Sample]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    async with Client(address) as client:
+    async with Client(arguments.address, **flags.access(arguments)) as client:
         prompts = await load.prompts(client, workload, seed)
         with Progress(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task(f"{workload.name} {workload.title}", total=workload.requests * workload.output_tokens)

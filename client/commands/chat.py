@@ -28,7 +28,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     opening = [ChatMessage(role="system", content=arguments.system)] if arguments.system else []
     sampling = flags.sampling(arguments)
     interactive = sys.stdin.isatty()
-    with Client(arguments.address, retry=flags.retry(arguments)) as client:
+    with Client(arguments.address, retry=flags.retry(arguments), **flags.access(arguments)) as client:
         if interactive:
             import readline  # noqa: F401  gives input() a line editor and a history
 

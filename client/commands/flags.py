@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict
 
 from client import api
+from client.channel import Tls
 
 
 def unsigned(bits: int) -> Callable[[str], int]:
@@ -36,6 +40,30 @@ _NUMBERS: dict[str, tuple[Callable[[str], float], str, str]] = {
 
 def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=api.DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
+    group = parser.add_argument_group("access")
+    group.add_argument("--tls", action="store_true", help="the server's certificate is of a known authority")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="… or of the one in this file (PEM)")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show to the server")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="… and its key")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token; default: $PAGEWIRE_TOKEN")
+    group.add_argument("--tenant", default="", metavar="NAME", help="who calls, where the server asks for no token")
+
+
+class Access(TypedDict):
+    """Arguments of both clients."""
+
+    tls: Tls | None
+    token: str
+    tenant: str
+
+
+def access(arguments: argparse.Namespace) -> Access:
+    """Raises OSError for a file that cannot be read, ValueError for flags that do not go together."""
+    ca, certificate, key = arguments.tls_ca, arguments.tls_cert, arguments.tls_key
+    tls = Tls(ca, certificate, key) if arguments.tls or ca or certificate or key else None
+    file = arguments.token_file
+    token = file.read_text().strip() if file else os.environ.get("PAGEWIRE_TOKEN", "")
+    return Access(tls=tls, token=token, tenant=arguments.tenant)
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:

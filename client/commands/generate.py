@@ -28,7 +28,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     arguments = _parser(prog).parse_args(argv)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with (
-        Client(arguments.address, retry=flags.retry(arguments)) as client,
+        Client(arguments.address, retry=flags.retry(arguments), **flags.access(arguments)) as client,
         client.generate(prompt, flags.sampling(arguments)) as generation,
     ):
         if arguments.json:

@@ -34,7 +34,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     console = Console()
     if not arguments.once and not console.is_terminal:
         parser.error("standard output is no terminal; --once prints one frame")
-    with Client(arguments.address) as client:
+    with Client(arguments.address, **flags.access(arguments)) as client:
         if arguments.once:
             _print_once(client, arguments.interval)
         else:

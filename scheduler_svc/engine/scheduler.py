@@ -127,6 +127,10 @@ class Scheduler:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.roster.requests
 
+    def has(self, request_id: str, tenant: str | None) -> bool:
+        """Whether it is running or waiting, and is of that tenant (None: of any)."""
+        return any(tenant in (None, sequence.account.name) for sequence in self.roster.find(request_id))
+
     # ------------------------------------------------------------ requests
 
     def _submit(self, submit: Submit) -> None:

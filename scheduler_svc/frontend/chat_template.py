@@ -16,6 +16,17 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+
 
 class TemplateRefusedError(ValueError):
     """The template does not take these messages: a role it does not know, an order it forbids."""
@@ -55,7 +66,7 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        except _FAILURES as error:
             raise TemplateRefusedError(str(error) or type(error).__name__) from error
 
 

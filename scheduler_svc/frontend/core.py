@@ -7,13 +7,13 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
 
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.engine_wire import ServiceStatus
+from protos.engine_wire import Question, ServiceStatus
 from protos.wire import Ready
-from scheduler_svc.frontend import access, resume
+from scheduler_svc.frontend import access, auth, resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
@@ -22,11 +22,11 @@ from scheduler_svc.frontend.limits import MAX_HELD
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slow_readers import SlowReaders
 from scheduler_svc.frontend.streams import Ending, Gain, IndexStream
+from scheduler_svc.frontend.tls import TlsFiles
 from scheduler_svc.frontend.tokenizer import INLINE_TOKENS
 from scheduler_svc.frontend.validation import Caller, Prepared, Preparer
 from scheduler_svc.metrics import Observer
 
-TENANT_KEY: Final = "tenant"  # of the metadata; believed as it stands
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +49,12 @@ class FrontendConfig:
     metrics_port: int = 0  # 0: none is served
     otlp_endpoint: str = ""  # "": nothing is traced
     settings: tuple[tuple[str, str], ...] = ()  # of the whole service, as GetConfig tells them
+    tls: TlsFiles | None = None
+    tokens: Path | None = None  # None: nobody is asked for one
+    router_listen: str = ""  # HOST:PORT of a plain port without tokens, for routers: vllm.grpc.engine alone
+    keepalive: float = 60.0  # seconds between pings that find out whether a client still lives
+    keepalive_answer: float = 20.0  # seconds that it has to answer one
+    max_connection_age: float = 0.0  # seconds; 0: no bound
 
 
 class Core:
@@ -84,13 +90,22 @@ class Core:
         return min(self.config.max_model_len or served, served)
 
     def caller(self, context: Context) -> Caller:
-        """Who calls, and until when the answer is of use: on our clock; 0 where the client set no deadline."""
+        """Who calls, and until when the answer is of use: on our clock; 0 where the client set no deadline.
+
+        The tenant is the token's; where nobody is asked for a token, the metadata's is believed.
+        """
         remaining = context.time_remaining()
-        tenants = (value for key, value in context.invocation_metadata() or () if key == TENANT_KEY)
-        return Caller(
-            0.0 if remaining is None else self.clock() + remaining,
-            tuple(value if isinstance(value, str) else value.decode("latin-1") for value in tenants),
-        )
+        deadline = 0.0 if remaining is None else self.clock() + remaining
+        if known := auth.identity():
+            return Caller(deadline, (known.tenant,))
+        tenants = (value for key, value in context.invocation_metadata() or () if key == auth.TENANT_KEY)
+        return Caller(deadline, tuple(v if isinstance(v, str) else v.decode("latin-1") for v in tenants))
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ends a request of the caller's own tenant (of any, for an admin). False where no such one is running."""
+        known = auth.identity()
+        tenant = None if known is None or known.admin else known.tenant
+        return (await self.link.ask(Question.CANCEL, request_id, tenant)).found
 
     def _see(self, status: ServiceStatus) -> None:
         if status.ready:

@@ -123,13 +123,13 @@ class EngineLink:
         """Of this frontend's own request: another may have one of the same id. `everywhere`: whosever it is."""
         self._send(Abort(request_id, reason, index, "" if everywhere else self.frontend))
 
-    async def ask(self, question: Question, request_id: str = "") -> Answer:
+    async def ask(self, question: Question, request_id: str = "", tenant: str | None = None) -> Answer:
         token = next(self._tokens)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._futures[token] = future
         if question is Question.STATS:
             self.report()  # so that the answer has it
-        self._send(Ask(token, question, request_id, self.frontend))
+        self._send(Ask(token, question, request_id, self.frontend, tenant))
         try:
             return await future
         finally:

@@ -90,6 +90,14 @@ def not_ready(waiting: int) -> ServiceError:
     )
 
 
+def unauthenticated(reason: str, message: str) -> ServiceError:
+    return ServiceError(grpc.StatusCode.UNAUTHENTICATED, message, _info(reason))
+
+
+def denied(reason: str, message: str) -> ServiceError:
+    return ServiceError(grpc.StatusCode.PERMISSION_DENIED, message, _info(reason))
+
+
 def internal(request_id: str) -> ServiceError:
     """For what nobody foresaw: the log has the rest under this id."""
     return ServiceError(grpc.StatusCode.INTERNAL, f"internal error, logged as {request_id}")

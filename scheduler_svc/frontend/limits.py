@@ -22,6 +22,13 @@ MAX_MESSAGES: Final = 4096
 MAX_CHARACTERS: Final = 2**20  # to Tokenize; to Generate it is the context that bounds a prompt
 MAX_DETOKENIZE: Final = 2**20
 MAX_HELD: Final = 1024  # calls to be resumed that wait for the first worker
+MAX_ABORTS: Final = 1024  # ids in one Abort
+
+# Of a connection.
+MAX_METADATA_BYTES: Final = 16 << 10
+MAX_CONNECTION_STREAMS: Final = 20_000
+HANDSHAKE_SECONDS: Final = 20
+IDLE_SECONDS: Final = 1800  # without a call
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def check_sampling(params: pb.SamplingParams, card: ModelCard, prefix: str, viol
     check_strings(f"{prefix}.bad_words", params.bad_words, MAX_BAD_WORDS, violations)
     if len(params.stop_token_ids) > MAX_STOP_IDS:
         violations.add(f"{prefix}.stop_token_ids", f"has {len(params.stop_token_ids)} ids; at most {MAX_STOP_IDS}")
+        return
     check_vocabulary(f"{prefix}.stop_token_ids", params.stop_token_ids, card.vocab_size, violations)
 
 
@@ -51,20 +52,21 @@ def _check_bias(params: pb.SamplingParams, card: ModelCard, prefix: str, violati
             violations.add(field, f"is {bias:g}; must be in [-{MAX_BIAS:g}, {MAX_BIAS:g}]")
 
 
-def bad_words(
+async def bad_words(
     params: pb.SamplingParams, tokenizer: Tokenizer, prefix: str, violations: Violations
 ) -> tuple[tuple[int, ...], ...]:
     """Each word's tokens as it stands at the beginning of a text, and behind a space."""
-    sequences: dict[tuple[int, ...], None] = {}
     if len(params.bad_words) > MAX_BAD_WORDS:
         return ()
-    for i, word in enumerate(params.bad_words):
-        if not 1 <= len(word) <= MAX_STRING:
-            continue
-        variants = [tuple(tokenizer.encode(lead + word.lstrip(), False)) for lead in ("", " ") if word.strip()]
-        if not any(variants):
+    words = {i: word for i, word in enumerate(params.bad_words) if 1 <= len(word) <= MAX_STRING}
+    texts = [lead + word.lstrip() for word in words.values() if word.strip() for lead in ("", " ")]
+    variants = dict(zip(texts, map(tuple, await tokenizer.encode_all_off_loop(texts)), strict=True))
+    sequences: dict[tuple[int, ...], None] = {}
+    for i, word in words.items():
+        found = [variants.get(lead + word.lstrip(), ()) for lead in ("", " ")] if word.strip() else []
+        if not any(found):
             violations.add(f"{prefix}.bad_words[{i}]", "holds no token")
-        sequences.update(dict.fromkeys(variant for variant in variants if variant))
+        sequences.update(dict.fromkeys(variant for variant in found if variant))
     return tuple(sequences)
 
 

@@ -1,8 +1,9 @@
-"""One frontend: a grpc.aio server with every service on one port."""
+"""One frontend: a grpc.aio server with every service on one port, and perhaps one for routers on another."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +14,26 @@ import grpc.aio
 from protos.engine_wire import Question, ServiceStatus
 from scheduler_svc.frontend import admin, channelz, health, reflection, servicer, vllm_compat
 from scheduler_svc.frontend.access import Access, Ended
+from scheduler_svc.frontend.auth import Guard, TokenFile
 from scheduler_svc.frontend.core import Core, FrontendConfig
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.health import HealthService
+from scheduler_svc.frontend.limits import (
+    HANDSHAKE_SECONDS,
+    IDLE_SECONDS,
+    MAX_CONNECTION_STREAMS,
+    MAX_METADATA_BYTES,
+)
 from scheduler_svc.frontend.model import ServedModel
+from scheduler_svc.frontend.tls import Certificates, is_loopback
 from scheduler_svc.frontend.tracing import Tracer
 
 _SCRAPE_PATIENCE = 5.0  # seconds for the engine's answer
 _REPORT_EVERY = 1.0  # seconds
 
 __all__ = ["Frontend", "FrontendConfig", "PortInUseError"]
+
+log = logging.getLogger(__name__)
 
 
 class PortInUseError(OSError):
@@ -76,32 +87,47 @@ class Frontend:
         if link.status:
             self._health.update(link.status)
         self._router = vllm_compat.VllmEngine(self._core)
+        routers = self._router.handler()
         self._handlers = [
             servicer.InferenceService(self._core).handler(),
             admin.AdminService(self._core).handler(),
-            self._router.handler(),
+            routers,
             self._health.handler(),
             channelz.handler(),
             *reflection.handlers([*services, health.SERVICE, channelz.SERVICE]),
         ]
-        self._server: grpc.aio.Server | None = None
         self._reporting: asyncio.Future[None] | None = None
+        self._router_handlers = [
+            routers,
+            self._health.handler(),
+            *reflection.handlers([vllm_compat.SERVICE, health.SERVICE]),
+        ]
+        self._servers: list[grpc.aio.Server] = []
+        self._certificates: Certificates | None = None
+        self.router_port = 0  # of the plain port for routers, once it is open
 
     async def start(self) -> int:
-        """Binds and serves; returns the port. Raises PortInUseError, in one line."""
+        """Binds and serves; returns the port. Raises PortInUseError and FileError, in one line."""
         config = self._core.config
         if config.metrics_port:
             self._metrics = Metrics(self._core)
         ended: tuple[Ended, ...] = (self._tracer.ended,) if self._tracer else ()
         access = Access(self._core.observer, self._core.clock, ended)
-        self._server = grpc.aio.server(interceptors=[access], options=_options(config))
-        self._server.add_generic_rpc_handlers(self._handlers)
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        try:
-            port = self._server.add_insecure_port(f"{host}:{config.port}")
-        except RuntimeError as error:
-            raise PortInUseError(f"cannot listen on {host}:{config.port}: port in use, or no such address") from error
-        await self._server.start()
+        # The guard comes first: what it refuses may be of any name, and nobody else should keep those.
+        guard = [Guard(TokenFile(config.tokens))] if config.tokens else []
+        self._certificates = Certificates(config.tls) if config.tls else None
+        if not config.tls and not is_loopback(config.host):
+            log.warning("%s is served without TLS: whoever is on the way reads prompts and tokens", config.host)
+        server = grpc.aio.server(interceptors=[*guard, access], options=_options(config))
+        address = f"[{config.host}]" if ":" in config.host else config.host
+        port = self._bind(server, self._handlers, f"{address}:{config.port}", self._certificates)
+        if config.router_listen:
+            if not is_loopback(config.router_listen.rpartition(":")[0]):
+                log.warning("%s is for routers: whoever reaches it is served, without a token", config.router_listen)
+            server = grpc.aio.server(interceptors=[access], options=_options(config))
+            self.router_port = self._bind(server, self._router_handlers, config.router_listen, None)
+        for server in self._servers:
+            await server.start()
         if self._core.link.frontend:  # one of several, of which another may be asked for the sum
             self._reporting = asyncio.ensure_future(self._report())
         return port
@@ -119,6 +145,22 @@ class Frontend:
         while True:
             await asyncio.sleep(_REPORT_EVERY)
             self._core.link.report()
+
+    def _bind(
+        self,
+        server: grpc.aio.Server,
+        handlers: list[grpc.GenericRpcHandler],
+        address: str,
+        certificates: Certificates | None,
+    ) -> int:
+        self._servers.append(server)
+        server.add_generic_rpc_handlers(handlers)
+        try:
+            if certificates:
+                return server.add_secure_port(address, certificates.credentials)
+            return server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortInUseError(f"cannot listen on {address}: port in use, or no such address") from error
 
     async def drain(self, grace: float) -> bool:
         """NOT_SERVING, no new requests; at most `grace` seconds for those accepted, then stops.
@@ -139,8 +181,7 @@ class Frontend:
         self._health.drain()
         self._health.close()
         self._core.kv_watchers.close()
-        if self._server:
-            await self._server.stop(grace)
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
         if self._reporting:
             self._reporting.cancel()
         if self._metrics:
@@ -150,7 +191,20 @@ class Frontend:
 
 
 def _options(config: FrontendConfig) -> list[tuple[str, Any]]:
+    age = [("grpc.max_connection_age_ms", int(config.max_connection_age * 1000))] if config.max_connection_age else []
     return [
+        *age,  # streams that are open then go on to their end
+        ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+        ("grpc.max_concurrent_streams", MAX_CONNECTION_STREAMS),  # a client keeps what is beyond to itself
+        # By default a lottery begins at 8 KiB: some calls are refused and some are not.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+        # A client whose host is gone leaves open streams behind: their blocks are somebody else's soon.
+        ("grpc.keepalive_time_ms", int(config.keepalive * 1000)),
+        ("grpc.keepalive_timeout_ms", int(config.keepalive_answer * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(config.keepalive_answer * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),  # bounded by streams.MAX_ENTRIES
         # Otherwise gRPC itself refuses some of ~1,500 waiting calls with a bare CANCELLED, and no handler sees them.

@@ -8,7 +8,7 @@ import grpc
 from pagewire.v1 import inference_pb2
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.engine_wire import FinishReason, Question
+from protos.engine_wire import FinishReason
 from protos.wire import TokenLogprobs
 from scheduler_svc.frontend import rpc
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
@@ -68,7 +68,8 @@ class InferenceService:
         violations, model = Violations(), self.core.model
         if (count := len(request.token_ids)) > MAX_DETOKENIZE:
             violations.add("token_ids", f"has {count} ids; at most {MAX_DETOKENIZE}")
-        check_vocabulary("token_ids", request.token_ids, model.card.vocab_size, violations)
+        else:
+            check_vocabulary("token_ids", request.token_ids, model.card.vocab_size, violations)
         violations.check()
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return pb.DetokenizeResponse(text=await model.tokenizer.decode_off_loop(list(request.token_ids), skip))
@@ -100,8 +101,7 @@ class InferenceService:
         if not request.request_id:
             violations.add("request_id", "is empty")
         violations.check()
-        answer = await self.core.link.ask(Question.CANCEL, request.request_id)
-        if not answer.found:
+        if not await self.core.cancel(request.request_id):
             raise not_found(f"no request {request.request_id!r} is running")
         return pb.CancelGenerationResponse()
 

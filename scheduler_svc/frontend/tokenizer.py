@@ -65,6 +65,13 @@ class Tokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._encode_without_gil, text, add_special_tokens)
 
+    async def encode_all_off_loop(self, texts: Sequence[str]) -> list[list[int]]:
+        """Without special tokens; in a thread where they are long together."""
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return [self.encode(text, False) for text in texts]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encode_all_without_gil, texts)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -79,6 +86,9 @@ class Tokenizer:
 
     def _encode_without_gil(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _encode_all_without_gil(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _decode_without_gil(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]

@@ -120,7 +120,7 @@ class Preparer:
         states = resume.read_states(request, names.sampling, card.vocab_size, violations)
         max_model_len = self.max_model_len()
         token_ids = await self._prompt(request, names, max_model_len, violations)
-        bad_words = sampling_fields.bad_words(params, tokenizer, names.sampling, violations)
+        bad_words = await sampling_fields.bad_words(params, tokenizer, names.sampling, violations)
         defaults = card.defaults if defaults is None else defaults
         room = max(max_model_len - len(token_ids), 0)
         max_tokens = min(params.max_tokens if params.HasField("max_tokens") else defaults.max_new_tokens or room, room)
@@ -182,7 +182,10 @@ class Preparer:
     ) -> list[int]:
         match request.WhichOneof("prompt"):
             case "token_ids":
-                field, token_ids = names.token_ids, list(request.token_ids.ids)
+                field, ids = names.token_ids, request.token_ids.ids
+                if not _fits(field, len(ids), max_model_len, violations):  # before 16 MiB of them become objects
+                    return []
+                token_ids = list(ids)
                 check_vocabulary(field, token_ids, self.model.card.vocab_size, violations)
                 if not token_ids:
                     violations.add(field, "is empty; a prompt has at least 1 token")
@@ -195,11 +198,7 @@ class Preparer:
             case _:
                 violations.add(names.prompt, "is not set; give text, token ids or chat messages")
                 return []
-        if len(token_ids) + 1 > max_model_len:
-            violations.add(
-                field,
-                f"has {len(token_ids)} tokens; at most {max_model_len - 1} leave room for one more within the context",
-            )
+        _fits(field, len(token_ids), max_model_len, violations)
         return token_ids
 
     async def tokenize(
@@ -242,6 +241,11 @@ class Preparer:
             violations.add(f"chat.messages[{i}].role", "is empty")
         if unnamed:
             return []
+        size = sum(len(message.content) for message in chat.messages)
+        most = max_tokens * self.model.tokenizer.longest_token if max_tokens else MAX_CHARACTERS
+        if size > most:  # a template may take long over what could never be served
+            violations.add("chat.messages", f"have {size} characters; at most {most}")
+            return []
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         add_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         try:
@@ -250,6 +254,13 @@ class Preparer:
             violations.add("chat", f"the model's chat template refuses these messages: {error}")
             return []
         return await self.tokenize("chat.messages", text, False, max_tokens, violations)
+
+
+def _fits(field: str, count: int, max_model_len: int, violations: Violations) -> bool:
+    if count < max_model_len:
+        return True
+    violations.add(field, f"has {count} tokens; at most {max_model_len - 1} leave room for one more within the context")
+    return False
 
 
 def _check_caller(caller: Caller, violations: Violations) -> None:

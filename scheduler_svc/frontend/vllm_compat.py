@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,10 +21,11 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from protos.engine_wire import FinishReason, Question
 from scheduler_svc.engine.prefix_cache import root
-from scheduler_svc.frontend import rpc
+from scheduler_svc.frontend import auth, rpc
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, ServiceError, Violation, invalid, unimplemented
 from scheduler_svc.frontend.kv_messages import RouterBatches
+from scheduler_svc.frontend.limits import MAX_ABORTS
 from scheduler_svc.frontend.model import Defaults
 from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.validation import Names
@@ -41,6 +43,7 @@ class VllmEngine:
         self._throughput = Throughput(core.clock)
         self._last_receive = 0.0
         self.calls = 0  # of Generate, open
+        self._bundle: asyncio.Future[bytes] | None = None  # made once, by the first who asks
 
     def handler(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -96,8 +99,13 @@ class VllmEngine:
             self.calls -= 1
 
     async def abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
+        if (count := len(request.request_ids)) > MAX_ABORTS:
+            raise invalid([Violation("request_ids", f"has {count} ids; at most {MAX_ABORTS}")])
         for request_id in request.request_ids:
-            self.core.link.abort(request_id, FinishReason.ABORTED, everywhere=True)
+            if auth.identity():  # then only its own tenant's
+                await self.core.cancel(request_id)
+            else:
+                self.core.link.abort(request_id, FinishReason.ABORTED, everywhere=True)
         return vllm.AbortResponse()
 
     async def health_check(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
@@ -174,11 +182,9 @@ class VllmEngine:
 
     async def get_tokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context) -> None:
         """A zip of the tokenizer's files in chunks; the last carries the SHA-256 of the whole."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in sorted(self.core.model.tokenizer.files.items()):
-                archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # no clock in it: same bytes always
-        data = buffer.getvalue()
+        if self._bundle is None:
+            self._bundle = asyncio.ensure_future(asyncio.to_thread(_bundle, self.core.model.tokenizer.files))
+        data = await asyncio.shield(self._bundle)
         chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
         for chunk in chunks[:-1]:
             await context.write(common_pb2.GetTokenizerChunk(data=chunk).SerializeToString())
@@ -200,6 +206,14 @@ class VllmEngine:
             raise unimplemented(f"{what} is not served: this service generates text")
 
         return method
+
+
+def _bundle(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # no clock in it: same bytes always
+    return buffer.getvalue()
 
 
 class Throughput:

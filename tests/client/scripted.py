@@ -30,6 +30,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def __init__(self, port: int = 0) -> None:
         self.requests: list[pb.GenerateRequest] = []
         self.time_left: list[float | None] = []  # of each of them when it came
+        self.metadata: list[dict[str, str | bytes]] = []  # of every call
         self.cancelled = threading.Event()
         self.heard = threading.Event()  # while it is not set, what follows the metadata waits
         self.heard.set()
@@ -53,6 +54,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def Generate(self, request: pb.GenerateRequest, context: Context) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
         self.time_left.append(context.time_remaining())
+        self.metadata.append(dict(context.invocation_metadata()))
         words = self._words(request)
         match words:
             case ["bad"]:
@@ -117,6 +119,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         self._fail(context)
+        self.metadata.append(dict(context.invocation_metadata()))
         return pb.TokenizeResponse(token_ids=[self._id(word) for word in request.text.split()])
 
     def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:

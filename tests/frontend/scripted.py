@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.blocks: list[KvBlock] = []  # what a watcher begins with
         self.watching: list[int] = []  # what WatchKv asked for
         self.changes_told = 0
+        self.cancels: list[Ask] = []
         self.tokens_per_delta = 1
         self.held = False
         self.steps = 0
@@ -130,6 +131,7 @@ class ScriptedEngine:
                 self._drains.append(ask)
                 self._answer_drains()
             case Question.CANCEL:
+                self.cancels.append(ask)
                 found = any(key[0] == ask.request_id for key in self.sequences)
                 self._abort(Abort(ask.request_id))
                 self._answer(ask, found=found)

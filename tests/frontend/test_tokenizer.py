@@ -141,6 +141,7 @@ def test_templates_mean_what_transformers_says(
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ 1 / 0 }}",
+        "{% macro deeper() %}{{ deeper() }}{% endmacro %}{{ deeper() }}",
         "{{ messages + 1 }}",
     ],
 )

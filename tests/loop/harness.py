@@ -62,9 +62,9 @@ class Observer:
     def until_finished(self, submits: list[Submit]) -> None:
         self.until(lambda: all(self.streams[s.request_id, s.index].finish for s in submits), "all streams finished")
 
-    def ask(self, question: Question, request_id: str = "") -> Answer:
+    def ask(self, question: Question, request_id: str = "", tenant: str | None = None) -> Answer:
         token = len(self.answers) + 1000 + random.getrandbits(40)
-        self.loop.send(Ask(token, question, request_id))
+        self.loop.send(Ask(token, question, request_id, tenant=tenant))
         self.until(lambda: token in self.answers, f"the answer to {question.name}")
         return self.answers[token]
 

@@ -106,6 +106,45 @@ def test_a_tenants_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.
     assert "none.toml" in capsys.readouterr().err
 
 
+def test_access_flags_reach_their_place(tmp_path: Path) -> None:
+    flags = "--tls-cert c --tls-key k --tls-client-ca a --tokens t --vllm-listen 127.0.0.1:7 --max-connection-age 60"
+    access = config.parse(["fake:", *flags.split()]).access
+    assert access == config.Access(Path("c"), Path("k"), Path("a"), Path("t"), "127.0.0.1:7", 60.0)
+    assert config.parse(["fake:"]).access == config.Access()
+
+
+@pytest.mark.parametrize(
+    ("flags", "directory"),
+    [
+        ("", None),
+        ("--listen tcp://127.0.0.1:5", None),
+        ("--listen tcp://[::1]:5", None),
+        ("--listen tcp://localhost:*", None),
+        ("--listen ipc:///here", None),
+        ("--listen tcp://0.0.0.0:5", "home/curve"),
+        ("--listen tcp://[::]:5", "home/curve"),
+        ("--listen tcp://*:5", "home/curve"),
+        ("--listen tcp://example.org:5", "home/curve"),
+        ("--listen tcp://0.0.0.0:5 --curve-keys HERE/keys", "keys"),
+        ("--listen tcp://127.0.0.1:5 --curve-keys HERE/keys", "keys"),
+    ],
+)
+def test_links_that_others_can_reach_have_keys(
+    flags: str, directory: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEWIRE_HOME", str(tmp_path / "home"))
+    parsed = config.parse(["fake:", *flags.replace("HERE", str(tmp_path)).split()])
+    assert parsed.loop.curve_keys == (tmp_path / directory if directory else None)
+
+
+@pytest.mark.parametrize("flags", ["--tokens t", "--tls-cert c --tls-key k"])
+def test_a_gateway_that_asks_nobody_stays_on_this_host(flags: str) -> None:
+    plain = config.parse(["fake:", *["--host", "0.0.0.0", "--openai-port", "8000"]])
+    assert (plain.gateway and plain.gateway.host, plain.access.router_listen) == ("0.0.0.0", "")
+    guarded = config.parse(["fake:", *f"--host 0.0.0.0 --openai-port 8000 {flags}".split()])
+    assert (guarded.gateway and guarded.gateway.host, guarded.access.router_listen) == ("127.0.0.1", "127.0.0.1:0")
+
+
 def test_boot_ids_differ() -> None:
     assert config.parse(["fake:"]).loop.setup.epoch != config.parse(["fake:"]).loop.setup.epoch
 
@@ -134,9 +173,18 @@ def test_boot_ids_differ() -> None:
         ("--load-deadline 0", "0 is not over 0"),
         ("--load-deadline nan", "nan is not over 0"),
         ("--max-waiting-tokens 0", "0 is not in 1.."),
-        ("--listen tcp://0.0.0.0:5", "only loopback"),
-        ("--listen tcp://192.0.2.1:5", "only loopback"),
         ("--listen http://localhost:5", "neither ipc"),
+        ("--listen ipc://here", "neither ipc"),
+        ("--listen ipc://@here", "neither ipc"),
+        ("--listen tcp://127.0.0.1:65536", "neither ipc"),
+        ("--curve-keys keys", "--curve-keys goes with --listen tcp"),
+        ("--curve-keys keys --listen ipc:///here", "not with ipc:///here"),
+        ("--tls-cert a.pem", "--tls-cert and --tls-key go together"),
+        ("--tls-key a.pem", "--tls-cert and --tls-key go together"),
+        ("--tls-client-ca a.pem", "--tls-client-ca needs --tls-cert"),
+        ("--vllm-listen 5000", "'5000' is not HOST:PORT"),
+        ("--vllm-listen localhost:x", "is not HOST:PORT"),
+        ("--max-connection-age -1", "-1 is not in"),
         ("--workers 0", "--listen"),
         ("--metrics-port 65536", "65536 is not in 0..65535"),
         ("--log-level loud", "--log-level: invalid choice: 'loud'"),

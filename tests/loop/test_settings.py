@@ -28,6 +28,13 @@ def test_every_flag_can_be_seen_in_it() -> None:
     """A flag that changes nothing here changes nothing anywhere, or the dump is not whole."""
     values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
     values |= {"--depth": "3", "--max-step-tokens": "512", "--frontends": "2", "--workers": "2"}
+    values |= {"--vllm-listen": "127.0.0.1:7"}
+    needs = {
+        "--tls-cert": ["--tls-key", "k"],
+        "--tls-key": ["--tls-cert", "c"],
+        "--tls-client-ca": ["--tls-cert", "c", "--tls-key", "k"],
+        "--curve-keys": ["--listen", "tcp://127.0.0.1:5"],
+    }
     unbuilt = {flag for flag, *_ in UNBUILT}
     plain = _chosen(["fake:"])
     for action in build_parser()._actions:
@@ -36,7 +43,8 @@ def test_every_flag_can_be_seen_in_it() -> None:
             continue
         value = values.get(flag) or (str(list(action.choices)[-1]) if action.choices else "300")
         arguments = [flag] if action.nargs == 0 else [flag, value]
-        assert _chosen(["fake:", *arguments]) != plain, arguments
+        without = _chosen(["fake:", *needs[flag]]) if flag in ("--tls-client-ca", "--curve-keys") else plain
+        assert _chosen(["fake:", *arguments, *needs.get(flag, [])]) != without, arguments
 
 
 def _chosen(arguments: list[str]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,21 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(SpecError, match="safetensors"):
         TransformersRunner(tmp_path, "float32", 0)
+
+
+def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
+    """Neither for a config that names it nor for a model: not even asked for is it."""
+    checkpoints.save(tmp_path, CONFIGS["gpt_neox"])
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import GPTNeoXConfig as C, GPTNeoXForCausalLM as M\n"
+    (tmp_path / "code.py").write_text(code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    named = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    for change in ({"auto_map": named}, {"auto_map": named, "model_type": "stranger"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with contextlib.suppress(SpecError):  # the first is known to transformers itself
+            TransformersRunner(tmp_path, "float32", 0)
+        assert not ran.exists()
 
 
 def test_a_rope_by_length_is_served_as_far_as_it_stays(tmp_path: Path) -> None:

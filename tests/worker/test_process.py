@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -197,12 +198,33 @@ def test_an_orphan_does_not_start() -> None:
     assert subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False).returncode == 1
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.1:5555", "tcp://0.0.0.0:5555", "udp://127.0.0.1:5", "nonsense"])
-def test_it_connects_to_this_host_alone(endpoint: str) -> None:
-    command = [sys.executable, "-m", "worker_svc", "--connect", endpoint]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["udp://127.0.0.1:5"],
+        ["nonsense"],
+        ["ipc://here"],
+        ["tcp://127.0.0.1:*"],
+        ["ipc:///here", "--curve-keys", "keys"],
+    ],
+)
+def test_it_connects_to_nothing_else(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "worker_svc", "--connect", *arguments]
     done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert endpoint in done.stderr
+    assert arguments[0] in done.stderr
+
+
+def test_it_connects_to_no_other_host_without_keys(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "worker_svc", "--connect", "tcp://192.0.2.1:5555", "--home", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        assert process.stderr.readline().startswith(f"pagewire worker: waits for keys in {tmp_path / 'curve'}")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_with_the_fake_backend_it_imports_neither_torch_nor_grpc() -> None:
