@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, Qwen2Config
 
 from kernels.cpu import library
 from protos import model_cache
 from tests.models import checkpoints
+from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
+from worker_svc.quant.layout import MODES
 from worker_svc.quant.packed import PackedModel, PackedStore
 
 
@@ -180,10 +184,23 @@ def test_two_processes_pack_at_once(model: Path) -> None:
     assert [path.name for path in (model / ".pagewire").iterdir()] == ["weights-int4"]
 
 
-def test_a_weight_that_is_no_number_is_named(model: Path) -> None:
-    source = checkpoints.save(model, LlamaConfig(**checkpoints.SMALL))
-    source.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode or "bf16")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "nan"),
+        ("model.layers.2.self_attn.q_proj.weight", "inf"),
+        ("model.layers.0.self_attn.k_proj.bias", "nan"),
+        ("model.layers.0.input_layernorm.weight", "-inf"),
+        ("model.embed_tokens.weight", "-inf"),
+        ("lm_head.weight", "nan"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_named(model: Path, name: str, bad: str, dtype: torch.dtype, mode: str) -> None:
+    source = checkpoints.save(model, Qwen2Config(**checkpoints.SMALL, tie_word_embeddings=False)).to(dtype)
+    source.get_parameter(name).data.view(-1)[7] = float(bad)
     source.save_pretrained(model)
-    for mode in ("int8", "int4"):
-        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight' has weights that are not finite"):
-            pack(model, mode)
+    with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' has weights that are not finite"):
+        pack(model, mode)
+    assert store(model, mode).read() is None
