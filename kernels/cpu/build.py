@@ -4,7 +4,8 @@
     python -m kernels.cpu.build --into-package  beside this file, for a wheel or an image whose host has no compiler
     python -m kernels.cpu.build --sanitize    with the address and undefined-behaviour sanitizers, for tests
 
-A library is named by a digest of sources, flags and compiler, and appears under its name whole, by a rename.
+A library is named by a digest of sources and flags, then one of those and the compiler, and appears under its name
+whole, by a rename. Where there is no compiler, one that any compiler made of the same sources and flags serves.
 """
 
 from __future__ import annotations
@@ -81,17 +82,22 @@ def library(say: Say = say_on_stderr, *, sanitize: bool = False, testing: bool =
     plain = not sanitize and not testing
     if plain and (prebuilt := PREBUILT / _prebuilt_name()).exists():
         return prebuilt
-    compiler = find_compiler()
-    build = _Build(compiler, cache_dir(), sanitize=sanitize, testing=testing)
+    build = _Build(cache_dir(), sanitize=sanitize, testing=testing)
     try:
-        return build.library(say)
+        compiler = find_compiler()
+    except LibraryError:
+        if found := build.newest():
+            return found
+        raise
+    try:
+        return build.library(compiler, say)
     except OSError as error:
         raise LibraryError(f"the CPU kernels cannot be compiled into {build.cache}: {error}") from error
 
 
 def into_package(say: Say = say_on_stderr) -> Path:
     """Compiles and leaves the library in the package, where `library` finds it without a compiler."""
-    built = _Build(find_compiler(), cache_dir(), sanitize=False, testing=False).library(say)
+    built = _Build(cache_dir(), sanitize=False, testing=False).library(find_compiler(), say)
     PREBUILT.mkdir(exist_ok=True)
     for old in PREBUILT.glob("*.so"):
         old.unlink()
@@ -146,67 +152,87 @@ def _prebuilt_name() -> str:
 
 
 class _Build:
-    """One compiler, one set of flags, one cache."""
+    """One set of flags, one cache."""
 
-    def __init__(self, compiler: list[str], cache: Path, *, sanitize: bool, testing: bool) -> None:
-        self.compiler, self.cache = compiler, cache
+    def __init__(self, cache: Path, *, sanitize: bool, testing: bool) -> None:
+        self.cache = cache
         self.optimize = (*SANITIZE, "-O1") if sanitize else ("-O3",)
         self.units = [
             path
             for path in sorted(SOURCES.glob("*.cpp"))
             if (testing or not path.stem.startswith("test_")) and (is_x86() or not path.stem.startswith("isa_a"))
         ]
-        self._compiler_id = _identity(compiler)
+        self._prefix = f"pagewire-cpu-{_digest_of(_platform(), *map(self._digest, self.units))}-"
 
-    def library(self, say: Say) -> Path:
-        objects = {unit: self.cache / "objects" / f"{unit.stem}-{self._digest(unit)}.o" for unit in self.units}
-        digest = _digest_of(*(path.name for path in objects.values()))
-        library = self.cache / f"pagewire-cpu-{digest}.so"
+    def newest(self) -> Path | None:
+        """What any compiler made of these sources with these flags, last made or used."""
+        found = sorted(self.cache.glob(f"{self._prefix}*.so"), key=_used)
+        if not found:
+            return None
+        _touch(found[-1])
+        return found[-1]
+
+    def library(self, compiler: list[str], say: Say) -> Path:
+        identity = _identity(compiler)
+        objects = {
+            unit: self.cache / "objects" / f"{unit.stem}-{_digest_of(identity, self._digest(unit))}.o"
+            for unit in self.units
+        }
+        library = self.cache / f"{self._prefix}{_digest_of(*(path.name for path in objects.values()))}.so"
         if library.exists():
             _touch(library)
             return library
         (self.cache / "objects").mkdir(parents=True, exist_ok=True)
         with _locked(self.cache / "lock"):  # whoever comes second finds it done
             if not library.exists():
-                self._make(library, objects, say)
+                self._make(compiler, library, objects, say)
         return library
 
-    def _make(self, library: Path, objects: dict[Path, Path], say: Say) -> None:
+    def _make(self, compiler: list[str], library: Path, objects: dict[Path, Path], say: Say) -> None:
+        for left in self.cache.glob("tmp*"):  # by one that was killed: who holds the lock is alone
+            shutil.rmtree(left, ignore_errors=True)
         missing = {unit: path for unit, path in objects.items() if not path.exists()}
-        say(f"pagewire: compiling the CPU kernels with {self.compiler[0]} ({len(missing)} files), once")
+        say(f"pagewire: compiling the CPU kernels with {compiler[0]} ({len(missing)} files), once")
         with tempfile.TemporaryDirectory(dir=self.cache) as temporary:
             workers = len(os.sched_getaffinity(0))
             # The longest first: the last to end is a short one.
             order = sorted(missing, key=lambda unit: -len(self._flags(unit)))
             with ThreadPoolExecutor(workers) as pool:
-                for done in [pool.submit(self._compile, unit, missing[unit], Path(temporary)) for unit in order]:
+                compiles = [
+                    pool.submit(_run, compiler, [*self._flags(unit), "-c", str(unit)], missing[unit], Path(temporary))
+                    for unit in order
+                ]
+                for done in compiles:
                     done.result()
-            made = Path(temporary) / library.name
-            self._run([*self.optimize, "-shared", "-pthread", *map(str, objects.values()), "-o", str(made)])
-            made.rename(library)
+            links = [*self.optimize, "-shared", "-pthread", *map(str, objects.values())]
+            _run(compiler, links, library, Path(temporary))
         for path in objects.values():
             _touch(path)
         _sweep(self.cache)
-
-    def _compile(self, unit: Path, to: Path, temporary: Path) -> None:
-        made = temporary / to.name
-        self._run([*self._flags(unit), "-c", str(unit), "-o", str(made)])
-        made.rename(to)
 
     def _flags(self, unit: Path) -> list[str]:
         exceptions = ["-fno-exceptions"] if unit.stem in ISA_FLAGS else []
         return [*FLAGS, *self.optimize, *exceptions, *ISA_FLAGS.get(unit.stem, ())]
 
-    def _run(self, arguments: list[str]) -> None:
-        result = subprocess.run([*self.compiler, *arguments], capture_output=True, text=True, check=False)
-        if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-            reason = errors[0] if errors else f"exit status {result.returncode}"
-            raise LibraryError(f"the CPU kernels do not compile with {shlex.join(self.compiler)}: {reason}")
-
     def _digest(self, unit: Path) -> str:
-        parts = [self._compiler_id, *self._flags(unit)]
-        return _digest_of(*parts, *(f"{path.name}\0{path.read_text()}" for path in _with_includes(unit)))
+        """Of all that the compiler is told."""
+        texts = (f"{path.name}\0{path.read_text()}" for path in _with_includes(unit))
+        return _digest_of(unit.stem, *self._flags(unit), *texts)
+
+
+def _run(compiler: list[str], arguments: list[str], to: Path, temporary: Path) -> None:
+    """Makes `to`, which appears whole. Raises LibraryError."""
+    made = temporary / to.name
+    result = subprocess.run([*compiler, *arguments, "-o", str(made)], capture_output=True, text=True, check=False)
+    reason = ""
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        reason = errors[0] if errors else f"exit status {result.returncode}"
+    elif not made.exists():
+        reason = "it ends without an error, and without the file that it was to write"
+    if reason:
+        raise LibraryError(f"the CPU kernels do not compile with {shlex.join(compiler)}: {reason}")
+    made.rename(to)
 
 
 def _with_includes(unit: Path) -> list[Path]:
@@ -222,8 +248,12 @@ def _identity(compiler: list[str]) -> str:
     """Another compiler, or another version of it, has another one; so has another C library."""
     path = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stat = path.stat()
+    return f"{compiler} {path} {stat.st_size} {stat.st_mtime_ns} {_platform()}"
+
+
+def _platform() -> str:
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
-    return f"{compiler} {path} {stat.st_size} {stat.st_mtime_ns} {libc} {platform.machine()}"
+    return f"{libc} {platform.machine()}"
 
 
 def _digest_of(*parts: str) -> str:
@@ -235,6 +265,13 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process has swept it
+        return 0.0
 
 
 def _touch(path: Path) -> None:

@@ -13,6 +13,7 @@ from protos.gguf_header import GGML_TYPES
 from tests.formats import builders as b
 from worker_svc.models.checkpoint import CheckpointError, open_checkpoint
 from worker_svc.models.ggml_quants import QUANTS, dequantize
+from worker_svc.models.raw_tensor import RawTensor
 
 CODES = {kind.name: code for code, kind in GGML_TYPES.items()}
 
@@ -152,6 +153,33 @@ def test_float_types(tmp_path: Path) -> None:
         assert tensor.float32().tolist() == values.tolist(), kind
         assert (tensor.bfloat16() == values.view(np.uint32) >> 16).all(), kind
         assert not tensor.data.flags.writeable
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E00, 0xFE01, 0x7FFF])
+@pytest.mark.parametrize("kind", QUANTS)
+def test_a_scale_that_is_no_number_is_found_in_every_form(kind: str, bits: int) -> None:
+    """As the weights themselves tell, which neither form that is asked for computes for this."""
+    block = len(some_blocks(kind, 1, 0))
+    data = np.frombuffer(some_blocks(kind, 4, 3), np.uint8).reshape(4, block)
+    good = RawTensor("w", kind, (4, QUANTS[kind].block_size), data)
+    assert np.array_equal(good.finite(), good.float32())
+    assert np.array_equal(good.finite_bfloat16(), good.bfloat16())
+    for at in HALVES.get(kind, (0,)):
+        spoiled = data.copy()
+        spoiled[2, at : at + 2] = np.array([bits], "<u2").view(np.uint8)
+        bad = RawTensor("w", kind, good.shape, spoiled)
+        with np.errstate(invalid="ignore"):
+            assert not np.isfinite(bad.float32()[2]).all()
+        for form in (bad.finite, bad.finite_bfloat16):
+            with pytest.raises(CheckpointError, match="'w' has weights that are not finite numbers"):
+                form()
+
+
+def test_what_overflows_bfloat16_is_not_finite() -> None:
+    tensor = RawTensor("w", "F32", (1,), np.array([3.4e38], np.float32))
+    assert tensor.finite() == np.float32(3.4e38)
+    with pytest.raises(CheckpointError, match="'w' has weights that are not finite numbers"):
+        tensor.finite_bfloat16()
 
 
 def test_what_needs_no_conversion_is_a_view(tmp_path: Path) -> None:

@@ -116,3 +116,38 @@ def test_values_of_zero_and_huge_scores(cdll: ctypes.CDLL, isa: str) -> None:
         qkv[:, 4 * 64 :] = 0
         got = in_chunks(Memory(cdll, isa, attention), qkv, blocks_for(attention, 70), 33)
         assert not got.any()
+
+
+SPOILED = 75
+BAD = {"nan": np.float32("nan"), "negative-nan": -np.float32("nan"), "inf": np.float32("inf")}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["plain", "softcap"])
+def test_what_is_no_number_in_int8_kv_makes_all_that_sees_it_none(
+    cdll: ctypes.CDLL, isa: str, part: str, softcap: float, bad: np.float32
+) -> None:
+    """In a prompt, in steps of one token, and where threads share the spans: and nothing else changes."""
+    attention = Attention(kv="int8", softcap=softcap)
+    qkv, table = attention.tokens(600), blocks_for(attention, 600)
+    expected = Memory(cdll, isa, attention).run([Chunk(qkv, table, 0, 600)])
+    first = attention.dim * (attention.heads + attention.kv_heads * (part == "value"))
+    qkv[SPOILED, first + 20] = bad
+    for threads in (1, 3):
+        memory = Memory(cdll, isa, attention)
+        prompt = memory.run([Chunk(qkv, table, 0, 590)], threads=threads)
+        tokens = [memory.run([Chunk(qkv, table, i, i + 1)], threads=threads) for i in range(590, 600)]
+        got = np.concatenate([prompt, *tokens])
+        assert np.array_equal(got[:SPOILED], expected[:SPOILED])
+        assert np.isnan(got[SPOILED:]).all()
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_a_softcap_hides_no_nan(cdll: ctypes.CDLL, isa: str, kv: str) -> None:
+    attention = Attention(kv=kv, softcap=5.0)
+    qkv = attention.tokens(40)
+    qkv[20, 5] = np.nan  # of a query
+    got = Memory(cdll, isa, attention).run([Chunk(qkv, blocks_for(attention, 40), 0, 40)])
+    assert np.isnan(got[20, : attention.dim]).all()
+    assert np.isfinite(np.delete(got, 20, 0)).all()

@@ -123,6 +123,53 @@ def test_a_prebuilt_library_needs_no_compiler(home: Path, monkeypatch: pytest.Mo
         build.library(lambda line: None)
 
 
+def _no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "CXX":
+        monkeypatch.setenv("CXX", "/nowhere/g++")
+    else:
+        monkeypatch.delenv("CXX")
+        monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.parametrize("how", ["CXX", "PATH"])
+def test_without_a_compiler_what_it_made_of_these_sources_serves(
+    home: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Whichever compiler made it, the newest; never what was made of other sources, with other flags, or for tests."""
+    first = build.library(lambda line: None)
+    build.library(lambda line: None, testing=True)
+    build.library(lambda line: None, sanitize=True)
+    _compiler(home, (home / "cxx").read_text().splitlines()[1] + " # another version")
+    second = build.library(lambda line: None)
+    os.utime(first, (1, 1))
+    _no_compiler(home, monkeypatch, how)
+    assert build.library(lambda line: None) == second
+    second.unlink()
+    assert build.library(lambda line: None) == first
+    assert first.stat().st_mtime > 1, "it is in use"
+    (build.SOURCES / "deep.h").write_text("// other sources\n")
+    with pytest.raises(LibraryError, match="compiler"):
+        build.library(lambda line: None)
+    (build.SOURCES / "deep.h").write_text("// 1\n")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    with pytest.raises(LibraryError, match="compiler"):
+        build.library(lambda line: None)
+
+
+def test_a_compiler_that_makes_nothing_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(LibraryError, match=r"do not compile with true: it ends without an error, and without the file"):
+        build.library(lambda line: None)
+
+
+def test_what_a_killed_compile_left_goes_with_the_next(home: Path) -> None:
+    left = home / "home" / "kernels" / "tmpabc123"
+    left.mkdir(parents=True)
+    (left / "step.o").write_text("half")
+    build.library(lambda line: None)
+    assert not left.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").write_text("")
     monkeypatch.setenv("PAGEWIRE_HOME", str(home / "file"))

@@ -73,7 +73,7 @@ def random_sampling(rng: np.random.Generator, vocab: int) -> Sampling:
         bad_words=maybe(((tokens[0],), (tokens[1], tokens[2])), ()),
         min_tokens=maybe(10, 0),
         eos_token_ids=(tokens[3],),
-        logprobs=maybe(int(rng.choice([0, 1, 5, 20])), -1),
+        logprobs=maybe(min(int(rng.choice([0, 1, 5, 20])), vocab), -1),
     )
 
 
@@ -279,7 +279,7 @@ def test_scores_of_what_is_no_number_fail(cdll: ctypes.CDLL, isa: str) -> None:
 def test_prompt_logprobs_of_several_rows(cdll: ctypes.CDLL, isa: str) -> None:
     vocab, prompt = 50, [3, 1, 4, 1, 5, 9, 2, 6, 5]
     slots = SlotTable(max_slots=3, max_model_len=16, block_size=16, num_blocks=4, vocab_size=vocab)
-    wishes = [Sampling(9, prompt_logprobs=2), Sampling(9), Sampling(9, prompt_logprobs=70)]
+    wishes = [Sampling(9, prompt_logprobs=2), Sampling(9), Sampling(9, prompt_logprobs=vocab)]
     admits = [Admit(slot, prompt, 9, [[slot]], wish) for slot, wish in enumerate(wishes, 1)]
     plan = StepPlan(Epoch(1, 1), 1, [], admits, [], [Row(1, 0, 9, sample=True), Row(2, 0, 4), Row(3, 0, 5)])
     slots.apply(plan)
@@ -288,7 +288,7 @@ def test_prompt_logprobs_of_several_rows(cdll: ctypes.CDLL, isa: str) -> None:
     model: Any = CpuModel(cdll, isa, logits)
     got = CpuBench(cdll, isa, vocab).cpu.prompt_logprobs(model, inputs, slots)
     at = [*range(8), *range(13, 18)]
-    wanted = token_logprobs(torch.from_numpy(logits[at]), np.array([*prompt[1:], *prompt[1:6]]), [2] * 8 + [70] * 5)
+    wanted = token_logprobs(torch.from_numpy(logits[at]), np.array([*prompt[1:], *prompt[1:6]]), [2] * 8 + [vocab] * 5)
     assert len(got) == 13
     for ours, theirs in zip(got, wanted, strict=True):
         same_scores(ours, theirs)

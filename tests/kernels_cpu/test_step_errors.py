@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.cpu.library import Batch, LibraryError, Samples
+from kernels.cpu.library import PANEL, Batch, Layer, LibraryError, Samples, address, layers
 from tests.kernels_cpu import tiny
 from tests.kernels_cpu.tiny import (
     BLOCK,
     BLOCKS,
+    ODD,
     TINY,
     Text,
     arrays,
     batch_of,
     opened,
+    random_model,
     random_tokens,
     samples_of,
     spec_of,
@@ -188,6 +190,30 @@ def test_logits_that_are_no_numbers() -> None:
         with pytest.raises(LibraryError, match="output 0: the model's logits are not numbers"):
             model.sample(wanted)
     model.close()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_the_same_error_in_every_form(isa: str, kind: str, kv: str, bad: float) -> None:
+    """A bias puts them into values alone, in a shape whose scores and logits have soft caps."""
+    good = spec_of(ODD, kind, kv)
+    model = random_model(ODD, kind, kv)
+    copies = [Layer.from_buffer_copy(good.layers[i]).keep(good) for i in range(ODD.num_layers)]
+    width = (ODD.num_heads + 2 * ODD.num_kv_heads) * ODD.head_dim
+    bias = np.zeros(-(-width // PANEL) * PANEL, np.float32)
+    bias[:width] = model.dense["qkv.0.bias"]
+    bias[width - 1] = bad
+    copies[0].qkv.bias = address(bias)
+    spoiled = type(good).from_buffer_copy(good).keep(good, bias, copies)
+    spoiled.layers = layers(copies)
+    opened_model = tiny.library().open(spoiled, 2, isa)
+    try:
+        for wanted in (samples_of([39, 44]), samples_of([39, 44], temperature=1.0)):
+            with pytest.raises(LibraryError, match="output 0: the model's logits are not numbers"):
+                opened_model.step(_two_rows(), wanted)
+    finally:
+        opened_model.close()
 
 
 def test_a_plan_of_no_tokens_may_come_without_arrays() -> None:

@@ -38,6 +38,18 @@ def save(path: Path, config: PretrainedConfig, shard: str = "5GB", seed: int = 0
 
 
 @torch.no_grad()
+def overflow(model: Any, token: int) -> None:
+    """Weights that are finite, of which this token's logits alone are no numbers: no other has a last dimension."""
+    layer, embed = model.model.layers[0], model.model.embed_tokens.weight
+    embed[:, -1] = 0
+    embed[token] = 0
+    embed[token, -1] = 1
+    layer.self_attn.o_proj.weight[-1] = 0
+    layer.mlp.gate_proj.weight[:, -1] = 1e25
+    layer.mlp.up_proj.weight[:, -1] = 1e25
+
+
+@torch.no_grad()
 def logits(model: Any, tokens: list[int]) -> torch.Tensor:
     """[len(tokens), vocab], of the whole sequence at once."""
     whole: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0].float()

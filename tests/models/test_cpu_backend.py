@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_a_mask_comes_between_forward_and_sample(llama: tuple[Path, Any]) -> Non
 def test_logits_that_are_no_numbers_name_their_slot(tmp_path: Path) -> None:
     """Found when sampling; the fused call names it as the one after a mask does."""
     made = checkpoints.save(tmp_path, LlamaConfig(**SMALL))
-    made.model.embed_tokens.weight.data[5] = float("inf")
+    checkpoints.overflow(made, 5)
     made.save_pretrained(tmp_path)
     one = session(tmp_path)
     sampling = Sampling(max_tokens=1, temperature=0.0)
@@ -173,6 +174,7 @@ def test_progress_is_told_while_packing(tmp_path: Path) -> None:
         ({"max_model_len": 513}, "max_model_len 513 is over the model's 512"),
         ({"kv_bytes": 100_000, "max_model_len": 512}, "is more than the .* tokens of KV memory"),
         ({"model": "/nowhere"}, "/nowhere"),
+        ({"threads": 100_000}, f"threads 100000 is over this machine's {os.cpu_count()} CPUs"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
@@ -181,6 +183,33 @@ def test_what_cannot_be_served_is_refused_by_name(
     asked = setup(llama[0], **fields)
     with pytest.raises(BackendError, match=message):
         load(CpuBackend(asked, "auto", "auto", llama[0]), asked)
+
+
+def test_what_there_is_no_room_for_is_refused_before_anything_is_packed(
+    llama: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pack(*arguments: Any) -> None:
+        raise AssertionError("packed")
+
+    monkeypatch.setattr("worker_svc.quant.packed.PackedStore.read", lambda store: None)
+    monkeypatch.setattr("worker_svc.quant.packed.PackedStore.pack", pack)
+    for fields in ({"max_model_len": 999_999}, {"kv_bytes": 100}, {"kv_bytes": 100_000, "max_model_len": 512}):
+        asked = setup(llama[0], **fields)
+        with pytest.raises(BackendError):
+            load(CpuBackend(asked, "auto", "auto", tmp_path), asked)
+
+
+def test_instructions_are_not_ignored_by_another_backend(
+    llama: tuple[Path, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, fields, why in (
+        ("auto", {"dtype": "float32"}, "dtype 'float32' is torch's"),
+        ("auto", {"block_size": 16}, "block_size 16 is no multiple"),
+        ("torch", {}, "backend 'torch' has none"),
+    ):
+        with pytest.raises(BackendError, match=f"cpu_isa 'avx2' is the cpu backend's alone: {why}"):
+            create(setup(llama[0], **fields), name, isa="avx2")
+    assert "torch" not in capfd.readouterr().err
 
 
 def test_an_instruction_set_that_is_not_here_is_refused(llama: tuple[Path, Any]) -> None:
@@ -199,8 +228,8 @@ def test_auto_takes_cpu_for_our_families_and_torch_for_the_rest(
     capfd.readouterr()
     checkpoints.save(tmp_path, GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}))
     for message, words in (
-        (setup(tmp_path), "not of a family that the cpu backend knows; torch serves it instead\n"),
-        (setup(llama[0], block_size=16), "block_size 16 is no multiple of the cpu backend's 32; torch serves"),
+        (setup(tmp_path), "not of a family that the cpu backend knows; torch is asked instead\n"),
+        (setup(llama[0], block_size=16), "block_size 16 is no multiple of the cpu backend's 32; torch is asked"),
     ):
         assert isinstance(create(message), TorchBackend)
         assert words in capfd.readouterr().err
@@ -216,10 +245,11 @@ def test_without_a_compiler_torch_serves_and_says_so(
 
     monkeypatch.setattr(library, "load", none)
     assert load(create(setup(llama[0])), setup(llama[0])).backend == "torch"
-    assert capfd.readouterr().err == "pagewire worker: there is no C++ compiler; torch serves it instead\n"
+    assert capfd.readouterr().err == "pagewire worker: there is no C++ compiler; torch is asked instead\n"
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "worker_svc.backends.torch")
     with pytest.raises(BackendError, match=r"no C\+\+ compiler; .* is not installed: pip install 'pagewire\[torch\]'"):
         create(setup(llama[0]))
+    assert "asked" not in capfd.readouterr().err, "nobody is"
     with pytest.raises(BackendError, match=r"^the torch backend needs torch"):
         create(setup(llama[0], dtype="float32"))

@@ -85,3 +85,21 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     w[1, 3] = np.inf
     with pytest.raises(CheckpointError, match="'t' has weights that are not finite"):
         int4(RawTensor("t", "F32", (2, 32), w))
+    for kind, at in (("Q4_0", 0), ("Q4_1", 0), ("Q4_1", 2)):
+        good = blocks(kind, 2, 64)
+        good.data[3, at : at + 2] = np.array([0x7E00], "<u2").view(np.uint8)
+        with pytest.raises(CheckpointError, match="'t' has weights that are not finite"):
+            int4(good)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        RawTensor("t", "F32", (1, 40), np.full((1, 40), 1e9, np.float32)),
+        RawTensor("t", "F32", (1, 32), np.where(np.arange(32) == 5, 1e38, 0).astype(np.float32)[None]),
+        RawTensor("t", "Q4_0", (1, 32), np.array([[0xFF, 0x7B, *range(16)]], np.uint8)),  # 65504, and 8 times that
+    ],
+)
+def test_weights_that_float16_scales_cannot_say_are_refused(tensor: RawTensor) -> None:
+    with pytest.raises(CheckpointError, match="'t' has weights too great for int4"):
+        int4(tensor)

@@ -18,7 +18,8 @@ def create(name: str, setup: Setup, *, device: str, isa: str, home: Path) -> Dev
     """`auto` takes the fake backend for a model named `fake:…`, torch for float32, and else the cpu backend, unless
     that cannot serve this model or cannot be built here: then torch, and says so.
 
-    `isa` and `home` (for packed weights) are the cpu backend's. Raises BackendError where none can run.
+    `isa` and `home` (for packed weights) are the cpu backend's. Raises BackendError where none can run, or where an
+    instruction set was asked for and another backend would have to serve.
     """
     if name == "fake" or (name == "auto" and setup.model.startswith(PREFIX)):
         return FakeBackend()
@@ -32,8 +33,13 @@ def create(name: str, setup: Setup, *, device: str, isa: str, home: Path) -> Dev
             if name == "cpu":
                 raise
             why = str(error)
-            print(f"pagewire worker: {why}; torch serves it instead", file=sys.stderr, flush=True)
-    return _torch(device, setup, why)
+    if isa != "auto":
+        reason = why or (f"dtype {setup.dtype!r} is torch's" if name == "auto" else f"backend {name!r} has none")
+        raise BackendError(f"cpu_isa {isa!r} is the cpu backend's alone: {reason}")
+    backend = _torch(device, setup, why)
+    if why:
+        print(f"pagewire worker: {why}; torch is asked instead", file=sys.stderr, flush=True)
+    return backend
 
 
 def _torch(device: str, setup: Setup, why: str) -> DeviceBackend:

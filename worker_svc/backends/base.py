@@ -79,6 +79,8 @@ def refuse_unsupported(
         if value not in known:
             names = ", ".join(repr(name) for name in known)
             raise BackendError(f"{field} {value!r} is not supported by the {backend} backend, only {names}")
+    if setup.threads > (cpus := os.cpu_count() or 1):
+        raise BackendError(f"threads {setup.threads} is over this machine's {cpus} CPUs")
     if setup.block_size < 1:
         raise BackendError(f"block_size {setup.block_size} must be at least 1")
 

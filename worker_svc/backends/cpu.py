@@ -69,8 +69,14 @@ class CpuBackend:
             raise Unsuited(f"{path.name}: not of a family that the cpu backend knows")
         if trouble := unfit(found.spec):
             raise Unsuited(f"{path.name}: {trouble}")
+        self._spec = found.spec
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
+        # What there is no room for is refused before anything is packed.
+        longest, kind = _longest(setup, self._spec), _KV_KINDS[setup.kv_dtype]
+        block_bytes = self._library.kv_block_bytes(shape(self._spec, KVForm(kind, setup.block_size), longest))
+        kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes))
+        self._max_len = served_len(setup, kv.num_blocks, longest)
         threads = setup.threads or max(1, usable_threads() // setup.sharing)
         packed = self._packed
         if packed is None:
@@ -78,17 +84,12 @@ class CpuBackend:
             with _readable(setup):
                 packed = self._store.pack(self._source, threads, lambda share: progress(Phase.LOADING, share))
             self._source = None  # and its mapping of the file
-        longest = _longest(setup, packed.spec)
-        kind = _KV_KINDS[setup.kv_dtype]
-        block_bytes = self._library.kv_block_bytes(shape(packed.spec, KVForm(kind, setup.block_size), longest))
-        kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes))
         rope = packed.spec.rope.tables(longest)
         try:
             self._model = self._library.open(whole(packed, kv, rope), threads, self._isa)
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
-        self._max_len = served_len(setup, kv.num_blocks, longest)
         self._sampler = CpuSampler(self._vocab_size)
         self.reset(setup)
         return Capacity(

@@ -28,6 +28,12 @@ def dequantize(kind: str, blocks: Bytes) -> Floats:
     return out
 
 
+def finite(kind: str, blocks: Bytes) -> bool:
+    """Whether all weights are. Their scales tell: a finite float16 times a few bits overflows no float32."""
+    halves = [np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2") for at in QUANTS[kind].scales]
+    return not any((half & 0x7C00 == 0x7C00).any() for half in halves)
+
+
 def _half(blocks: Bytes, at: int) -> Floats:
     """[n, 1] the float16 at byte `at` of each block."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
@@ -120,15 +126,16 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
 class Quant(NamedTuple):
     block_size: int
     decode: Callable[[Bytes, Floats], None]
+    scales: tuple[int, ...]  # where in a block its float16 are: all else of it is integers
 
 
 QUANTS: Final = {
-    "Q4_0": Quant(32, _q4_0),
-    "Q4_1": Quant(32, _q4_1),
-    "Q5_0": Quant(32, _q5_0),
-    "Q5_1": Quant(32, _q5_1),
-    "Q8_0": Quant(32, _q8_0),
-    "Q4_K": Quant(256, _q4_k),
-    "Q5_K": Quant(256, _q5_k),
-    "Q6_K": Quant(256, _q6_k),
+    "Q4_0": Quant(32, _q4_0, (0,)),
+    "Q4_1": Quant(32, _q4_1, (0, 2)),
+    "Q5_0": Quant(32, _q5_0, (0,)),
+    "Q5_1": Quant(32, _q5_1, (0, 2)),
+    "Q8_0": Quant(32, _q8_0, (0,)),
+    "Q4_K": Quant(256, _q4_k, (0, 2)),
+    "Q5_K": Quant(256, _q5_k, (0, 2)),
+    "Q6_K": Quant(256, _q6_k, (208,)),
 }

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_svc.models.ggml_quants import CHUNK, QUANTS, dequantize
+from worker_svc.models.ggml_quants import CHUNK, QUANTS, dequantize, finite
 
 # BF16 travels as its bits: numpy has no such type.
 NUMPY_TYPES: Final = {
@@ -64,10 +64,27 @@ class RawTensor:
 
     def finite(self) -> NDArray[np.float32]:
         """float32, or CheckpointError: one weight that is no number would leave its neighbours without a scale."""
+        self.check_blocks()
         values = self.float32()
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"tensor {self.name!r} has weights that are not finite numbers")
+        if self.dtype not in QUANTS and not np.isfinite(values).all():
+            raise self._not_finite()
         return values
+
+    def finite_bfloat16(self) -> NDArray[np.uint16]:
+        """bfloat16, or CheckpointError: what is no number as a weight makes none of whatever it meets."""
+        self.check_blocks()
+        bits = self.bfloat16()
+        if self.dtype not in QUANTS and ((bits & 0x7F80) == 0x7F80).any():
+            raise self._not_finite()
+        return bits
+
+    def check_blocks(self) -> None:
+        """Raises CheckpointError where a weight of a block-quantized type is not finite: reads scales only."""
+        if self.dtype in QUANTS and not finite(self.dtype, self.data):
+            raise self._not_finite()
+
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(f"tensor {self.name!r} has weights that are not finite numbers")
 
     def bfloat16(self) -> NDArray[np.uint16]:
         """[shape], as bits; a view where the file has BF16, else rounded to the nearest, ties to even."""

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_svc.models.raw_tensor import RawTensor
+from worker_svc.models.raw_tensor import CheckpointError, RawTensor
 
 GROUP: Final = 32
 SPANS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried in turn: an outlier may cost less than its reach
@@ -24,12 +24,22 @@ class Int4(NamedTuple):
 
 
 def int4(tensor: RawTensor) -> Int4:
-    """A matrix [n, k]. Q4_0 and Q4_1 stay as they are, to the last bit; whatever else is rounded."""
-    if tensor.dtype not in ("Q4_0", "Q4_1"):
-        return rounded(tensor.finite())
+    """A matrix [n, k]. Q4_0 and Q4_1 stay as they are, to the last bit; whatever else is rounded.
+
+    Raises CheckpointError for weights that are not finite, or greater than a float16 scale can say.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        made = _kept(tensor) if tensor.dtype in ("Q4_0", "Q4_1") else rounded(tensor.finite())
+    if any((part & 0x7C00 == 0x7C00).any() for part in (made.d, made.m)):
+        raise CheckpointError(f"tensor {tensor.name!r} has weights too great for int4: its scales are of float16")
+    return made
+
+
+def _kept(tensor: RawTensor) -> Int4:
+    tensor.check_blocks()
     n, k = tensor.shape
     d = _halves(tensor.data, 0)
-    # Q4_0 is d · (q − 8); eight times a float16 is one unless it overflows, and no file has such a scale.
+    # Q4_0 is d · (q − 8); eight times a float16 is one unless it overflows.
     m = _halves(tensor.data, 2) if tensor.dtype == "Q4_1" else (d.view(np.float16) * np.float16(-8)).view(np.uint16)
     nibbles = tensor.data[:, -GROUP // 2 :]
     codes = np.empty((len(nibbles), GROUP), np.uint8)
@@ -48,8 +58,8 @@ def rounded(weights: Floats) -> Int4:
     groups = -(-k // GROUP)
     # A short last group is filled up with its own last weight, so that its range stays what it is.
     padded = np.pad(weights, ((0, 0), (0, groups * GROUP - k)), mode="edge").reshape(-1, GROUP)
-    codes = np.empty(padded.shape, np.uint8)
-    d, m = np.empty(len(padded), np.float16), np.empty(len(padded), np.float16)
+    codes = np.zeros(padded.shape, np.uint8)
+    d, m = np.full((2, len(padded)), np.nan, np.float16)  # until there is a span whose error is a number
     for begin in range(0, len(padded), CHUNK):
         part = slice(begin, begin + CHUNK)
         _choose(padded[part], codes[part], d[part], m[part])

@@ -43,7 +43,7 @@ def pack(
     model: Model, layout: Layout, arrays: Arrays, library: Library, threads: int, progress: Callable[[float], None]
 ) -> None:
     """Fills `arrays` (views of zeroed memory, as `layout` has them). Raises CheckpointError where a weight is missing,
-    misshapen or not a number.
+    misshapen or not a finite number.
     """
     tasks: list[Callable[[], None]] = []
     for name, matrix in layout.matrices.items():
@@ -60,7 +60,7 @@ def pack(
 
 def _tasks(name: str, matrix: Matrix, rows: Rows, arrays: Arrays, library: Library) -> Iterator[Callable[[], None]]:
     if matrix.bias:
-        bias = np.concatenate([tensor.float32() for tensor in rows.biases])
+        bias = np.concatenate([tensor.finite() for tensor in rows.biases])
         arrays[f"{name}.bias"][: matrix.n] = np.where(rows.order < 0, 0, bias[rows.order])
     for part in _chunks(matrix.n, matrix.k):
 
@@ -69,7 +69,7 @@ def _tasks(name: str, matrix: Matrix, rows: Rows, arrays: Arrays, library: Libra
             out = arrays[name][begin:]
             order = rows.order[part]
             if matrix.kind == "bf16":
-                (rounded,) = _gather(rows.tensors, order, lambda raw: (raw.bfloat16(),))
+                (rounded,) = _gather(rows.tensors, order, lambda raw: (raw.finite_bfloat16(),))
                 library.pack_bf16(rounded, out)
             elif matrix.kind == "int8":
                 (weights,) = _gather(rows.tensors, order, lambda raw: (raw.finite(),))
@@ -83,7 +83,7 @@ def _tasks(name: str, matrix: Matrix, rows: Rows, arrays: Arrays, library: Libra
 
 def _embed_task(tensor: RawTensor, out: NDArray[Any], part: slice) -> Callable[[], None]:
     def task() -> None:
-        out[part] = tensor.take(np.arange(part.start, part.stop)).bfloat16()
+        out[part] = tensor.take(np.arange(part.start, part.stop)).finite_bfloat16()
 
     return task
 

@@ -2,8 +2,8 @@
 
     file: arrays, each 64-byte aligned | Header as JSON | length of the JSON, checksum of the JSON, "PAGEWIRE"
 
-The warm path reads no checkpoint: the spec is in the header. What is stale (its stamp is not that of the sources, or
-another version wrote it) is packed again; so is what is damaged, and that is said. Where no file can be written, the
+The warm path reads no checkpoint: the spec is in the header. What is stale (made of other sources, or by
+another version) is packed again; so is what is damaged, and that is said. Where no file can be written, the
 weights are packed into memory, which is said as well.
 """
 
@@ -119,6 +119,10 @@ class PackedStore:
                     troubles.append(f"{place.parent}: {error.strerror or error}")
                     continue
                 yield memory, descriptor, str(place)
+                try:
+                    attempt.close()
+                except OSError as error:  # what is packed is in memory all the same
+                    _say(f"packed weights are not kept: {place}: {error.strerror or error}")
                 return
         _say(f"packed weights are not kept, so every start packs them: {'; '.join(troubles)}")
         yield mmap.mmap(-1, nbytes), None, "memory"
@@ -140,7 +144,7 @@ class PackedStore:
         header = self._header(memory)
         if header is None or (header.format, header.kernels) != (FORMAT, source_digest()):
             return None
-        if (header.mode, header.stamp) != (self._mode, self._stamp):
+        if header.mode != self._mode or not self._is_of_our_sources(header):
             return None
         made = layout(header.spec, MODES[self._mode], self._library)
         if made.nbytes != header.nbytes:
@@ -149,6 +153,12 @@ class PackedStore:
             raise Damaged("its bytes are not those that were written")
         _forget_embedding(memory, made)
         return PackedModel(header.spec, header.mode, header.weights, made, _views(memory, made))
+
+    def _is_of_our_sources(self, header: Header) -> bool:
+        """An image's packed weights were made where inodes and ctimes were others: then the content tells."""
+        if header.stamp == self._stamp:
+            return True
+        return model_cache.alike(header.stamp, self._stamp) and header.weights == weights_digest(self._path)
 
     def _header(self, memory: mmap.mmap) -> Header | None:
         """None where another version wrote it."""

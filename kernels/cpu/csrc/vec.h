@@ -102,6 +102,7 @@ PW_INLINE i32x16 max(i32x16 a, i32x16 b) {
   for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] > y.part[i] ? x.part[i] : y.part[i];
   return r.v;
 }
+// Of max and min, as x86 has them: where one of two is NaN, the second is the answer. What may be NaN comes second.
 PW_INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7FFFFFFFu); }
 
 // a · b + c, rounded once where the set can.
@@ -173,6 +174,14 @@ PW_INLINE float max_lane(f32x16 v) {
   return v[0] > v[1] ? v[0] : v[1];
 }
 #endif
+// The greatest of lanes that are not negative, given and compared as bits: a NaN's are above all others.
+PW_INLINE float max_bits(i32x16 v) {
+  v = max(v, (i32x16)exchanged<8>((f32x16)v));
+  v = max(v, (i32x16)exchanged<4>((f32x16)v));
+  v = max(v, (i32x16)exchanged<2>((f32x16)v));
+  v = max(v, (i32x16)exchanged<1>((f32x16)v));
+  return ((f32x16)v)[0];
+}
 PW_INLINE int32_t sum(i32x16 v) {
   v += (i32x16)exchanged<8>((f32x16)v);
   v += (i32x16)exchanged<4>((f32x16)v);
@@ -263,9 +272,9 @@ PW_INLINE i32x16 nearest(f32x16 v) {  // likewise
 #endif
 }
 
-// e^x to 1 ulp or two; 0 below −87.3, infinite above 88.7. Coefficients: minimax on [−ln 2 / 2, ln 2 / 2].
+// e^x to 1 ulp or two; 0 below −87.3, infinite above 88.7, NaN of NaN. Coefficients: minimax on [−ln 2 / 2, ln 2 / 2].
 PW_INLINE f32x16 exp(f32x16 x) {
-  f32x16 clamped = min(max(x, splat(-88.0f)), splat(88.72f));
+  f32x16 clamped = min(splat(88.72f), max(splat(-88.0f), x));
   f32x16 n = round(clamped * splat(1.44269504f));
   f32x16 r = fma(n, splat(-0.693359375f), clamped);
   r = fma(n, splat(2.12194440e-4f), r);

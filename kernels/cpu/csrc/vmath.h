@@ -5,9 +5,9 @@
 
 namespace pw {
 
-// tanh x to 3 ulp. Near zero a polynomial (1 − 2 / (e^2x + 1) would cancel), Cephes' coefficients.
+// tanh x to 3 ulp, NaN of NaN: a soft cap is to hide nothing. Near zero a polynomial (1 − 2 / (e^2x + 1) would cancel), Cephes' coefficients.
 PW_INLINE f32x16 tanh(f32x16 x) {
-  f32x16 a = min(abs(x), splat(10.0f));
+  f32x16 a = min(splat(10.0f), abs(x));
   f32x16 far = 1.0f - 2.0f / (exp(a + a) + 1.0f);
   f32x16 z = a * a;
   f32x16 p = splat(-5.70498872745e-3f);
@@ -23,7 +23,7 @@ PW_INLINE f32x16 tanh(f32x16 x) {
 // erf x to about 2e-7: x · P(x²) below 1; elsewhere 1 − t·Q(t)·e^(−x²) with t = 1 / (1 + x / 2), as in Numerical
 // Recipes' erfcc (relative error of erfc 1.2e-7).
 PW_INLINE f32x16 erf(f32x16 x) {
-  f32x16 a = min(abs(x), splat(6.0f)), z = a * a;
+  f32x16 a = min(splat(6.0f), abs(x)), z = a * a;
   f32x16 n = splat(7.853861353153693e-5f);
   n = fma(n, z, splat(-8.010193625184903e-4f));
   n = fma(n, z, splat(5.188327685732524e-3f));
