@@ -92,9 +92,10 @@ def test_whoever_waits_for_a_whole_answer_gets_it_though_a_service_dies(pair: Pa
     api = pair.router.client
 
     def whole(number: int) -> str:
-        answer = ask(api, f"question {number} " * 8, tokens=60)
+        answer = ask(api, f"question {number} " * 8, tokens=200)
         return answer.choices[0].finish_reason
 
+    ask(api, "warm-up")  # what the official client loads with its first call takes a while
     with ThreadPoolExecutor(24) as threads:
         asked = [threads.submit(whole, number) for number in range(24)]
         until(lambda: all(service.stats().running >= 4 for service in pair), "both are busy")
@@ -112,7 +113,7 @@ def test_a_stream_that_waits_in_a_queue_goes_elsewhere(pair: Pair) -> None:
         """How it ended."""
         try:
             chunks = api.completions.create(
-                model="fake", prompt=f"question {number} " * 8, max_tokens=100, temperature=0.0, stream=True
+                model="fake", prompt=f"question {number} " * 8, max_tokens=200, temperature=0.0, stream=True
             )
             for chunk in chunks:
                 if chunk.choices and chunk.choices[0].finish_reason:
@@ -121,6 +122,7 @@ def test_a_stream_that_waits_in_a_queue_goes_elsewhere(pair: Pair) -> None:
             return type(error).__name__
         return "cut"
 
+    ask(api, "warm-up")  # what the official client loads with its first call takes a while
     with ThreadPoolExecutor(24) as threads:
         asked = [threads.submit(stream, number) for number in range(24)]
         until(lambda: all(s.stats().running >= 4 and s.stats().waiting >= 2 for s in pair), "both have a queue")
