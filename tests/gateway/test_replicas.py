@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,23 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
+    with two_behind_one(tmp_path, *BY_CACHE_ALONE) as made:
+        yield made
+
+
+@pytest.fixture
+def even_pair(tmp_path: Path) -> Iterator[Pair]:
+    """In turns, so that both have something to do, and to lose."""
+    with two_behind_one(tmp_path, "--policy", "round_robin") as made:
+        yield made
+
+
+@contextmanager
+def two_behind_one(directory: Path, *flags: str) -> Iterator[Pair]:
     with ExitStack() as stack:
         services = [stack.enter_context(served(MODEL, *FLAGS)) for _ in range(2)]
         addresses = [one.address for one in services]
-        yield Pair(services, stack.enter_context(router(tmp_path, *addresses, flags=BY_CACHE_ALONE)))
+        yield Pair(services, stack.enter_context(router(directory, *addresses, flags=flags)))
 
 
 def prompt(letter: str) -> str:
@@ -86,10 +99,10 @@ def test_a_service_that_is_started_again_is_listened_to_again(pair: Pair, tmp_pa
         until(hits, "the prompt goes where it is", 90)
 
 
-def test_whoever_waits_for_a_whole_answer_gets_it_though_a_service_dies(pair: Pair) -> None:
+def test_whoever_waits_for_a_whole_answer_gets_it_though_a_service_dies(even_pair: Pair) -> None:
     """Streams that have begun on it are lost; those that only wait there, and whole answers, begin anew elsewhere."""
-    one, other = pair
-    api = pair.router.client
+    one, other = even_pair
+    api = even_pair.router.client
 
     def whole(number: int) -> str:
         answer = ask(api, f"question {number} " * 8, tokens=200)
@@ -98,16 +111,16 @@ def test_whoever_waits_for_a_whole_answer_gets_it_though_a_service_dies(pair: Pa
     ask(api, "warm-up")  # what the official client loads with its first call takes a while
     with ThreadPoolExecutor(24) as threads:
         asked = [threads.submit(whole, number) for number in range(24)]
-        until(lambda: all(service.stats().running >= 4 for service in pair), "both are busy")
+        until(lambda: all(service.stats().running >= 4 for service in even_pair), "both are busy")
         one.kill()
         assert [answer.result() for answer in asked] == ["length"] * 24
     assert other.stats().finished >= 24 - 4
     assert whole(100) == "length", "and nobody is sent to the dead one"
 
 
-def test_a_stream_that_waits_in_a_queue_goes_elsewhere(pair: Pair) -> None:
-    one = pair.services[0]
-    api = pair.router.client
+def test_a_stream_that_waits_in_a_queue_goes_elsewhere(even_pair: Pair) -> None:
+    one = even_pair.services[0]
+    api = even_pair.router.client
 
     def stream(number: int) -> str:
         """How it ended."""
@@ -125,7 +138,7 @@ def test_a_stream_that_waits_in_a_queue_goes_elsewhere(pair: Pair) -> None:
     ask(api, "warm-up")  # what the official client loads with its first call takes a while
     with ThreadPoolExecutor(24) as threads:
         asked = [threads.submit(stream, number) for number in range(24)]
-        until(lambda: all(s.stats().running >= 4 and s.stats().waiting >= 2 for s in pair), "both have a queue")
+        until(lambda: all(s.stats().running >= 4 and s.stats().waiting >= 2 for s in even_pair), "both have a queue")
         one.process.send_signal(signal.SIGKILL)
         ends = [answer.result() for answer in asked]
     assert 20 <= ends.count("length") < 24, f"only the four that had begun are lost: {ends}"
