@@ -178,7 +178,9 @@ MUTATIONS = [
         "return _digest(tenant.encode(), salt.encode(), adapter.encode())",
         "return _digest(tenant.encode(), adapter.encode())",
     ),
-    Mutation("the queue is whose came first", "door.py", "self.crowded_out = self._crowd(submit, roster)", "pass"),
+    Mutation(
+        "the queue is whose came first", "door.py", "self.crowded_out = self._crowd(submit, roster, free)", "pass"
+    ),
     Mutation("crowded out by more", "door.py", "has_room and come * crowd.weight <= left * own.weight", "has_room"),
     Mutation("crowded out though begun", "door.py", "if sequence.cached_tokens < 0:", "if True:"),
     Mutation(
