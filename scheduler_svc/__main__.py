@@ -75,7 +75,7 @@ def _serve(settings: ServiceConfig, loop: EngineLoop, began: float) -> int:
 
 
 async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: ServedModel, began: float) -> int:
-    from scheduler_svc.frontend.courier import Courier
+    from scheduler_svc.frontend.courier import Courier, Postbag
     from scheduler_svc.frontend.engine_link import EngineLink
     from scheduler_svc.frontend.reloading import FileError
     from scheduler_svc.frontend.server import Frontend, PortInUseError
@@ -86,7 +86,7 @@ async def _run_frontend(settings: ServiceConfig, loop: EngineLoop, model: Served
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio_loop.add_signal_handler(number, signals.put_nowait, number)
     link = EngineLink()
-    link.connect(loop)
+    link.connect(Postbag(loop.send, asyncio_loop.call_soon))
     try:
         frontend = Frontend(link, frontend_config(settings), model)
         port = await frontend.start()

@@ -95,8 +95,8 @@ class EngineLoop:
         self._deliver = deliver
         self.send(FrontendHello(""))
 
-    def send(self, message: ToEngine | FrontendStop) -> None:
-        self._mailbox.append(message)
+    def send(self, *messages: ToEngine | FrontendStop) -> None:
+        self._mailbox.extend(messages)
         os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:

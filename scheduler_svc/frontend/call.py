@@ -138,6 +138,13 @@ class Call:
         if stream.ending:
             self.wake()
 
+    async def within(self, seconds: float) -> bool:
+        """Waits so long for the first news. False if that is how the engine ended it, other than well."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+        return self._failure is None
+
     async def outputs(self) -> AsyncIterator[Gain | Ending]:
         """Ends with the last index. Raises ServiceError where the engine ended the request otherwise."""
         unfinished = len(self.streams)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pagewire.v1 import inference_pb2 as pb
 
@@ -26,6 +27,8 @@ from scheduler_svc.frontend.tls import TlsFiles
 from scheduler_svc.frontend.tokenizer import INLINE_TOKENS
 from scheduler_svc.frontend.validation import Caller, Prepared, Preparer
 from scheduler_svc.metrics import Observer
+
+REFUSED_BY: Final = 0.05  # seconds: what the engine refuses it has refused by then, unless it has much to do
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +162,11 @@ class Core:
             call.close()
 
     async def outputs(self, call: Call, context: Context, at_once: bool = True) -> AsyncIterator[Gain | Ending]:
-        """The call's outputs, its initial metadata first: `at_once` if a worker has been ready, else with the first."""
-        announced = at_once and await self._announce(call.prepared, context)
+        """The call's outputs, its initial metadata first: `at_once` if a worker has been ready, else with the first.
+
+        A call that is refused costs no message but that.
+        """
+        announced = at_once and await call.within(REFUSED_BY) and await self._announce(call.prepared, context)
         async for output in call.outputs():
             if not announced:
                 announced = await self._announce(call.prepared, context)

@@ -1,7 +1,11 @@
-"""From the engine's thread to the event loop's: at once what somebody waits for, the rest a few times a second.
+"""Between the event loop's thread and the engine's.
 
-A stream that is read by a person is as good with forty messages a second as with five hundred, and each message costs a
-writer, a system call and the client's own work. So the tokens of all calls go out together, at most once an interval.
+To the engine: all that one turn of the event loop has for it at once. Of a thousand calls that come together it would
+otherwise hear a thousand times, and the two threads take the interpreter from each other at each.
+
+To the event loop: at once what somebody waits for, the rest a few times a second. A stream that is read by a person is
+as good with forty messages a second as with five hundred, and each message costs a writer, a system call and the
+client's own work. So the tokens of all calls go out together, at most once an interval.
 """
 
 from __future__ import annotations
@@ -9,8 +13,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from protos.engine_wire import Outputs, ToFrontend
+from protos.engine_wire import Outputs, ToEngine, ToFrontend
 from scheduler_svc.frontend.engine_link import EngineLink
+
+
+class Postbag:
+    """An EngineLink's transport, in the event loop's thread. `call_soon` is the event loop's."""
+
+    def __init__(self, send: Callable[..., None], call_soon: Callable[[Callable[[], None]], object]) -> None:
+        self._send, self._call_soon = send, call_soon
+        self._messages: list[ToEngine] = []
+
+    def send(self, message: ToEngine) -> None:
+        if not self._messages:
+            self._call_soon(self._empty)
+        self._messages.append(message)
+
+    def _empty(self) -> None:
+        messages, self._messages = self._messages, []
+        self._send(*messages)
 
 
 class Courier:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protos.engine_wire import Answer, EngineStats, FinishReason, Outputs, ServiceStatus, Submit
 from protos.wire import Sampling
 from scheduler_svc.frontend.call import Call, open_streams
-from scheduler_svc.frontend.courier import Courier
+from scheduler_svc.frontend.courier import Courier, Postbag
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.streams import Ending, Gain
 from scheduler_svc.frontend.tokenizer import byte_tokenizer
@@ -57,6 +57,20 @@ def opened(interval: float = 0.02) -> tuple[Desk, Receiver]:
     assert desk.run() == 1
     assert (receiver.token_ids, receiver.woken) == ([1], 1)
     return desk, receiver
+
+
+def test_what_one_turn_of_the_event_loop_sends_goes_to_the_engine_at_once_and_in_order() -> None:
+    sent: list[tuple[str, ...]] = []
+    soon: list[Callable[[], None]] = []
+    bag = Postbag(lambda *messages: sent.append(tuple(message.request_id for message in messages)), soon.append)
+    for name in ("r", "s"):
+        bag.send(submits(name)[0])
+    assert (sent, len(soon)) == ([], 1)
+    soon.pop()()
+    bag.send(submits("t")[0])
+    assert (sent, len(soon)) == ([("r", "s")], 1)
+    soon.pop()()
+    assert sent == [("r", "s"), ("t",)]
 
 
 async def test_the_tokens_of_a_pause_go_out_together_at_its_end() -> None:

@@ -101,6 +101,13 @@ async def test_initial_metadata_comes_before_the_first_token(service: Service) -
     assert len([response async for response in call]) >= 2
 
 
+async def test_a_refusal_is_the_only_message_of_its_call(service: Service) -> None:
+    service.engine.finish_with = TokenDelta("", 0, [], finish_reason=FinishReason.REJECTED)
+    call = service.inference.Generate(ask())
+    assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "request-id" not in dict(await call.initial_metadata())
+
+
 async def test_a_request_waits_while_no_worker_has_been_ready(loading_service: Service) -> None:
     loading_service.engine.held = True
     task = asyncio.ensure_future(run(loading_service, ask()))
