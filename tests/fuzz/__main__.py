@@ -1,6 +1,6 @@
 """Throws mutated messages at every RPC and at the ZeroMQ sockets: `python -m tests.fuzz --count 50000`.
 
-Half of them go to the RPCs, the rest to the scheduler's socket for workers (9 of 10) and to a worker. What ends
+Half of them go to the RPCs, the rest to the scheduler's sockets for workers and for frontends (9 of 10), and to a worker. What ends
 INTERNAL, UNKNOWN, UNAVAILABLE, or not at all, is kept in tests/fuzz/corpus and thrown again by the tests.
 """
 
@@ -26,7 +26,7 @@ def main() -> int:
     seed = time.time_ns() % (1 << 32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     calls = arguments.count // 2
-    frames = (arguments.count - calls) * 9 // 10
+    frames = (arguments.count - calls) * 9 // 20  # at either socket
     told = asyncio.run(doors.throw_at_rpcs(calls, seed, lambda line: print(line, flush=True)))
     for path, counter in sorted(told.findings.counts.items()):
         print(f"{path:60} " + ", ".join(f"{status} {count}" for status, count in counter.most_common()))
@@ -35,8 +35,9 @@ def main() -> int:
     doors.keep(told.findings.bad)
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(doors.throw_at_scheduler(frames, seed, Path(directory)))
-    print(f"{frames} frames at the scheduler's socket: nothing came of them")
-    plans = arguments.count - calls - frames
+    asyncio.run(doors.throw_at_engine(frames, seed))
+    print(f"{frames} frames at each of the scheduler's sockets: nothing came of them")
+    plans = arguments.count - calls - 2 * frames
     liar = doors.throw_at_worker(plans, seed, FAKE, "--backend", "fake")
     print(f"{plans} plans that lie: {liar.faults} faults, {liar.results} results, one worker all along")
     statuses = sum(told.findings.counts.values(), Counter[str]())

@@ -70,6 +70,17 @@ async def throw_at_scheduler(count: int, seed: int, directory: Path) -> None:
         await _unharmed(running)
 
 
+async def throw_at_engine(count: int, seed: int) -> None:
+    """Strangers at the frontends' socket, while two frontends serve."""
+    rng = random.Random(seed)
+    async with service(FAKE, "--frontends", "2", *FLAGS) as running:
+        commands = [child.cmdline() for child in psutil.Process(running.process.pid).children(recursive=True)]
+        command = next(each for each in commands if "scheduler_svc.frontend_process" in each)
+        endpoint = command[command.index("--connect") + 1]
+        await asyncio.to_thread(links.whisper, endpoint, links.lies(rng, count, links.SAID), rng)
+        await _unharmed(running)
+
+
 def throw_at_worker(count: int, seed: int, setup: Setup, *flags: str) -> links.PlanLiar:
     """One lying plan an epoch; the worker lives through all."""
     with worker("--mask-deadline", "0.2", *flags) as (end, process):

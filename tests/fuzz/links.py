@@ -10,6 +10,21 @@ import msgspec
 import zmq
 
 from protos.codec import encode
+from protos.engine_wire import (
+    Abort,
+    Ask,
+    FinishReason,
+    FrontendBeat,
+    FrontendHello,
+    FrontendLost,
+    FrontendStats,
+    Histogram,
+    Observed,
+    Question,
+    Submit,
+    ToEngine,
+    WatchKv,
+)
 from protos.wire import (
     PROTOCOL,
     Admit,
@@ -50,9 +65,21 @@ HEARD: Sequence[FromWorker] = (
 FAKE = setup(model="fake:poison=-3")
 
 
-def lies(rng: random.Random, count: int) -> list[bytes]:
-    """For the scheduler, from somebody who is no worker of it."""
-    return [mutate(encode(rng.choice(HEARD)), rng) for _ in range(count)]
+SAID: Sequence[ToEngine] = (
+    FrontendHello("stranger"),
+    FrontendBeat("stranger"),
+    FrontendLost("stranger"),
+    Submit("r", [300, 301], 2, Sampling(max_tokens=3, seed=1), frontend="stranger"),
+    Abort("r", FinishReason.STOP, 0, "stranger"),
+    Ask(1, Question.STATS, frontend="stranger"),
+    WatchKv(1, "stranger"),
+    Observed("stranger", FrontendStats(first_token=Histogram((1.0,), (1, 2), 3.0), finished=(("stop", 1),))),
+)
+
+
+def lies(rng: random.Random, count: int, truth: Sequence[FromWorker | ToEngine] = HEARD) -> list[bytes]:
+    """For the scheduler, from somebody who is no worker of it, or no frontend."""
+    return [mutate(encode(rng.choice(truth)), rng) for _ in range(count)]
 
 
 def whisper(endpoint: str, frames: Sequence[bytes], rng: random.Random) -> None:

@@ -46,6 +46,10 @@ async def test_strangers_at_the_workers_socket(seed: int, tmp_path: Path) -> Non
     await doors.throw_at_scheduler(2000, seed, tmp_path)
 
 
+async def test_strangers_at_the_frontends_socket(seed: int) -> None:
+    await doors.throw_at_engine(2000, seed)
+
+
 def test_plans_that_lie(seed: int) -> None:
     liar = doors.throw_at_worker(100, seed, FAKE, "--backend", "fake")
     assert liar.faults == 100
@@ -67,5 +71,6 @@ async def test_fifty_thousand(seed: int, tmp_path: Path) -> None:
     told = await doors.throw_at_rpcs(25_000, seed, lambda line: None)
     _nothing_bad(told.findings)
     assert told.late_mib - told.early_mib < 60, "memory that grows with the calls"
-    await doors.throw_at_scheduler(22_500, seed, tmp_path)
+    await doors.throw_at_scheduler(11_500, seed, tmp_path)
+    await doors.throw_at_engine(11_000, seed)
     assert doors.throw_at_worker(2500, seed, FAKE, "--backend", "fake").faults == 2500
