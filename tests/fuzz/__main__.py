@@ -1,7 +1,8 @@
 """Throws mutated messages at every RPC and at the ZeroMQ sockets: `python -m tests.fuzz --count 50000`.
 
-Half of them go to the RPCs, the rest to the scheduler's sockets for workers and for frontends (9 of 10), and to a worker. What ends
-INTERNAL, UNKNOWN, UNAVAILABLE, or not at all, is kept in tests/fuzz/corpus and thrown again by the tests.
+Half of them go to the RPCs, the rest to the scheduler's sockets for workers and for frontends (9 of 10), and to a
+worker. What ends INTERNAL, UNKNOWN, UNAVAILABLE, or not at all, is kept in tests/fuzz/corpus and thrown again by the
+tests.
 """
 
 from __future__ import annotations
