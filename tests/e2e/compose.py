@@ -17,8 +17,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from client import store
 from client.api import GenerateDelta, SamplingParams
@@ -52,10 +55,15 @@ class Stack:
     """The services of compose.yaml, under a name of their own."""
 
     def __init__(self, engine: str, command: list[str], model: Path) -> None:
-        self.engine, self.port = engine, free_port()
+        self.engine, self.port, self.openai_port = engine, free_port(), free_port()
         self._command = [*command, "-p", PROJECT]
-        self._model = model
-        self._env = {**os.environ, "PORT": str(self.port), "MODEL": f"/models/{model.name}"}
+        self.model = model
+        ports = {"PORT": str(self.port), "OPENAI_PORT": str(self.openai_port)}
+        self._env = {**os.environ, **ports, "MODEL": f"/models/{model.name}"}
+
+    def set(self, **settings: str) -> None:
+        """What compose.yaml asks its environment for, from the next command on."""
+        self._env |= settings
 
     def compose(self, *arguments: str) -> str:
         return self._run(*self._command, *arguments)
@@ -71,15 +79,15 @@ class Stack:
             raise ComposeError(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
 
-    def build(self) -> None:
+    def build(self, name: str = "pagewire", *arguments: str) -> None:
         base = ["--build-arg", f"BASE={os.environ['BASE']}"] if "BASE" in os.environ else []
-        flags = shlex.split(os.environ.get("BUILD_FLAGS", ""))
-        self.call("build", *flags, *base, "-f", "deploy/Dockerfile", "-t", "localhost/pagewire", ".")
+        flags = [*shlex.split(os.environ.get("BUILD_FLAGS", "")), *base, *arguments]
+        self.call("build", *flags, "-f", "deploy/Dockerfile", "-t", f"localhost/{name}", ".")
 
     def bring_model(self) -> None:
         """Into the volume that is there by now, so that no first start has to pull it."""
-        mounts = ["-v", f"{PROJECT}_models:/models", "-v", f"{self._model.parent}:/in:ro"]
-        copy = ["--entrypoint", "cp", "localhost/pagewire", f"/in/{self._model.name}", "/models/"]
+        mounts = ["-v", f"{PROJECT}_models:/models", "-v", f"{self.model.parent}:/in:ro"]
+        copy = ["--entrypoint", "cp", "localhost/pagewire", f"/in/{self.model.name}", "/models/"]
         self.call("run", "--rm", "--network", "none", *mounts, *copy)
 
     def containers(self, service: str = "") -> list[str]:
@@ -160,6 +168,46 @@ def story(stack: Stack, say: Callable[[str], None]) -> None:
         say("the scheduler's container is restarted: the worker finds it, the same tokens")
 
 
+def over_tcp(stack: Stack, say: Callable[[str], None]) -> None:
+    """Its worker as one on another host: the keys are made by the scheduler's first start."""
+    stack.set(LISTEN="tcp://0.0.0.0:5555", CPU_WORKERS="0")
+    stack.compose("--profile", "tcp", "up", "-d", "worker-tcp")  # alone, so that no first start pulls the model
+    stack.bring_model()
+    stack.compose("--profile", "tcp", "up", "-d")
+    with Client(f"127.0.0.1:{stack.port}") as client:
+        until(lambda: serving(client), "SERVING, over tcp")
+        say(f"a stream of {len(stream(client))} tokens over tcp, with CURVE")
+
+
+def behind_smg(stack: Stack, say: Callable[[str], None]) -> None:
+    stack.set(LISTEN="ipc:///run/pagewire/workers", CPU_WORKERS="1")
+    stack.build("pagewire-smg", "--build-arg", "EXTRA=openai")
+    say("the gateway's image is built")
+    stack.compose("up", "-d", "worker")
+    stack.bring_model()
+    stack.compose("--profile", "smg", "up", "-d")
+    with Client(f"127.0.0.1:{stack.port}") as client:
+        until(lambda: serving(client), "SERVING, beside the gateway")
+    until(lambda: ask(stack.openai_port, "/v1/models"), "the gateway answers")
+    chat = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 9}
+    chat["model"] = ask(stack.openai_port, "/v1/models")["data"][0]["id"]
+    until(lambda: ask(stack.openai_port, "/v1/chat/completions", chat), "a chat by OpenAI's API")
+    answer = ask(stack.openai_port, "/v1/chat/completions", chat)
+    say(f"OpenAI's API says {answer['choices'][0]['message']['content']!r}")
+
+
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of the gateway; nothing while it knows no worker, or is not there yet."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            found: dict[str, Any] = json.load(response)
+    except (urllib.error.URLError, ConnectionError):
+        return {}
+    return found if found.get("data", True) else {}
+
+
 def locked_in(stack: Stack) -> None:
     for service in ("scheduler", "worker"):
         if (user := stack.inside(service, "id -u")) != "10001":
@@ -186,13 +234,14 @@ def main() -> int:
         say("every profile of compose.yaml is understood")
         stack.build()
         say("the image is built")
-        try:
-            story(stack, say)
-        finally:
-            stack.compose("down", "--volumes")
-        if left := stack.leftovers():
-            raise ComposeError(f"left behind: {left}")
-        say("down, and nothing is left")
+        for part in (story, over_tcp, behind_smg):
+            try:
+                part(stack, say)
+            finally:
+                stack.compose("--profile", "tcp", "--profile", "smg", "down", "--volumes")
+            if left := stack.leftovers():
+                raise ComposeError(f"left behind: {left}")
+            say("down, and nothing is left")
     except ComposeError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
