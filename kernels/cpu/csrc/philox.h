@@ -71,8 +71,10 @@ PW_INLINE void words_of_run(const Stream &s, int32_t first, u32x16 out[2]) {
   u64x8 c[4] = {order + uint64_t(first >> 2), splat64(s.position), {}, {}};
   philox(c, s.seed);
   const u64x8 low = splat64(0xFFFFFFFFu), a = (c[0] & low) | (c[1] << 32), b = (c[2] & low) | (c[3] << 32);
-  out[0] = (u32x16)__builtin_shuffle(a, b, u64x8{0, 8, 2, 10, 4, 12, 6, 14});
-  out[1] = (u32x16)__builtin_shuffle(a, b, u64x8{1, 9, 3, 11, 5, 13, 7, 15});
+  const u64x8 even = __builtin_shuffle(a, b, u64x8{0, 8, 2, 10, 4, 12, 6, 14});
+  const u64x8 odd = __builtin_shuffle(a, b, u64x8{1, 9, 3, 11, 5, 13, 7, 15});
+  out[0] = load_as<u32x16>(&even);
+  out[1] = load_as<u32x16>(&odd);
 }
 
 // Words of any sixteen tokens.

@@ -1,151 +1,78 @@
-// Sixteen lanes, on every instruction set: GCC's vector types, which the compiler cuts to the registers that there are.
-// Only what the language cannot say (fused multiply-add, dot products, float16) is written for each set.
+// What sixteen lanes compute, on every instruction set. Only what the language cannot say (fused multiply-add, dot
+// products, float16) is written for each set, of one register of it.
 //
 // Compiled with -ffp-contract=off: a product and a sum are one rounding where fma() says so and two elsewhere, so a
 // row's bits do not depend on which loop the compiler met it in.
 #pragma once
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
-#define PW_INLINE static inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace pw {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-
-PW_INLINE f32x16 splat(float x) {
-#if defined(__AVX512F__)
-  return (f32x16)_mm512_set1_ps(x);  // the sum below is not dropped, for the sake of −0
-#else
-  return f32x16{} + x;
-#endif
-}
-PW_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
-PW_INLINE u32x16 splat(uint32_t x) { return u32x16{} + x; }
-template <class V>
-PW_INLINE V load_as(const void *p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
 PW_INLINE f32x16 load(const float *p) { return load_as<f32x16>(p); }
-PW_INLINE void store(float *p, f32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
-template <class V>
-PW_INLINE V max(V a, V b) { return a > b ? a : b; }
-template <class V>
-PW_INLINE V min(V a, V b) { return a < b ? a : b; }
+PW_INLINE void store(float *p, f32x16 v) { put(p, v); }
 
-// Comparisons (−1 in the lanes where they hold), choices by them, and what is made of both. GCC cuts sums and products
-// to the registers that there are, but these to single lanes: here they are cut by hand.
-#if defined(__AVX512F__)
-#define PW_REGISTER 64
-#elif defined(__AVX2__)
-#define PW_REGISTER 32
-#else
-#define PW_REGISTER 16
-#endif
-typedef float f32part __attribute__((vector_size(PW_REGISTER)));
-typedef int32_t i32part __attribute__((vector_size(PW_REGISTER)));
-constexpr int PARTS = 64 / PW_REGISTER;
-union f32parts { f32x16 v; f32part part[PARTS]; };
-union i32parts { i32x16 v; i32part part[PARTS]; };
-
-#define PW_COMPARISON(name, op)                                                \
-  PW_INLINE i32x16 name(f32x16 a, f32x16 b) {                                  \
-    const f32parts x{a}, y{b};                                                 \
-    i32parts r;                                                                \
-    for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] op y.part[i];        \
-    return r.v;                                                                \
-  }                                                                            \
-  PW_INLINE i32x16 name(i32x16 a, i32x16 b) {                                  \
-    const i32parts x{a}, y{b};                                                 \
-    i32parts r;                                                                \
-    for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] op y.part[i];        \
-    return r.v;                                                                \
-  }
-PW_COMPARISON(greater, >)
-PW_COMPARISON(at_least, >=)
-PW_COMPARISON(equal, ==)
-#undef PW_COMPARISON
+// Comparisons (−1 in the lanes where they hold), and choices by them: lane by lane `a` where the mask is −1.
+PW_INLINE i32part greater(f32part a, f32part b) { return a > b; }
+PW_INLINE i32part greater(i32part a, i32part b) { return a > b; }
+PW_INLINE i32part at_least(f32part a, f32part b) { return a >= b; }
+PW_INLINE i32part at_least(i32part a, i32part b) { return a >= b; }
+PW_INLINE i32part equal(f32part a, f32part b) { return a == b; }
+PW_INLINE i32part equal(i32part a, i32part b) { return a == b; }
+PW_INLINE f32part choose(i32part mask, f32part a, f32part b) { return mask ? a : b; }
+PW_INLINE float max(float a, float b) { return a > b ? a : b; }
+PW_INLINE int min(int a, int b) { return a < b ? a : b; }
+PW_INLINE f32part max(f32part a, f32part b) { return a > b ? a : b; }
+PW_INLINE f32part min(f32part a, f32part b) { return a < b ? a : b; }
+PW_INLINE i32part max(i32part a, i32part b) { return a > b ? a : b; }
+PW_BY_HALVES(greater)
+PW_BY_HALVES(at_least)
+PW_BY_HALVES(equal)
+PW_BY_HALVES(choose)
+PW_BY_HALVES(max)
+PW_BY_HALVES(min)
 PW_INLINE i32x16 less(f32x16 a, f32x16 b) { return greater(b, a); }
 PW_INLINE i32x16 less(i32x16 a, i32x16 b) { return greater(b, a); }
-
-// Lane by lane `a` where the mask is −1, `b` where it is 0.
-PW_INLINE f32x16 choose(i32x16 mask, f32x16 a, f32x16 b) {
-  const i32parts m{mask};
-  const f32parts x{a}, y{b};
-  f32parts r;
-  for (int i = 0; i < PARTS; i++) r.part[i] = m.part[i] ? x.part[i] : y.part[i];
-  return r.v;
-}
-PW_INLINE f32x16 max(f32x16 a, f32x16 b) {
-  const f32parts x{a}, y{b};
-  f32parts r;
-  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] > y.part[i] ? x.part[i] : y.part[i];
-  return r.v;
-}
-PW_INLINE f32x16 min(f32x16 a, f32x16 b) {
-  const f32parts x{a}, y{b};
-  f32parts r;
-  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] < y.part[i] ? x.part[i] : y.part[i];
-  return r.v;
-}
-PW_INLINE i32x16 max(i32x16 a, i32x16 b) {
-  const i32parts x{a}, y{b};
-  i32parts r;
-  for (int i = 0; i < PARTS; i++) r.part[i] = x.part[i] > y.part[i] ? x.part[i] : y.part[i];
-  return r.v;
-}
 // Of max and min, as x86 has them: where one of two is NaN, the second is the answer. What may be NaN comes second.
 PW_INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7FFFFFFFu); }
 
 // a · b + c, rounded once where the set can.
-PW_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+PW_INLINE f32part fma(f32part a, f32part b, f32part c) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (f32part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  union { f32x16 v; __m256 h[2]; } x{a}, y{b}, z{c};
-  z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
-  z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
-  return z.v;
+  return (f32part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
 }
+PW_BY_HALVES(fma)
 
 // v with the lanes i and i ^ STEP in each other's place.
 template <int STEP>
-PW_INLINE f32x16 exchanged(f32x16 v) {
+PW_INLINE f32part exchanged(f32part v) {
   static_assert(STEP == 1 || STEP == 2 || STEP == 4 || STEP == 8, "a power of two below 16");
 #if defined(__AVX512F__)
   const __m512 x = (__m512)v;  // masked: without, GCC 12 warns of what the intrinsics leave undefined
   if (STEP < 4) return (f32x16)_mm512_maskz_permute_ps(0xFFFF, x, STEP == 1 ? 0xB1 : 0x4E);
   return (f32x16)_mm512_maskz_shuffle_f32x4(0xFFFF, x, x, STEP == 4 ? 0xB1 : 0x4E);
 #elif defined(__AVX2__)
-  union { f32x16 v; __m256 h[2]; } x{v}, y;
-  for (int i = 0; i < 2; i++) {
-    if (STEP == 8) y.h[i] = x.h[1 - i];
-    else if (STEP == 4) y.h[i] = _mm256_permute2f128_ps(x.h[i], x.h[i], 1);
-    else y.h[i] = _mm256_permute_ps(x.h[i], STEP == 1 ? 0xB1 : 0x4E);
-  }
-  return y.v;
+  if (STEP == 4) return (f32part)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+  return (f32part)_mm256_permute_ps((__m256)v, STEP == 1 ? 0xB1 : 0x4E);
 #elif defined(__SSE2__)
-  union { f32x16 v; __m128 h[4]; } x{v}, y;
-  for (int i = 0; i < 4; i++)
-    y.h[i] = STEP < 4 ? _mm_shuffle_ps(x.h[i], x.h[i], STEP == 1 ? 0xB1 : 0x4E) : x.h[i ^ STEP / 4];
-  return y.v;
+  return (f32part)_mm_shuffle_ps((__m128)v, (__m128)v, STEP == 1 ? 0xB1 : 0x4E);
 #else
-  f32x16 y;
-  for (int i = 0; i < 16; i++) y[i] = v[i ^ STEP];
+  f32part y;
+  for (int i = 0; i < 4; i++) y[i] = v[i ^ STEP];
   return y;
 #endif
 }
+#if !defined(__AVX512F__)
+template <int STEP, class V>
+PW_INLINE Halves<V> exchanged(Halves<V> v) {
+  if constexpr (STEP * sizeof(float) == sizeof(V)) return {v.high, v.low};
+  else return {exchanged<STEP>(v.low), exchanged<STEP>(v.high)};
+}
+#endif
 
 // Sums and maxima of the lanes, always in the same order: halves, then halves of those.
 #if defined(__AVX512F__)
@@ -189,13 +116,47 @@ PW_INLINE int32_t sum(i32x16 v) {
   return v[0] + v[1];
 }
 
+PW_INLINE f32part to_float(i32part v) { return __builtin_convertvector(v, f32part); }
+PW_INLINE i32part to_int(f32part v) { return __builtin_convertvector(v, i32part); }  // toward zero
+PW_BY_HALVES(to_float)
+PW_BY_HALVES(to_int)
+
+// Halves of 32 bits that have nothing in the upper one; and bytes of what lies within a byte.
+PW_INLINE u16x16 to_shorts(u32x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (u16x16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v.low, (__m256i)v.high), 0xD8);
+#else
+  typedef uint32_t wide __attribute__((vector_size(64)));
+  return __builtin_convertvector(load_as<wide>(&v), u16x16);
+#endif
+}
+PW_INLINE i8x16 to_bytes(i32x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i x = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v.low, (__m256i)v.high), 0xD8);
+  return (i8x16)_mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+#else
+  typedef int32_t wide __attribute__((vector_size(64)));
+  return __builtin_convertvector(load_as<wide>(&v), i8x16);
+#endif
+}
+PW_INLINE i32x16 to_ints(i8x16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i x = (__m128i)v;
+  return {(i32part)_mm256_cvtepi8_epi32(x), (i32part)_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x))};
+#else
+  typedef int32_t wide __attribute__((vector_size(64)));
+  const wide w = __builtin_convertvector(v, wide);
+  return load_as<i32x16>(&w);
+#endif
+}
+
 // To the nearest, ties to even. Nobody rounds a NaN here; what is below every normal number may become zero.
 PW_INLINE u16x16 to_bf16(f32x16 v) {
 #if defined(__AVX512BF16__)
   return (u16x16)_mm512_cvtneps_pbh((__m512)v);
 #else
   const u32x16 b = (u32x16)v;
-  return __builtin_convertvector((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16, u16x16);
+  return to_shorts((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16);
 #endif
 }
 PW_INLINE void store_bf16(uint16_t *p, f32x16 v) {
@@ -218,43 +179,6 @@ PW_INLINE float bf16_to_float(uint16_t h) {
   return f;
 }
 
-// acc[i] += w[i][0] · a[0] + w[i][1] · a[1]: 16 columns of bfloat16 pairs times one pair, which every lane of `a` holds.
-PW_INLINE f32x16 dot_bf16(f32x16 acc, u32x16 w, u32x16 a) {
-#if defined(__AVX512BF16__)
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)a);
-#else
-  acc = fma((f32x16)(w << 16), (f32x16)(a << 16), acc);
-  return fma((f32x16)(w & 0xFFFF0000u), (f32x16)(a & 0xFFFF0000u), acc);
-#endif
-}
-
-// acc[i] += Σ w[i][0..3] · a[0..3]: 16 columns of four unsigned bytes times four signed ones, which every lane holds.
-PW_INLINE i32x16 dot_u8s8(i32x16 acc, u32x16 w, u32x16 a) {
-#if defined(__AVX512VNNI__)
-  // In assembler, for GCC 12 copies an accumulator that the intrinsic takes.
-  __m512i c = (__m512i)acc;
-  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"((__m512i)w), "v"((__m512i)a));
-  return (i32x16)c;
-#elif defined(__AVX2__)
-  union { u32x16 v; __m256i h[2]; } x{w}, y{a};
-  union { i32x16 v; __m256i h[2]; } z{acc};
-  for (int i = 0; i < 2; i++) {  // as 16-bit pairs: bytes 0 and 2, bytes 1 and 3, so that nothing saturates
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(y.h[i], 8), 8), odd = _mm256_srai_epi16(y.h[i], 8);
-    z.h[i] = _mm256_add_epi32(z.h[i], _mm256_madd_epi16(_mm256_and_si256(x.h[i], _mm256_set1_epi16(0xFF)), even));
-    z.h[i] = _mm256_add_epi32(z.h[i], _mm256_madd_epi16(_mm256_srli_epi16(x.h[i], 8), odd));
-  }
-  return z.v;
-#else
-  for (int i = 0; i < 4; i++) {
-    i32x16 wi = (i32x16)((w >> (8 * i)) & 0xFFu), ai = ((i32x16)(a << (24 - 8 * i))) >> 24;
-    acc += wi * ai;
-  }
-  return acc;
-#endif
-}
-
-PW_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
-PW_INLINE i32x16 to_int(f32x16 v) { return __builtin_convertvector(v, i32x16); }  // toward zero
 // To the nearest, ties to even, for |v| < 2^22.
 PW_INLINE f32x16 round(f32x16 v) {
 #if defined(__AVX512F__)
