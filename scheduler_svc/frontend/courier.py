@@ -1,7 +1,8 @@
 """Between the event loop's thread and the engine's.
 
-To the engine: all that one turn of the event loop has for it at once. Of a thousand calls that come together it would
-otherwise hear a thousand times, and the two threads take the interpreter from each other at each.
+To the engine: what one turn of the event loop has for it at once, or a few of them at a time. Of a thousand calls that
+come together it would otherwise hear a thousand times, and the two threads take the interpreter from each other at
+each; and if it heard of all together, a turn that takes seconds would leave the workers idle for as long.
 
 To the event loop: at once what somebody waits for, the rest a few times a second. A stream that is read by a person is
 as good with forty messages a second as with five hundred, and each message costs a writer, a system call and the
@@ -20,6 +21,8 @@ from scheduler_svc.frontend.engine_link import EngineLink
 class Postbag:
     """An EngineLink's transport, in the event loop's thread. `call_soon` is the event loop's."""
 
+    FULL = 32  # messages: as many calls as that are taken in within some 20 ms
+
     def __init__(self, send: Callable[..., None], call_soon: Callable[[Callable[[], None]], object]) -> None:
         self._send, self._call_soon = send, call_soon
         self._messages: list[ToEngine] = []
@@ -28,10 +31,13 @@ class Postbag:
         if not self._messages:
             self._call_soon(self._empty)
         self._messages.append(message)
+        if len(self._messages) == self.FULL:
+            self._empty()
 
     def _empty(self) -> None:
         messages, self._messages = self._messages, []
-        self._send(*messages)
+        if messages:
+            self._send(*messages)
 
 
 class Courier:

@@ -73,6 +73,18 @@ def test_what_one_turn_of_the_event_loop_sends_goes_to_the_engine_at_once_and_in
     assert sent == [("r", "s"), ("t",)]
 
 
+def test_a_turn_that_has_much_to_send_does_not_keep_it_to_its_end() -> None:
+    sent: list[int] = []
+    soon: list[Callable[[], None]] = []
+    bag = Postbag(lambda *messages: sent.append(len(messages)), soon.append)
+    for _ in range(2 * Postbag.FULL + 5):
+        bag.send(submits("r")[0])
+    assert sent == [Postbag.FULL] * 2
+    for call in soon:
+        call()
+    assert sent == [Postbag.FULL, Postbag.FULL, 5]
+
+
 async def test_the_tokens_of_a_pause_go_out_together_at_its_end() -> None:
     desk, receiver = opened()
     assert [seconds for seconds, _ in desk.pauses] == [0.02]
