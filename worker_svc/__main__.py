@@ -40,7 +40,12 @@ def main() -> int:
         return 1
     link = Link(settings.connect, hello, reconnect=not settings.parent_pid, keys=keys)
     create = functools.partial(
-        backends.create, settings.backend, device=settings.device, isa=settings.cpu_isa, home=settings.home
+        backends.create,
+        settings.backend,
+        device=settings.device,
+        isa=settings.cpu_isa,
+        home=settings.home,
+        land=link.land,
     )
     try:
         reason = Worker(link, create, time.monotonic, settings.mask_deadline).run()

@@ -42,11 +42,16 @@ class Garbled:
     reason: str
 
 
-Received = ToWorker | Closed | Garbled
+@dataclass(frozen=True)
+class Landed:
+    """Of a step in flight there may be results now."""
+
+
+Received = ToWorker | Closed | Garbled | Landed
 
 
 class Link:
-    """`send`, `receive` and `close` belong to the main thread. A Hello goes out at every connection, the first and
+    """All but `land` belongs to the main thread. A Hello goes out at every connection, the first and
     later ones, as soon as the main thread receives. A frame is a message, and what was sent together comes together.
 
     `reconnect`: a scheduler that goes away is waited for. Otherwise its going ends this process, also when the main
@@ -71,10 +76,11 @@ class Link:
         self._monitor = self._dealer.get_monitor_socket(events)
         self._inbox: deque[Received] = deque()  # has come, and was not received yet
         self._held: list[bytes] = []  # results on their way, see `answer`
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by the watch: look at the three below
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung by other threads: look at the four below
         self._connected = threading.Event()  # and not greeted yet
         self._gone = threading.Event()
         self._refused = threading.Event()  # and long enough ago
+        self._landed = threading.Event()
         self._ended = threading.Event()
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
@@ -105,6 +111,9 @@ class Link:
                 self._greet()
             if self._refused.is_set():
                 self._connect_again()
+            if self._landed.is_set():
+                self._landed.clear()
+                return Landed()
             if not self._inbox:
                 self._collect()
             if self._inbox:
@@ -117,6 +126,11 @@ class Link:
                 raise queue.Empty
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
+
+    def land(self) -> None:
+        """From any thread: the main one receives Landed, before what else has come."""
+        self._landed.set()
+        os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
         """Sends what is left, and ends the watch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -23,11 +24,20 @@ from protos.wire import (
     Timings,
     UnloadAdapter,
 )
-from worker_svc.backends.base import BackendError, Capacity, DeviceBackend
-from worker_svc.link import Closed, Garbled, Link, Received
+from worker_svc.backends.base import BackendError, Capacity, DeviceBackend, Landing
+from worker_svc.link import Closed, Garbled, Landed, Link, Received
 
 _NO_EPOCH = Epoch(0, 0)
 _DOING = {Phase.LOADING: "reading weights", Phase.COMPILING: "warming up", Phase.RUNNING: "running"}
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched."""
+
+    plan: StepPlan
+    arrived: float
+    landing: Landing
 
 
 class Worker:
@@ -43,6 +53,7 @@ class Worker:
         self._link, self._create, self._clock, self._mask_deadline = link, create, clock, mask_deadline
         self._set_aside: deque[Received] = deque()  # came while a mask was waited for
         self._loaded: tuple[Setup, DeviceBackend, Capacity] | None = None  # Setup without its epoch
+        self._flying: deque[Flight] = deque()  # of this epoch
         self._epoch = _NO_EPOCH  # the one whose plans are taken
         self._step = 0
         self._idle_since = clock()
@@ -56,6 +67,8 @@ class Worker:
                     self._begin(message)
                 case StepPlan(epoch=epoch) if epoch == self._epoch:
                     self._execute(message)
+                case Landed():
+                    self._land()
                 case LoadAdapter(epoch=epoch) | UnloadAdapter(epoch=epoch) if epoch == self._epoch:
                     self._fault("adapters are not served")
                 case Garbled(reason):
@@ -69,6 +82,7 @@ class Worker:
     def _begin(self, setup: Setup) -> None:
         """A new epoch: weights are kept where only the epoch is new."""
         self._epoch, self._step = setup.epoch, 0
+        self._flying.clear()
         same = msgspec.structs.replace(setup, epoch=_NO_EPOCH)
         try:
             if self._loaded and self._loaded[0] == same:
@@ -119,15 +133,39 @@ class Worker:
             mask = self._await_mask(plan) if any(row.masked for row in plan.rows) else None
             if plan.epoch != self._epoch:
                 return
-            rows = backend.sample(mask)
+            answer = backend.sample(mask)
         except Exception as error:
-            self._unload()  # whatever state it is in, another epoch begins with a new one
-            self._fault(f"step {plan.step} failed: {_one_line(error)}")
+            self._fail(plan, error)
+            return
+        if not isinstance(answer, list):
+            self._flying.append(Flight(plan, arrived, answer))
+            self._land()
             return
         done = self._clock()
         timings = Timings(computed - arrived, done - computed, arrived - self._idle_since)
-        self._link.answer(StepResult(plan.epoch, plan.step, rows, [], timings))
+        self._link.answer(StepResult(plan.epoch, plan.step, answer, [], timings))
         self._idle_since = done
+
+    def _land(self) -> None:
+        """Answers with the results that have come, in the order of their steps.
+
+        A step that was launched behind another one is taken to have begun with that one's end.
+        """
+        while self._flying and self._flying[0].landing.has_come():
+            flight = self._flying.popleft()
+            try:
+                rows = flight.landing.rows()
+            except Exception as error:
+                self._fail(flight.plan, error)
+                return
+            done, begun = self._clock(), max(flight.arrived, self._idle_since)
+            timings = Timings(done - begun, 0.0, begun - self._idle_since)
+            self._link.answer(StepResult(flight.plan.epoch, flight.plan.step, rows, [], timings))
+            self._idle_since = done
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        self._unload()  # whatever state it is in, another epoch begins with a new one
+        self._fault(f"step {plan.step} failed: {_one_line(error)}")
 
     def _await_mask(self, plan: StepPlan) -> Mask | None:
         """The plan's mask (R3): nothing is sampled without. None where the epoch has ended, or the wait ended it."""
@@ -141,6 +179,9 @@ class Worker:
             match message:
                 case Mask(epoch=epoch, step=step) if (epoch, step) == (plan.epoch, plan.step):
                     return message
+                case Landed():
+                    self._land()  # which may end the epoch
+                    continue
                 case Setup() | Shutdown() | Closed():
                     self._epoch = _NO_EPOCH
             self._set_aside.append(message)
@@ -153,6 +194,7 @@ class Worker:
         """Ends the epoch from this side: its later plans are not taken."""
         self._link.send(Fault(self._epoch, self._step, reason, fatal))
         self._epoch = _NO_EPOCH
+        self._flying.clear()
 
     def _unload(self) -> None:
         if self._loaded:

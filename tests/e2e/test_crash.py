@@ -28,6 +28,13 @@ async def test_planning_ahead_outlives_them_too() -> None:
         assert (await running.until_quiet()).preemptions > 0
 
 
+async def test_steps_in_flight_die_with_their_worker() -> None:
+    """As on a device that computes beside the worker's main thread."""
+    async with service("fake:overlap=1,delay_ms=4,blocks=80", "--depth", "2", "--block-size", "8") as running:
+        done = await crash_round(running, 4, streams=40, kills=3, max_tokens=40)
+        assert (done.different, done.damaged) == (0, 0)
+
+
 MODES = [
     *(f"--quantization {weights}{kv}" for weights in ("int8", "int4") for kv in ("", " --kv-cache-dtype int8")),
     *("--dtype bfloat16", "--dtype bfloat16 --kv-cache-dtype int8", "--dtype float32"),

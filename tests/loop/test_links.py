@@ -41,6 +41,12 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_MS = 30_000
 
 
+def sampled(backend: FakeBackend) -> list[RowResult]:
+    rows = backend.sample(None)
+    assert isinstance(rows, list)
+    return rows
+
+
 class Peer:
     """Somebody at the other end of the ROUTER, who says what the test wants."""
 
@@ -72,7 +78,7 @@ class Peer:
         plan = self.hear()
         assert isinstance(plan, StepPlan)
         self.backend.forward(plan)
-        self.say(StepResult(plan.epoch, plan.step, self.backend.sample(None)))
+        self.say(StepResult(plan.epoch, plan.step, sampled(self.backend)))
         return plan
 
     def close(self) -> None:
@@ -184,7 +190,7 @@ def test_a_worker_that_contradicts_the_engine_gets_a_new_epoch(tmp_path: Path, w
         plan = worker.hear()
         assert isinstance(plan, StepPlan)
         worker.backend.forward(plan)
-        worker.say(wrong(plan, worker.backend.sample(None)))  # type: ignore[operator]
+        worker.say(wrong(plan, sampled(worker.backend)))  # type: ignore[operator]
         setup = worker.hear()
         assert isinstance(setup, Setup)
         assert setup.epoch.counter == first.epoch.counter + 1
@@ -212,7 +218,7 @@ def test_plans_of_one_moment_travel_together(tmp_path: Path) -> None:
             for plan in plans:
                 assert isinstance(plan, StepPlan)
                 worker.backend.forward(plan)
-                results.append(StepResult(plan.epoch, plan.step, worker.backend.sample(None)))
+                results.append(StepResult(plan.epoch, plan.step, sampled(worker.backend)))
             worker.socket.send_multipart([encode(result) for result in results[-count:]])
         observer.until_finished(made)
         assert_undisturbed(observer, made)
@@ -226,7 +232,7 @@ def test_results_of_an_epoch_that_has_ended_are_not_heard(tmp_path: Path) -> Non
         plan = worker.hear()
         assert isinstance(plan, StepPlan)
         worker.backend.forward(plan)
-        rows = worker.backend.sample(None)
+        rows = sampled(worker.backend)
         old = StepResult(plan.epoch, plan.step, rows)
         worker.say(Fault(plan.epoch, plan.step, "a reason"), old, Fault(plan.epoch, plan.step, "another"))
         setup = worker.hear()

@@ -51,7 +51,9 @@ class Session:
     ) -> list[RowResult]:
         self.steps += 1
         self.backend.forward(StepPlan(EPOCH, self.steps, release or [], admit or [], [], rows))
-        return self.backend.sample(mask)
+        results = self.backend.sample(mask)
+        assert isinstance(results, list)
+        return results
 
     def greedy(
         self, prompt: list[int], count: int, slot: int = 1, chunk: int = 10_000, **fields: Any

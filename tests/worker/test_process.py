@@ -16,15 +16,18 @@ from worker_svc.backends.fake import expected
 
 PROMPT = [300, 301, 302, 303, 304]
 PATIENCE = 30.0
+OVERLAPPING = "fake:overlap=1,delay_ms=3"
+either = pytest.mark.parametrize("model", ["fake:", OVERLAPPING])
 
 
 def _tokens(result: StepResult) -> list[int]:
     return [token for row in result.rows for token in row.token_ids]
 
 
-def test_setup_plans_and_results() -> None:
+@either
+def test_setup_plans_and_results(model: str) -> None:
     with worker() as (end, _):
-        _, statuses = end.until_ready(setup())
+        _, statuses = end.until_ready(setup(model=model))
         assert statuses
         assert [s.progress for s in statuses] == sorted(s.progress for s in statuses)
         got = []
@@ -118,9 +121,10 @@ def _mask(step: int, allowed: int, counter: int = 1) -> Mask:
     return Mask(Epoch(7, counter), step, [0], bytes(bits))
 
 
-def test_a_masked_row_waits_for_its_mask() -> None:
+@either
+def test_a_masked_row_waits_for_its_mask(model: str) -> None:
     with worker() as (end, _):
-        end.until_ready(setup())
+        end.until_ready(setup(model=model))
         # the next plan may come before the mask of this one, but not the one after
         end.send(first_plan(PROMPT, masked=True), next_plan(2, masked=True), _mask(1, 77), next_plan(3), _mask(2, 78))
         assert _tokens(end.receive(StepResult)) == [77]
@@ -136,11 +140,12 @@ def test_a_missing_mask_never_samples() -> None:
         assert "mask" in end.receive(Fault).reason
 
 
-def test_a_new_setup_ends_the_wait_for_a_mask() -> None:
+@either
+def test_a_new_setup_ends_the_wait_for_a_mask(model: str) -> None:
     with worker() as (end, _):
-        end.until_ready(setup())
+        end.until_ready(setup(model=model))
         end.send(first_plan(PROMPT, masked=True))
-        assert not end.loads(setup(2))
+        assert not end.loads(setup(2, model=model))
 
 
 def test_bytes_that_are_no_message_are_a_fault() -> None:
@@ -252,9 +257,10 @@ def test_with_the_fake_backend_it_imports_neither_torch_nor_grpc() -> None:
     assert not modules & {"torch", "grpc", "numpy", "transformers", "scheduler_svc", "client"}
 
 
-def test_steps_go_on_in_order_over_many_plans_at_once() -> None:
+@either
+def test_steps_go_on_in_order_over_many_plans_at_once(model: str) -> None:
     with worker() as (end, _):
-        end.until_ready(setup())
+        end.until_ready(setup(model=model))
         end.send(first_plan(PROMPT), *(next_plan(step) for step in range(2, 21)), plan(21, []))
         assert [end.receive(StepResult).step for _ in range(21)] == list(range(1, 22))
 
@@ -291,3 +297,25 @@ def test_a_fault_comes_behind_the_results_before_it() -> None:
         assert isinstance(result, StepResult)
         assert isinstance(fault, Fault)
         assert "step 3" in fault.reason
+
+
+def test_the_next_step_is_launched_while_one_is_in_flight() -> None:
+    """Here one that would land in ten minutes, and a next one whose forward pass never ends, and says so."""
+    with worker(stderr=subprocess.PIPE) as (end, process):
+        end.until_ready(setup(model="fake:overlap=1,delay_ms=600000,hang=5"))
+        newcomer = Admit(2, [5, 6], 2, [[9]], Sampling(max_tokens=9))
+        end.send_together(first_plan(PROMPT), plan(2, [Row(2, 0, 2, sample=True)], [newcomer]))
+        assert process.stderr is not None
+        assert "hangs, as asked" in process.stderr.readline()
+        process.kill()
+
+
+def test_what_is_in_flight_when_an_epoch_ends_is_not_answered_in_the_next() -> None:
+    with worker() as (end, _):
+        model = "fake:overlap=1,delay_ms=50"
+        end.until_ready(setup(model=model))
+        end.send_together(first_plan(PROMPT), next_plan(2))
+        end.until_ready(setup(2, model=model))
+        end.send(first_plan(PROMPT, counter=2))
+        result = end.receive(StepResult)
+        assert (result.epoch, result.step) == (Epoch(7, 2), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from protos.wire import Setup
@@ -14,15 +15,17 @@ NAMES = ("auto", "cpu", "torch", "fake")
 ISAS = ("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic")
 
 
-def create(name: str, setup: Setup, *, device: str, isa: str, home: Path) -> DeviceBackend:
+def create(
+    name: str, setup: Setup, *, device: str, isa: str, home: Path, land: Callable[[], None] = lambda: None
+) -> DeviceBackend:
     """`auto` takes the fake backend for a model named `fake:…`, torch for float32, and else the cpu backend, unless
     that cannot serve this model or cannot be built here: then torch, and says so.
 
-    `isa` and `home` (for packed weights) are the cpu backend's. Raises BackendError where none can run, or where an
-    instruction set was asked for and another backend would have to serve.
+    `isa` and `home` (for packed weights) are the cpu backend's; `land`: see DeviceBackend. Raises BackendError where
+    none can run, or where an instruction set was asked for and another backend would have to serve.
     """
     if name == "fake" or (name == "auto" and setup.model.startswith(PREFIX)):
-        return FakeBackend()
+        return FakeBackend(land)
     why = ""
     if name == "cpu" or (name == "auto" and setup.dtype != "float32"):
         from worker_svc.backends.cpu import CpuBackend

@@ -42,22 +42,32 @@ class Unsuited(BackendError):
     """Not this backend, but another may serve it."""
 
 
+class Landing(Protocol):
+    """The results of a step that is still computed, while the next one may be launched already."""
+
+    def has_come(self) -> bool: ...
+
+    def rows(self) -> list[RowResult]:
+        """In the plan's row order. Waits for them; raises what became of the step."""
+
+
 class DeviceBackend(Protocol):
     """Owns weights, KV pages, slots, token tables and sampler. One call of `forward` and one of `sample` are a step.
 
-    Neither may keep anything that the Admits of a new epoch could not rebuild.
+    Neither may keep anything that the Admits of a new epoch could not rebuild. A backend that computes beside its
+    caller answers with a Landing, and calls the `land` that it was made with, from any thread, when one has come.
     """
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         """Reads weights, sizes and warms KV. Raises BackendError where `setup` cannot be served."""
 
     def reset(self, setup: Setup) -> None:
-        """A new epoch with the same Setup: forget every slot; weights stay."""
+        """A new epoch with the same Setup: forget every slot, and whatever is in flight; weights stay."""
 
     def forward(self, plan: StepPlan) -> None:
         """Applies release, admit, copies and rows, in this order, and computes up to the logits that sampling needs."""
 
-    def sample(self, mask: Mask | None) -> list[RowResult]:
+    def sample(self, mask: Mask | None) -> list[RowResult] | Landing:
         """Samples the rows of the last `forward`, appends to the slots' tables, answers in the plan's row order."""
 
     def close(self) -> None: ...

@@ -13,10 +13,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from protos.wire import Admit, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
-from worker_svc.backends.base import BackendError, Capacity, Progress
+from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"
 _WORD = (1 << 64) - 1
@@ -32,6 +33,7 @@ class Options:
     context: int = 8192
     align: int = 1
     delay_ms: int = 0  # a step takes at least this long
+    overlap: int = 0  # 1: as a device that computes beside its caller; a step begins when the one before has ended
     load_ms: int = 0
     load_fails: int = -1  # 0: a BackendError; 1: an exception that another try might survive; 2: death
     poison: int = -1  # a step over a prompt with this token kills the process …
@@ -112,10 +114,25 @@ class _Slot:
         raise ValueError("a mask allows no token")
 
 
+@dataclass(frozen=True)
+class _Landing:
+    results: list[RowResult]
+    due: float
+
+    def has_come(self) -> bool:
+        return time.monotonic() >= self.due
+
+    def rows(self) -> list[RowResult]:
+        time.sleep(max(0.0, self.due - time.monotonic()))
+        return self.results
+
+
 class FakeBackend:
     """Raises ValueError for a plan that breaks a rule of the wire."""
 
-    def __init__(self) -> None:
+    def __init__(self, land: Callable[[], None] = lambda: None) -> None:
+        self._land = land
+        self._busy_until = 0.0  # with steps in flight
         self._options = Options()
         self._block_size = self._max_slots = 0
         self._kv: list[list[int]] = []  # [block][offset] prefix hash, 0 where nothing was written
@@ -170,11 +187,23 @@ class FakeBackend:
         self._rows, self._starts = plan.rows, []
         if len({row.slot for row in plan.rows}) != len(plan.rows):
             raise ValueError("two rows name one slot")
-        time.sleep(self._options.delay_ms / 1000)
+        if not self._options.overlap:
+            time.sleep(self._options.delay_ms / 1000)
         for row in plan.rows:
             self._starts.append(self._compute(row))
 
-    def sample(self, mask: Mask | None) -> list[RowResult]:
+    def sample(self, mask: Mask | None) -> list[RowResult] | Landing:
+        results = self._sample(mask)
+        if not self._options.overlap:
+            return results
+        now = time.monotonic()
+        self._busy_until = max(now, self._busy_until) + self._options.delay_ms / 1000
+        timer = threading.Timer(self._busy_until - now, self._land)
+        timer.daemon = True
+        timer.start()
+        return _Landing(results, self._busy_until)
+
+    def _sample(self, mask: Mask | None) -> list[RowResult]:
         results = []
         for i, (row, computed_from) in enumerate(zip(self._rows, self._starts, strict=True)):
             slot = self._slots[row.slot]
