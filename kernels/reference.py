@@ -79,3 +79,65 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """residual += x, rounded to its dtype, in place → float32 norm of that, times weight + offset."""
+    residual.copy_(residual.float() + x.float())
+    return rms_norm(residual.float(), weight.float() + offset, eps)
+
+
+def float8(x: Tensor, scale: Tensor) -> Tensor:
+    """x in units of a scale, as the nearest float8 e4m3 there is."""
+    return (x.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def kv_write(
+    k: Tensor, v: Tensor, slots: Tensor, pages: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+) -> None:
+    """k, v [T, kv heads, dim] to pages [2, blocks, kv heads, block_size, dim], in place; none for a slot below 0."""
+    block_size = pages.shape[3]
+    for token, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        for plane, values, scale in zip(pages, (k, v), (k_scale, v_scale), strict=True):
+            stored = values[token].to(pages.dtype) if scale is None else float8(values[token], scale)
+            plane[slot // block_size, :, slot % block_size] = stored
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    heads: int,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+) -> Tensor:
+    """qkv [T, (heads + 2 kv heads) * dim]: keys and values into pages → turned queries [T, heads, dim], float32."""
+    kv_heads, dim = pages.shape[2], pages.shape[4]
+    q, k, v = qkv.float().unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        q, k = (rms_norm(x, weight.float() + offset, eps) for x, weight in zip((q, k), norms, strict=True))
+    kv_write(rotate(k, positions, frequencies), v, slots, pages, *scales)
+    return rotate(q, positions, frequencies)
+
+
+def embed(token_ids: Tensor, table: Tensor, first_id: int = 0, scale: float = 1.0) -> Tensor:
+    """token_ids [T], table [V, D] of the ids from first_id on → [T, D] float32, zeros for ids that it lacks."""
+    out = torch.zeros(len(token_ids), table.shape[1])
+    for i, token in enumerate(token_ids.tolist()):
+        if first_id <= token < first_id + len(table):
+            out[i] = table[token - first_id].float() * scale
+    return out
+
+
+def mask_logits(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """In place: logits[rows[i], t] is −inf where bit t % 32 of bitmask[i, t // 32] is 0; no row below 0."""
+    for words, row in zip(bitmask.tolist(), rows.tolist(), strict=True):
+        for token in range(logits.shape[1]):
+            if row >= 0 and not words[token // 32] >> token % 32 & 1:
+                logits[row, token] = -torch.inf

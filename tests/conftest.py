@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import tests.interpreted  # noqa: F401, before whatever imports Triton
 from client import store
 
 # No deadline: a loaded machine is slow, and that is no error.
