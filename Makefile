@@ -11,7 +11,7 @@ LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-full nightly bench clients ghz lint stubs go-stubs lock
+.PHONY: help setup setup-dev serve test test-full nightly kernels bench clients ghz lint stubs go-stubs lock
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,10 @@ test-full: .venv/dev lint ## the default tests and the slow ones
 
 nightly: .venv/dev ## the long profiles: events, fuzz, soak
 	$(BIN)/pytest -m nightly $(ARGS)
+
+kernels: .venv/dev ## Triton kernels: interpreted beside their oracles, and compiled for sm_80, sm_90 and gfx942
+	$(BIN)/pytest -n 2 tests/kernels_triton
+	$(BIN)/python -m kernels.ahead $(ARGS)
 
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)

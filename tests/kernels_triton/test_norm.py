@@ -84,7 +84,7 @@ def test_no_rows() -> None:
 def test_what_does_not_fit_is_named(changed: dict[str, torch.Tensor], message: str) -> None:
     fine = {"x": normal(3, 64), "residual": normal(3, 64), "weight": normal(64), "out": normal(3, 64)}
     with pytest.raises(ValueError, match=message):
-        add_rms_norm(**{**fine, **changed}, eps=EPS)
+        add_rms_norm(**{**fine, **changed}, eps=EPS)  # type: ignore[arg-type]
 
 
 def test_rows_that_no_block_holds() -> None:

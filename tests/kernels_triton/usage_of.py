@@ -1,4 +1,4 @@
-"""Run in a process of its own, where Triton compiles: what kernels.ahead says of kernels that are not as they should be.
+"""Run in a process of its own, where Triton compiles: what kernels.ahead says of kernels that are not as they should.
 
 Prints, as JSON, one result for each of `CASES` and target.
 """
