@@ -38,8 +38,7 @@ template <class V>
 struct Lanes { typedef V Type; };
 #else
 
-// Where templates are another's of the same name, the linker may keep either: these are each file's own.
-namespace {
+// Everything is inlined, or each file's own: the linker finds nothing that it could merge between instruction sets.
 template <class V>
 struct Halves {
   V low, high;
@@ -71,7 +70,6 @@ PW_OPERATOR(>>)
 #undef PW_OPERATOR
 template <class V>
 PW_INLINE Halves<V> operator~(Halves<V> a) { return {~a.low, ~a.high}; }
-}  // namespace
 
 // In registers, for memcpy would copy a pair by way of memory.
 template <class V>
