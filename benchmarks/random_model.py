@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.library import (
+    ABI,
     ACTIVATIONS,
     KV_KINDS,
     PANEL,
@@ -75,7 +76,7 @@ class RandomModel:
         }
         self.dense.update(tops, embed=from_bf16(embed))
         spec = Spec(
-            abi=1, vocab_size=s.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
+            abi=ABI, vocab_size=s.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.intermediate_size,
             num_layers=s.num_layers, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads, head_dim=s.head_dim,
             rotary_dim=rotary, max_model_len=s.max_model_len, activation=ACTIVATIONS[s.activation],
             kv_kind=KV_KINDS[self.kv], block_size=block_size, num_blocks=num_blocks, norm_eps=1e-5,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.process import StartError
 from kernels.cpu import library
-from worker_svc.backends.cpu_model import KVForm, batch, whole
+from worker_svc.backends.cpu_model import KVForm, batch, tables, whole
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache
 from worker_svc.model_runner import ModelRunner
@@ -66,7 +66,7 @@ class Ours:
         kernels = library.load()
         store = PackedStore(path, mode, home, kernels)
         packed = store.read() or store.pack(_opened(path), threads, lambda share: None)
-        spec = whole(packed, KVForm(kv, BLOCK, 1 + window // BLOCK), packed.spec.rope.tables(window))
+        spec = whole(packed, KVForm(kv, BLOCK, 1 + window // BLOCK), tables(packed.spec, window))
         self._model = kernels.open(spec, threads, isa)
         self.name = mode or "bf16"
         self.name += " + int8 KV" if kv == "int8" else ""

@@ -162,7 +162,7 @@ def _worker_flags(add: Add) -> None:
         "--backend",
         choices=("auto", "cpu", "torch", "fake"),
         default="auto",
-        help="auto: cpu (our own kernels) for the families that are ours, torch for float32 and for all others",
+        help="auto: cpu (our own kernels) for the families that are ours, torch for float32, experts and all others",
     )
     add(
         "--cpu-isa",

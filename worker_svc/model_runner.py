@@ -18,9 +18,13 @@ from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.layers.activation import ACTIVATIONS
 from worker_svc.layers.linear import Linear, padded_rows
+from worker_svc.layers.mlp import GatedMLP
+from worker_svc.layers.moe import MoE
 from worker_svc.layers.norm import rms_norm
 from worker_svc.layers.rotary import rotate
 from worker_svc.models.loader import DType, Model
+from worker_svc.models.rope import Rope
+from worker_svc.models.spec import Experts
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,12 @@ class Layer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Linear
+    attn_post_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Linear  # rows: gate, then up
-    down: Linear
+    mlp: GatedMLP | MoE
+    mlp_post_norm: Tensor | None
     window: int
+    rope: Rope
 
 
 class ModelRunner:
@@ -47,8 +53,8 @@ class ModelRunner:
         self.vocab_size = spec.vocab_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype)
         self._activation = ACTIVATIONS[spec.activation]
-        cos, sin = spec.rope.tables(max_model_len)
-        self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
+        tables = {rope: rope.tables(max_model_len) for rope in spec.ropes}
+        self._ropes = {rope: (torch.from_numpy(cos), torch.from_numpy(sin)) for rope, (cos, sin) in tables.items()}
         embed = self._read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
         self._embed = embed
         self.layers: list[Layer] = []
@@ -56,14 +62,14 @@ class ModelRunner:
             for layer in pool.map(self._layer, range(spec.num_layers)):
                 self.layers.append(layer)
                 progress(len(self.layers) / (spec.num_layers + 1))
-        self._final_norm = self._vector(model.top("final_norm"), spec.hidden_size)
+        self._final_norm = _tensor(model.read_norm(model.top("final_norm"), spec.hidden_size))
         head = embed if spec.tied else self._read(model.top("lm_head"), (spec.vocab_size, spec.hidden_size))
         self._lm_head = Linear(head)
 
     def linears(self) -> list[Linear]:
         """One of each shape."""
-        every = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        return list({(x.in_features, x.out_features): x for x in [*every, self._lm_head]}.values())
+        every = [linear for layer in self.layers for linear in (layer.qkv, layer.o, *layer.mlp.linears())]
+        return list({(x.in_features, x.out_features, x.dtype): x for x in [*every, self._lm_head]}.values())
 
     def step(self, inputs: StepInputs, cache: KVCache) -> Callable[[Ints], Tensor]:
         """Writes the step's K and V; answers with tokens [S] (indices into T) → logits [S, vocab] float32."""
@@ -75,19 +81,19 @@ class ModelRunner:
         rows = padded_rows(num_tokens)
         tokens = torch.from_numpy(_padded(inputs.token_ids, rows))
         positions = torch.from_numpy(_padded(inputs.positions, rows))
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        turns = {rope: (cos[positions][:, None], sin[positions][:, None]) for rope, (cos, sin) in self._ropes.items()}
         kv_rows = cache.rows_of(torch.from_numpy(inputs.slot_mapping))
         layouts = {w: attention.lay_out(inputs, cache, w) for w in {layer.window: None for layer in self.layers}}
         x = self._embed[tokens].float() * self.spec.embedding_scale
         for i, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, cos, sin)
+            q, k, v = self._qkv(layer, x, *turns[layer.rope])
             cache.write(i, kv_rows, k[:num_tokens], v[:num_tokens])
-            scale = self.spec.head_dim**-0.5
-            attended = attention.attend(q, layouts[layer.window], cache, i, scale, self.spec.attention_softcap)
-            x = x + layer.o(attended.to(self.dtype))
-            m = rms_norm(x, layer.mlp_norm, self.spec.norm_eps).to(self.dtype)
-            gate, up = layer.gate_up(m).float().chunk(2, -1)
-            x = x + layer.down((self._activation(gate) * up).to(self.dtype))
+            scale, softcap = self.spec.query_scale, self.spec.attention_softcap
+            attended = attention.attend(q, layouts[layer.window], cache, i, scale, softcap)
+            x = x + self._normed(layer.o(attended.to(self.dtype)), layer.attn_post_norm)
+            m = self._normed(x, layer.mlp_norm).to(self.dtype)
+            out = layer.mlp(m, num_tokens) if isinstance(layer.mlp, MoE) else layer.mlp(m)
+            x = x + self._normed(out, layer.mlp_post_norm)
         return x
 
     def logits(self, hidden: Tensor, tokens: Ints) -> Tensor:
@@ -100,6 +106,10 @@ class ModelRunner:
         cap = self.spec.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """float32; as it is where there is no such norm."""
+        return x.float() if weight is None else rms_norm(x.float(), weight, self.spec.norm_eps)
+
     def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], q and k turned."""
         spec = self.spec
@@ -111,25 +121,50 @@ class ModelRunner:
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _layer(self, i: int) -> Layer:
-        spec, hidden, inner = self.spec, self.spec.hidden_size, self.spec.intermediate_size
-        q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        qkv = [("q", q_rows, spec.num_heads), ("k", kv_rows, spec.num_kv_heads), ("v", kv_rows, 0)]
-        names = self._model.layer
+        spec, hidden = self.spec, self.spec.hidden_size
+
+        def norm(role: str, size: int = hidden) -> Tensor:
+            return _tensor(self._model.read_norm(self._model.layer(i, role), size))
+
         return Layer(
-            attn_norm=self._vector(names(i, "attn_norm"), hidden),
-            qkv=self._linear(i, qkv, hidden, spec.qkv_bias),
-            q_norm=self._vector(names(i, "q_norm"), spec.head_dim) if spec.qk_norm else None,
-            k_norm=self._vector(names(i, "k_norm"), spec.head_dim) if spec.qk_norm else None,
-            o=self._linear(i, [("o", hidden, 0)], q_rows, spec.o_bias),
-            mlp_norm=self._vector(names(i, "mlp_norm"), hidden),
-            gate_up=self._linear(i, [("gate", inner, 0), ("up", inner, 0)], hidden, spec.mlp_bias),
-            down=self._linear(i, [("down", hidden, 0)], inner, spec.mlp_bias),
+            attn_norm=norm("attn_norm"),
+            qkv=self._linear(i, "qkv", hidden, spec.qkv_bias),
+            q_norm=norm("q_norm", spec.head_dim) if spec.qk_norm else None,
+            k_norm=norm("k_norm", spec.head_dim) if spec.qk_norm else None,
+            o=self._linear(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
+            attn_post_norm=norm("attn_post_norm") if spec.post_norms else None,
+            mlp_norm=norm("mlp_norm"),
+            mlp=self._experts(i, spec.experts) if spec.experts and spec.sparse(i) else self._mlp(i),
+            mlp_post_norm=norm("mlp_post_norm") if spec.post_norms else None,
             window=spec.window(i),
+            rope=spec.layer_rope(i),
         )
 
-    def _linear(self, i: int, parts: list[tuple[str, int, int]], columns: int, bias: bool) -> Linear:
-        """Parts (role, rows, heads to reorder) stacked into one product."""
-        names = self._model.layer
+    def _mlp(self, i: int) -> GatedMLP:
+        spec = self.spec
+        gate_up = self._linear(i, "gate_up", spec.hidden_size, spec.mlp_bias)
+        return GatedMLP(gate_up, self._linear(i, "down", spec.intermediate_size, spec.mlp_bias), self._activation)
+
+    def _experts(self, i: int, experts: Experts) -> MoE:
+        """The router decides, and near decisions are many: it is float32 whatever the rest is."""
+        spec, model = self.spec, self._model
+
+        def linear(expert: int, product: str, columns: int) -> Linear:
+            parts = [(part.role, (part.rows, columns)) for part in spec.parts(product)]
+            arrays = [model.read_expert(i, expert, role, shape, self._name) for role, shape in parts]
+            return Linear(torch.cat([_tensor(array).view(self.dtype) for array in arrays]))
+
+        def mlp(e: int) -> GatedMLP:
+            gate_up = linear(e, "expert_gate_up", spec.hidden_size)
+            return GatedMLP(gate_up, linear(e, "expert_down", experts.intermediate_size), self._activation)
+
+        router = model.read(model.layer(i, "router"), (experts.num, spec.hidden_size), "float32")
+        each = [mlp(e) for e in range(experts.num)]
+        return MoE(Linear(_tensor(router)), each, experts.top_k, experts.normalized)
+
+    def _linear(self, i: int, product: str, columns: int, bias: bool) -> Linear:
+        """Its parts, stacked into one product."""
+        names, parts = self._model.layer, self.spec.parts(product)
         weight = torch.cat([self._read(names(i, role), (rows, columns), heads) for role, rows, heads in parts])
         if not bias:
             return Linear(weight)
@@ -138,9 +173,6 @@ class ModelRunner:
     def _read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
         array = self._model.read(name, shape, self._name, heads)
         return _tensor(array).view(self.dtype)
-
-    def _vector(self, name: str, size: int) -> Tensor:
-        return _tensor(self._model.read(name, (size,), "float32"))
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -22,7 +22,7 @@ from kernels.cpu.cpus import usable_cpus, usable_threads
 
 __all__ = ["LibraryError", "load", "source_digest", "usable_cpus", "usable_threads"]
 
-ABI: Final = 1
+ABI: Final = 2
 PANEL: Final = 48  # columns
 GROUP: Final = 32  # weights
 PAGE: Final = 32  # tokens
@@ -92,9 +92,12 @@ class Layer(Struct):
     _fields_ = (
         ("qkv", Weight), ("o", Weight), ("gate_up", Weight), ("down", Weight),
         ("attn_norm", c_void_p), ("mlp_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
-        ("window", c_int32),
+        ("window", c_int32), ("attn_post_norm", c_void_p), ("mlp_post_norm", c_void_p),
+        ("cos", c_void_p), ("sin", c_void_p),
     )  # fmt: skip
-    _arrays_: ClassVar = dict.fromkeys(("attn_norm", "mlp_norm", "q_norm", "k_norm"), np.float32)
+    _arrays_: ClassVar = dict.fromkeys(
+        ("attn_norm", "mlp_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "cos", "sin"), np.float32
+    )
 
 
 class Spec(Struct):

@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = {
 
 
 def save(path: Path, config: PretrainedConfig, shard: str = "5GB", seed: int = 0) -> Any:
-    """Writes a model whose every weight is random (biases and norms too, which start as 0 and 1); answers with it."""
+    """Writes a model whose every weight is random (biases and norms too; norms around what they start as:
+    1, or 0 where a model adds 1); answers with it."""
     torch.manual_seed(seed)
     factory: Any = AutoModelForCausalLM
     model = factory.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -30,7 +31,7 @@ def save(path: Path, config: PretrainedConfig, shard: str = "5GB", seed: int = 0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
-                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+                weight.add_(0.2 * torch.randn_like(weight))
             else:
                 weight.copy_(torch.randn_like(weight) * (0.5 if weight.ndim == 1 else weight.shape[-1] ** -0.5))
     model.save_pretrained(path, max_shard_size=shard)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kernels.cpu import library
 from tests.models.stepping import Sequence
-from worker_svc.backends.cpu_model import KVForm, batch, whole
+from worker_svc.backends.cpu_model import KVForm, batch, tables, whole
 from worker_svc.inputs import StepInputs
 from worker_svc.models.loader import open_model
 from worker_svc.quant.packed import PackedModel, PackedStore
@@ -45,7 +45,7 @@ class Runner:
         max_model_len: int = 512,
     ) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
-        spec = whole(model, KVForm(kv, block_size, num_blocks), model.spec.rope.tables(max_model_len))
+        spec = whole(model, KVForm(kv, block_size, num_blocks), tables(model.spec, max_model_len))
         self.model = library.load().open(spec, threads, isa)
 
     def run(self, sequences: Many[Sequence], seed: int = 0) -> list[Logits]:

@@ -18,13 +18,20 @@ from tests.models.stepping import Sequence, cuts, tokens
 from tests.models.test_cpu_families import ISAS, SHAPES
 
 MODES = [(mode, kv) for mode in ("", "int8", "int4") for kv in ("bf16", "int8")]
-NAMES = ("llama-9-3-64", "llama-odd-16", "qwen3-80")
+NAMES = ("llama-9-3-64", "llama-odd-16", "qwen3-80", "gemma3")  # the last: norms before sums, two ropes
 
 
 def _by_default(name: str, mode: str, kv: str, best: bool) -> bool:
-    """Every mode on this host's best instructions; of the others, and of the wide model, one form of KV for each."""
+    """Every mode on this host's best instructions; of the others, and of the wide model, one form of KV for each;
+    two of gemma3.
+    """
     one = (mode == "") == (kv == "bf16")
-    return {"llama-9-3-64": best and one, "llama-odd-16": best or one, "qwen3-80": best}[name]
+    return {
+        "llama-9-3-64": best and one,
+        "llama-odd-16": best or one,
+        "qwen3-80": best,
+        "gemma3": best and mode != "int4" and one,
+    }[name]
 
 
 CASES = [

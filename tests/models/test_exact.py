@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.stepping import Sequence, cuts, run, tokens
-from tests.models.test_families import CONFIGS, open_runner
+from tests.models.test_families import CONFIGS, MOE, open_runner
 from worker_svc.exactness import exact_steps
 from worker_svc.kv_cache import KVCache
 from worker_svc.layers.activation import ACTIVATIONS
@@ -33,6 +33,16 @@ SHAPED = {
     "mistral-window": CONFIGS["mistral-window"],
     "qwen3-wide-heads": Qwen3Config(**{**SMALL, "num_key_value_heads": 1}, head_dim=128),
 }
+# These have the whole grid in `full` alone, and by default one test each.
+SPECIAL = {
+    **{name: CONFIGS[name] for name in ("gemma2-capped-biases", "gemma3", "phi3", "mixtral")},
+    "qwen3moe": CONFIGS["qwen3moe"],
+    # As many experts as the real one has, and wide enough that those of a prompt take tiles of every size.
+    "qwen3moe-128": Qwen3MoeConfig(
+        **{**MOE, "hidden_size": 192, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 80},
+        norm_topk_prob=True,
+    ),
+}
 
 
 @pytest.fixture(params=[1, 2])
@@ -43,10 +53,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=SHAPED)
+@pytest.fixture(scope="module", params=[*SHAPED, *(pytest.param(name, marks=pytest.mark.full) for name in SPECIAL)])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     path = tmp_path_factory.mktemp("exact")
-    checkpoints.save(path, SHAPED[request.param])
+    checkpoints.save(path, {**SHAPED, **SPECIAL}[request.param])
     return open_runner(path)
 
 
@@ -92,6 +102,23 @@ def test_a_token_among_any_number_of_rows(
     others = [tokens(rng.randint(1, 40), runner.vocab_size, seed=i) for i in range(rows - 1)]
     sequences = [Sequence(p, [len(p) - 1, len(p)] if len(p) > 1 else [1]) for p in [prompt, *others]]
     assert torch.equal(run(runner, sequences, seed=rows)[0], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in SPECIAL if name != "qwen3moe-128"])
+def test_a_cross_section(name: str, tmp_path: Path) -> None:
+    """Each prompt alone, whole, on one thread; then all in random chunks, on two."""
+    checkpoints.save(tmp_path, SPECIAL[name])
+    runner, before = open_runner(tmp_path), torch.get_num_threads()
+    prompts = [tokens(n, runner.vocab_size, seed=n) for n in (140, 67, 5, 1)]
+    try:
+        torch.set_num_threads(1)
+        expected = [run(runner, [Sequence(prompt, [len(prompt)])], seed=n)[0] for n, prompt in enumerate(prompts)]
+        torch.set_num_threads(2)
+        got = run(runner, [Sequence(prompt, cuts(len(prompt), seed=i)) for i, prompt in enumerate(prompts)], seed=7)
+    finally:
+        torch.set_num_threads(before)
+    for ours, alone in zip(got, expected, strict=True):
+        assert torch.equal(ours, alone), f"the sequence of {len(alone)} tokens"
 
 
 def test_the_load_time_check_agrees(runner: ModelRunner, threads: int) -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
@@ -23,6 +34,16 @@ FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **fields}}
 
+
+SLIDING: dict[str, Any] = {
+    "sliding_window": 37,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+LOCAL_GLOBAL: dict[str, Any] = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+MOE = {**SMALL, "head_dim": 16, "num_experts": 5, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SMALL, rms_norm_eps=1e-5),
@@ -53,6 +74,31 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3-windows-biases": Qwen3Config(
         **SMALL, head_dim=24, attention_bias=True, use_sliding_window=True, sliding_window=33, max_window_layers=2
     ),
+    "gemma2": Gemma2Config(**SMALL, head_dim=32, sliding_window=37, query_pre_attn_scalar=24, pad_token_id=0),
+    "gemma2-capped-biases": Gemma2Config(
+        **SMALL,
+        head_dim=16,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=2.0,
+        attention_bias=True,
+        pad_token_id=0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SMALL, head_dim=16, query_pre_attn_scalar=24, pad_token_id=0, **SLIDING, rope_parameters=LOCAL_GLOBAL
+    ),
+    "phi3": Phi3Config(**SMALL, pad_token_id=0, sliding_window=37),
+    "phi3-partial-longrope": Phi3Config(
+        **{**SMALL, "hidden_size": 128},
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        original_max_position_embeddings=512,
+        **rope("longrope", partial_rotary_factor=0.5, factor=1.5, **FACTORS),
+    ),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, sliding_window=37),
+    "mixtral-all": MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=3),
+    "qwen3moe": Qwen3MoeConfig(**MOE, norm_topk_prob=True, use_sliding_window=True, sliding_window=33),
+    "qwen3moe-some-layers": Qwen3MoeConfig(**MOE, mlp_only_layers=[1], tie_word_embeddings=True, attention_bias=True),
+    "qwen3moe-every-other": Qwen3MoeConfig(**MOE, decoder_sparse_step=2),
 }
 
 

@@ -37,6 +37,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi": PhiConfig(
         **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
+    # Ours as well, but no other has both windows and softcaps for transformers to hand over.
     "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=21, attn_logit_softcapping=5.0),
     "qwen2_moe": Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32),
 }
@@ -45,7 +46,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_those_of_transformers_itself(name: str, tmp_path: Path) -> None:
     theirs = checkpoints.save(tmp_path, CONFIGS[name])
-    assert open_model(tmp_path) is None
+    assert (open_model(tmp_path) is None) == (name != "gemma2")
     with torch.no_grad():
         runner = TransformersRunner(tmp_path, "float32", 0)
         prompts = [tokens(n, 151, seed=n) for n in (90, 40, 1)]

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from kernels.cpu import library
-from kernels.cpu.library import Floats, LibraryError, source_digest, usable_threads
+from kernels.cpu.library import LibraryError, source_digest, usable_threads
 from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
 from worker_svc.backends.base import (
     MAX_SLOTS,
@@ -27,7 +27,7 @@ from worker_svc.backends.base import (
     served_len,
 )
 from worker_svc.backends.cpu_decode import Decode, repeatable
-from worker_svc.backends.cpu_model import KVForm, batch, outputs_wanted, shape, unfit, whole
+from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, unfit, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
@@ -84,9 +84,9 @@ class CpuBackend:
             with _readable(setup):
                 packed = self._store.pack(self._source, threads, lambda share: progress(Phase.LOADING, share))
             self._source = None  # and its mapping of the file
-        rope = packed.spec.rope.tables(longest)
+        ropes = tables(packed.spec, longest)
         try:
-            self._model = self._library.open(whole(packed, kv, rope), threads, self._isa)
+            self._model = self._library.open(whole(packed, kv, ropes), threads, self._isa)
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
@@ -103,7 +103,7 @@ class CpuBackend:
             vocab_size=self._vocab_size,
             quantization=setup.quantization,
             kv_dtype="int8" if kind == "int8" else "bfloat16",
-            fingerprint=self._fingerprint(packed, kind, rope),
+            fingerprint=self._fingerprint(packed, kind, ropes),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -165,12 +165,12 @@ class CpuBackend:
         self._pending = self._last = self._decode = None
         self._model.close()
 
-    def _fingerprint(self, packed: PackedModel, kv_kind: str, rope: tuple[Floats, Floats]) -> str:
+    def _fingerprint(self, packed: PackedModel, kv_kind: str, ropes: Tables) -> str:
         """Digest of all that decides the arithmetic: weights and how they were rounded, the form of KV, instructions,
         the kernels' sources, and the rope tables, which numpy computed here for the longest context.
         """
-        tables = [f"{self._library.checksum(table.view(np.uint8)):x}" for table in rope]
-        parts = [packed.weights, packed.mode, str(FORMAT), kv_kind, self._model.isa, source_digest(), *tables]
+        turns = [f"{self._library.checksum(table.view(np.uint8)):x}" for pair in ropes.values() for table in pair]
+        parts = [packed.weights, packed.mode, str(FORMAT), kv_kind, self._model.isa, source_digest(), *turns]
         return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
 
     @contextmanager

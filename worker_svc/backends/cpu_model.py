@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from kernels.cpu import library
 from kernels.cpu.library import Floats, Layer, Spec, Weight
 from worker_svc.inputs import Ints, StepInputs
+from worker_svc.models.rope import Rope
 from worker_svc.models.spec import ModelSpec
 from worker_svc.quant.packed import PackedModel
+
+Tables = Mapping[Rope, tuple[Floats, Floats]]  # cos and sin [max_model_len, dim / 2] of each of a spec's ropes
+NORMS: Final = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,10 @@ def unfit(spec: ModelSpec) -> str:
     """What the kernels cannot do of this model; empty where there is nothing."""
     if spec.head_dim % 16 or spec.head_dim > 256:
         return f"the cpu backend has no attention for heads of {spec.head_dim}, only multiples of 16 up to 256"
+    if spec.experts:
+        return "the cpu backend has no kernels for experts"
+    if len({rope.dim for rope in spec.ropes}) > 1:
+        return "the cpu backend turns as many dimensions in every layer"
     if spec.rope.dim % 2:
         return f"the cpu backend cannot turn {spec.rope.dim} dimensions of a head: they go in pairs"
     return ""
@@ -47,18 +57,22 @@ def shape(spec: ModelSpec, kv: KVForm, max_model_len: int) -> Spec:
         block_size=kv.block_size,
         num_blocks=kv.num_blocks,
         norm_eps=spec.norm_eps,
-        attention_scale=spec.head_dim**-0.5,
+        attention_scale=spec.query_scale,
         attention_softcap=spec.attention_softcap,
         logit_softcap=spec.logit_softcap,
         embedding_scale=spec.embedding_scale,
     )
 
 
-def whole(packed: PackedModel, kv: KVForm, rope: tuple[Floats, Floats]) -> Spec:
-    """`shape` with its weights and rope tables, cos and sin [max_model_len, dim / 2]; they live as long as it does."""
-    cos, sin = rope
+def tables(spec: ModelSpec, max_model_len: int) -> Tables:
+    return {rope: rope.tables(max_model_len) for rope in spec.ropes}
+
+
+def whole(packed: PackedModel, kv: KVForm, ropes: Tables) -> Spec:
+    """`shape` with its weights and rope tables, which live as long as it does."""
+    cos, sin = ropes[packed.spec.rope]
     made, arrays = shape(packed.spec, kv, len(cos)), packed.arrays
-    layers = [_layer(packed, i) for i in range(packed.spec.num_layers)]
+    layers = [_layer(packed, i, ropes) for i in range(packed.spec.num_layers)]
     made.layers, made.lm_head = library.layers(layers), _weight(packed, "lm_head")
     made.point(cos=cos, sin=sin, embed=arrays.get("embed"), final_norm=arrays["final_norm"])
     return made.keep(packed, layers)
@@ -90,10 +104,11 @@ def batch(inputs: StepInputs, wanted: Ints | None = None) -> library.Batch:
     )
 
 
-def _layer(packed: PackedModel, i: int) -> Layer:
+def _layer(packed: PackedModel, i: int, ropes: Tables) -> Layer:
+    cos, sin = ropes[packed.spec.layer_rope(i)]
     products = {role: _weight(packed, f"{i}.{role}") for role in ("qkv", "o", "gate_up", "down")}
-    norms = {role: packed.arrays.get(f"{i}.{role}") for role in ("attn_norm", "mlp_norm", "q_norm", "k_norm")}
-    return Layer(window=packed.spec.window(i), **products).point(**norms)
+    norms = {role: packed.arrays.get(f"{i}.{role}") for role in NORMS}
+    return Layer(window=packed.spec.window(i), **products).point(cos=cos, sin=sin, **norms)
 
 
 def _weight(packed: PackedModel, name: str) -> Weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from worker_svc.models.fields import MAX_HEAD_DIM, MAX_LAYERS, Fields
@@ -29,22 +29,26 @@ _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor", "original_max_position
 def decoder_spec(
     config: Config,
     *,
+    act: str = "hidden_act",
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
     windows: tuple[int, ...] = (),
 ) -> ModelSpec:
-    """The common fields of a transformers config.json. Raises SpecError naming the field that is missing or unknown."""
+    """The common fields of a transformers config.json; `act` is what the activation's field is called.
+
+    Raises SpecError naming the field that is missing or unknown.
+    """
     fields = Fields(FILE, config)
     hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     kv_heads = fields.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise SpecError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = fields.whole("head_dim", hidden // heads, most=MAX_HEAD_DIM)
-    name = fields.text("hidden_act", "silu")
+    name = fields.text(act, "silu")
     if name not in _ACTIVATIONS:
-        raise SpecError(f"hidden_act {name!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+        raise SpecError(f"{act} {name!r} is not supported, only {', '.join(_ACTIVATIONS)}")
     max_len = fields.whole("max_position_embeddings")
     rope = rope_of(config, head_dim, max_len)
     return ModelSpec(
@@ -85,8 +89,13 @@ def rope_of(config: Config, head_dim: int, max_len: int) -> Rope:
     if kind == "dynamic":
         original_len = max_len  # transformers stretches beyond the whole of what max_position_embeddings says
     factor = scaling.number("factor", max_len / original_len if kind in ("yarn", "longrope") else 1.0)
+    dim = int(head_dim * scaling.number("partial_rotary_factor", 1.0))
+    factors = {name: scaling.numbers(name) if kind == "longrope" else () for name in ("short_factor", "long_factor")}
+    for name, values in factors.items():
+        if values and len(values) != dim // 2:
+            raise scaling.trouble(name, f"a list of {dim // 2} numbers", list(values))
     return Rope(
-        dim=int(head_dim * scaling.number("partial_rotary_factor", 1.0)),
+        dim=dim,
         theta=scaling.number("rope_theta", 10000.0),
         kind=kind,
         factor=factor,
@@ -97,8 +106,7 @@ def rope_of(config: Config, head_dim: int, max_len: int) -> Rope:
         beta_slow=scaling.number("beta_slow", 1.0),
         truncate=scaling.flag("truncate", True),
         attention_factor=_attention_factor(kind, factor, original_len, scaling),
-        short_factor=scaling.numbers("short_factor") if kind == "longrope" else (),
-        long_factor=scaling.numbers("long_factor") if kind == "longrope" else (),
+        **factors,
     )
 
 
@@ -110,11 +118,33 @@ def windows_by_layer(config: Config) -> tuple[int, ...]:
         return ()
     layers = fields.whole("num_hidden_layers", most=MAX_LAYERS)
     first = fields.whole("max_window_layers", layers, least=0)
+    return tuple(window if sliding else 0 for sliding in sliding_layers(config, lambda i: i >= first))
+
+
+def sliding_layers(config: Config, otherwise: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which layers have a window: what `layer_types` says, or `otherwise` of a layer's number."""
+    fields = Fields(FILE, config)
+    layers = fields.whole("num_hidden_layers", most=MAX_LAYERS)
     kinds = fields.texts("layer_types")
-    kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    kinds = kinds or ["sliding_attention" if otherwise(i) else "full_attention" for i in range(layers)]
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise SpecError(f"layer_types must name full_attention or sliding_attention for each of {layers} layers")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def window_in_all(config: Config) -> tuple[int, ...]:
+    """Mistral's way: the same window in every layer, or in none."""
+    fields = Fields(FILE, config)
+    window = fields.whole("sliding_window", 0, least=0)
+    return (window,) * fields.whole("num_hidden_layers", most=MAX_LAYERS) if window else ()
+
+
+def top_k(fields: Fields, num: int) -> int:
+    """How many of `num` experts a token takes."""
+    chosen = fields.whole("num_experts_per_tok")
+    if chosen > num:
+        raise fields.trouble("num_experts_per_tok", f"at most the {num} experts", chosen)
+    return chosen
 
 
 def _attention_factor(kind: str, factor: float, original_len: int, scaling: Fields) -> float:

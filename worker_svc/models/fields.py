@@ -49,6 +49,14 @@ class Fields:
             raise self.trouble(key, "a list of numbers", values)
         return tuple(Fields(self.source, {f"{key}[{i}]": x}).number(f"{key}[{i}]") for i, x in enumerate(values))
 
+    def wholes(self, key: str, most: int = MOST) -> tuple[int, ...]:
+        """A list of integers from 0 to `most`; empty where the field is missing."""
+        values = self._given(key, [])
+        if not isinstance(values, list):
+            raise self.trouble(key, "a list of integers", values)
+        each = enumerate(values)
+        return tuple(Fields(self.source, {f"{key}[{i}]": x}).whole(f"{key}[{i}]", least=0, most=most) for i, x in each)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self._given(key, default)
         if type(value) is not bool:

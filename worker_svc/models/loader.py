@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_svc.models import gguf_spec, registry
-from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from worker_svc.models.checkpoint import Checkpoint, CheckpointError, RawTensor, open_checkpoint
 from worker_svc.models.fields import described_by
-from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.models.spec import ModelSpec, SpecError, WeightNames
 
 DType = Literal["float32", "bfloat16"]
 _SAMPLE = 1 << 16  # bytes
@@ -38,11 +38,32 @@ class Model:
 
         Raises CheckpointError where the tensor is missing, or is not of the shape that the config implies.
         """
+        array = _form(self.tensor(name, shape), dtype)
+        return split_halves(array, heads) if heads and self.spec.names.interleaved_qk else array
+
+    def read_norm(self, name: str, size: int) -> NDArray[np.float32]:
+        """[size] the weights of a norm, the model's offset added. Raises CheckpointError as `read` does."""
+        return self.tensor(name, (size,)).float32() + np.float32(self.spec.norm_offset)
+
+    def read_expert(self, i: int, expert: int, role: str, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
+        """[shape] of one expert, whether it is a tensor or a part of one. Raises CheckpointError as `read` does."""
+        template, experts = self.spec.names.layer[role], self.spec.experts
+        name = template.format(i=i, e=expert, p="weight")
+        if "{e}" in template:
+            return self.read(name, shape, dtype)
+        assert experts is not None
+        return _form(self.tensor(name, (experts.num, *shape)).part(expert), dtype)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
+        """Raises CheckpointError where it is missing, or is not of the shape that the config implies."""
         tensor = self.checkpoint.tensor(name)
         if tensor.shape != shape:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}, the config implies {list(shape)}")
-        array: NDArray[Any] = tensor.float32() if dtype == "float32" else tensor.bfloat16()
-        return split_halves(array, heads) if heads and self.spec.names.interleaved_qk else array
+        return tensor
+
+
+def _form(tensor: RawTensor, dtype: DType) -> NDArray[Any]:
+    return tensor.float32() if dtype == "float32" else tensor.bfloat16()
 
 
 def split_halves(array: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -79,15 +100,33 @@ def open_model(path: Path) -> Model | None:
         raise SpecError("config.json has a quantization_config: quantized checkpoints are not supported")
     with described_by("config.json"):
         spec = registry.spec_of(config)
-        return Model(_followed(spec), open_checkpoint(path)) if spec else None
+        if spec is None:
+            return None
+        followed, checkpoint = _followed(spec), open_checkpoint(path)
+        return Model(_named(followed, checkpoint), checkpoint)
 
 
 def _followed(spec: ModelSpec) -> ModelSpec:
-    """The spec, if its rope can be computed: the one part of it that is arithmetic."""
-    dim, frequencies = spec.rope.dim, spec.rope.frequencies(spec.max_model_len)
-    if frequencies.shape != (dim // 2,) or not 0 < dim <= spec.head_dim or not np.isfinite(frequencies).all():
-        raise SpecError(f"rope of {dim} dimensions in heads of {spec.head_dim} gives no {dim // 2} finite frequencies")
+    """The spec, if its ropes can be computed: the one part of it that is arithmetic."""
+    for rope in spec.ropes:
+        dim, frequencies = rope.dim, rope.frequencies(spec.max_model_len)
+        if frequencies.shape != (dim // 2,) or not 0 < dim <= spec.head_dim or not np.isfinite(frequencies).all():
+            raise SpecError(
+                f"rope of {dim} dimensions in heads of {spec.head_dim} gives no {dim // 2} finite frequencies"
+            )
     return spec
+
+
+def _named(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec with those of its names by which most of the checkpoint's tensors go."""
+    if not spec.other_names:
+        return spec
+
+    def found(names: WeightNames) -> int:
+        of_layers = (t.format(i=i, e=0, p="weight") for t in names.layer.values() for i in range(spec.num_layers))
+        return sum(name in checkpoint for name in (*of_layers, *(t.format(p="weight") for t in names.top.values())))
+
+    return replace(spec, names=max((spec.names, *spec.other_names), key=found), other_names=())
 
 
 def weights_digest(path: Path) -> str:

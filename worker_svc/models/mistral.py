@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from worker_svc.models.decoder import FILE, Config, decoder_spec
-from worker_svc.models.fields import MAX_LAYERS, Fields
+from worker_svc.models.decoder import Config, decoder_spec, window_in_all
 from worker_svc.models.spec import ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
-    fields = Fields(FILE, config)
-    window = fields.whole("sliding_window", 0, least=0)
-    return decoder_spec(
-        config, windows=(window,) * fields.whole("num_hidden_layers", most=MAX_LAYERS) if window else ()
-    )
+    return decoder_spec(config, windows=window_in_all(config))

@@ -51,6 +51,11 @@ class RawTensor:
         blocks = self.data.reshape(self.shape[0], -1, self.data.shape[-1])[rows]
         return RawTensor(self.name, self.dtype, shape, blocks.reshape(-1, self.data.shape[-1]))
 
+    def part(self, index: int) -> RawTensor:
+        """One of the tensors that this one stacks, of its shape without the first dimension. A view."""
+        whole = self.data.reshape(self.shape[0], -1, self.data.shape[-1]) if self.dtype in QUANTS else self.data
+        return RawTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], whole[index])
+
     def float32(self) -> NDArray[np.float32]:
         """[shape]; a view where the file has F32. Raises CheckpointError for a type that is not a number's."""
         match self.dtype:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from worker_svc.models import llama, mistral, qwen2, qwen3
+from worker_svc.models import gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from worker_svc.models.decoder import FILE, Config
 from worker_svc.models.fields import Fields
 from worker_svc.models.spec import ModelSpec
 
 FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
+    "Gemma2ForCausalLM": gemma2.spec,
+    "Gemma3ForCausalLM": gemma3.spec,
+    "Gemma3ForConditionalGeneration": gemma3.vision_spec,
     "LlamaForCausalLM": llama.spec,
     "MistralForCausalLM": mistral.spec,
+    "MixtralForCausalLM": mixtral.spec,
+    "Phi3ForCausalLM": phi3.spec,
     "Qwen2ForCausalLM": qwen2.spec,
     "Qwen3ForCausalLM": qwen3.spec,
+    "Qwen3MoeForCausalLM": qwen3_moe.spec,
 }
 
 

@@ -92,6 +92,9 @@ def _arrays(
         layer, _, role = name.partition(".")
         if role == "qkv":
             yield vector(f"{layer}.attn_norm", spec.hidden_size)
+            if spec.post_norms:
+                yield vector(f"{layer}.attn_post_norm", spec.hidden_size)
+                yield vector(f"{layer}.mlp_post_norm", spec.hidden_size)
             if spec.qk_norm:
                 yield vector(f"{layer}.q_norm", spec.head_dim)
                 yield vector(f"{layer}.k_norm", spec.head_dim)

@@ -4,7 +4,7 @@ the form that a step multiplies, a chunk of panels at a time, by several threads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kernels.cpu.library import PANEL, Library
 from worker_svc.models.loader import Model
-from worker_svc.models.raw_tensor import CheckpointError, RawTensor
+from worker_svc.models.raw_tensor import RawTensor
+from worker_svc.models.spec import Part
 from worker_svc.quant.int4 import int4
 from worker_svc.quant.layout import Layout, Matrix, panels
 
@@ -21,14 +22,6 @@ Ints = NDArray[np.int64]
 Arrays = Mapping[str, NDArray[Any]]
 
 CHUNK: Final = 1 << 20  # weights at a time
-
-
-class Part(NamedTuple):
-    """Tensors whose rows make a matrix: a role, its rows, and for q and k the heads that they belong to."""
-
-    role: str
-    rows: int
-    heads: int = 0
 
 
 class Rows(NamedTuple):
@@ -49,7 +42,7 @@ def pack(
     for name, matrix in layout.matrices.items():
         tasks += _tasks(name, matrix, _rows(model, name, matrix), arrays, library)
     if "embed" in arrays:
-        embed = _tensor(model, model.top("embed"), arrays["embed"].shape)
+        embed = model.tensor(model.top("embed"), arrays["embed"].shape)
         tasks += [_embed_task(embed, arrays["embed"], part) for part in _chunks(*embed.shape)]
     _vectors(model, arrays)
     with ThreadPoolExecutor(threads) as pool:
@@ -111,22 +104,17 @@ def _gather(
 def _rows(model: Model, name: str, matrix: Matrix) -> Rows:
     spec = model.spec
     if name == "lm_head":
-        tensor = _tensor(model, model.top("embed" if spec.tied else "lm_head"), (matrix.n, matrix.k))
+        tensor = model.tensor(model.top("embed" if spec.tied else "lm_head"), (matrix.n, matrix.k))
         return Rows([tensor], [], np.arange(matrix.n))
     layer, _, role = name.partition(".")
-    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    parts = {
-        "qkv": [Part("q", q_rows, spec.num_heads), Part("k", kv_rows, spec.num_kv_heads), Part("v", kv_rows)],
-        "gate_up": [Part("gate", spec.intermediate_size), Part("up", spec.intermediate_size)],
-    }.get(role, [Part(role, matrix.n)])
-    i = int(layer)
-    tensors = [_tensor(model, model.layer(i, part.role), (part.rows, matrix.k)) for part in parts]
-    biases = [_tensor(model, model.layer(i, part.role, "bias"), (part.rows,)) for part in parts if matrix.bias]
+    i, parts = int(layer), spec.parts(role)
+    tensors = [model.tensor(model.layer(i, part.role), (part.rows, matrix.k)) for part in parts]
+    biases = [model.tensor(model.layer(i, part.role, "bias"), (part.rows,)) for part in parts if matrix.bias]
     order = _alternating(spec.intermediate_size) if role == "gate_up" else _stacked(parts, spec.names.interleaved_qk)
     return Rows(tensors, biases, order)
 
 
-def _stacked(parts: list[Part], interleaved: bool) -> Ints:
+def _stacked(parts: Sequence[Part], interleaved: bool) -> Ints:
     """One below the other; rotary neighbours (0, 1, 2, 3 …) of q and k heads become rotary halves (0, 2 … 1, 3 …)."""
     orders, first = [], 0
     for part in parts:
@@ -152,16 +140,9 @@ def _chunks(n: int, k: int) -> list[slice]:
 
 
 def _vectors(model: Model, arrays: Arrays) -> None:
-    """Norm weights."""
+    """Norm weights, the model's offset added."""
     for name, out in arrays.items():
         layer, _, role = name.rpartition(".")
         if role.endswith("norm"):
             source = model.layer(int(layer), role) if layer else model.top(role)
-            out[:] = _tensor(model, source, out.shape).finite()
-
-
-def _tensor(model: Model, name: str, shape: tuple[int, ...]) -> RawTensor:
-    tensor = model.checkpoint.tensor(name)
-    if tensor.shape != shape:
-        raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}, the config implies {list(shape)}")
-    return tensor
+            out[:] = model.tensor(source, out.shape).finite() + np.float32(model.spec.norm_offset)

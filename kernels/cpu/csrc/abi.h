@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define PW_ABI 1
+#define PW_ABI 2
 #define PW_PANEL 48     // columns of a packed panel
 #define PW_GROUP 32     // weights that share a scale in PW_INT4
 #define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
@@ -42,6 +42,8 @@ typedef struct {
   const float *attn_norm, *mlp_norm;  // [hidden]
   const float *q_norm, *k_norm;       // [head_dim] or null
   int32_t window;                     // positions seen, the token's own included; 0 is all
+  const float *attn_post_norm, *mlp_post_norm;  // [hidden] of what o and down give, before it is added; or null
+  const float *cos, *sin;             // as the spec's, for this layer; or null: the spec's
 } pw_layer;
 
 typedef struct {

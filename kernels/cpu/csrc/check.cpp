@@ -34,6 +34,7 @@ void check_layer(const pw_spec &s, int index) {
   check_pointer("attn_norm", layer.attn_norm);
   check_pointer("mlp_norm", layer.mlp_norm);
   check_range("window", layer.window, 0, INT32_MAX);
+  if (!layer.cos != !layer.sin) fail("layer %d has cos or sin, and not the other", index);
 }
 
 void check_row(const Model &m, const pw_batch &b, int row) {

@@ -41,7 +41,7 @@ struct Best { float value; int32_t index; };  // of a row: greatest logit, lowes
 struct AttentionShape {
   int32_t num_heads, num_kv_heads, head_dim, rotary_dim, kv_kind, block_size, num_blocks;
   float norm_eps, scale, softcap;
-  const float *cos, *sin;  // [max_model_len, rotary_dim / 2]
+  const float *cos, *sin;  // [max_model_len, rotary_dim / 2], of layers that have none of their own
 };
 
 // The functions marked "team" are called by every thread of the team inside Team::run, share the work among them, and
@@ -57,6 +57,7 @@ struct Kernels {
   // rows.inc: one row each, alone
   void (*embed)(const pw_spec &, int64_t token, float *x /* [hidden] */);
   void (*normalize)(const float *x, const float *weight, float eps, int k, float *y);
+  void (*add_normed)(const float *y, const float *weight, float eps, int k, float *x);  // x += norm(y) · weight
   void (*prepare)(const float *x, const float *norm_weight /* or null: as it is */, float eps, int k,
                   const Operand &, int row);  // norm, then rounding or quantizing into the operand's row
   void (*soften)(float *logits, int count, float cap);  // isa.inc: the softcap that gemm_argmax applies

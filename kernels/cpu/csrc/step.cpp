@@ -3,6 +3,8 @@
 //
 //   embed → per layer: norm → qkv → write_kv → attend → o (+ residual) → norm → gate_up → down (+ residual)
 //
+// Where what o and down give is normed before it is added, that is a phase of its own.
+//
 // Each element is made by one thread in one order, so who made it never shows.
 #include "model.h"
 
@@ -63,6 +65,9 @@ class Forward {
     const int rows = b_.num_tokens, copies = few() ? m_.team.size() : 1;
     qkv_ld_ = round_up(first.qkv.n, PW_PANEL);
     m_.attended.reserve(size_t(rows) * first.o.k * sizeof(float), "attention's results");
+    for (const pw_layer &layer : m_.layers)
+      if (layer.attn_post_norm || layer.mlp_post_norm)
+        m_.unnormed.reserve(size_t(rows) * s.hidden_size * sizeof(float), "what is normed before it is added");
     m_.gated.reserve(size_t(rows) * round_up(s.intermediate_size, 32) * sizeof(float), "gated rows");
     m_.hidden_rows.reserve(first.qkv, rows, copies);
     m_.attended_rows.reserve(first.o, rows, copies);
@@ -131,9 +136,24 @@ class Forward {
                       part.scratch);
     mark(thread, Phase::attend);
     const Operand seen = prepare(thread, layer.o, m_.attended_rows, part.rows, attended, nullptr, layer.o.k);
-    m_.kernels.gemm(m_.team, thread, layer.o, seen, part.rows,
-                    {Then::add, part.x, m_.spec.hidden_size, nullptr, 0, &layer.gate_up});
-    mark(thread, Phase::o);
+    add(thread, layer.o, seen, part, layer.attn_post_norm, &layer.gate_up, Phase::o);
+  }
+
+  // A product onto the residual, normed first where there is a norm. `next` is the product that follows.
+  void add(int thread, const pw_weight &w, const Operand &operand, const Part &part, const float *norm,
+           const pw_weight *next, Phase phase) {
+    const int64_t width = m_.spec.hidden_size;
+    float *y = m_.unnormed.as<float>();
+    const Output out = norm ? Output{Then::store, y, width, nullptr, 0, next}
+                            : Output{Then::add, part.x, width, nullptr, 0, next};
+    m_.kernels.gemm(m_.team, thread, w, operand, part.rows, out);
+    mark(thread, phase);
+    if (!norm) return;
+    auto item = [&](int, int i) {
+      m_.kernels.add_normed(y + i * width, norm, m_.spec.norm_eps, int(width), part.x + i * width);
+    };
+    m_.team.share(thread, part.rows, item);
+    mark(thread, Phase::norm);
   }
 
   // What a layer's last product is followed by: the next layer, or the head.
@@ -155,9 +175,7 @@ class Forward {
     mark(thread, Phase::gate_up);
 
     if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, part.rows, m_.gated.as<float>(), nullptr, width);
-    m_.kernels.gemm(m_.team, thread, layer.down, gated, part.rows,
-                    {Then::add, part.x, m_.spec.hidden_size, nullptr, 0, after(layer)});
-    mark(thread, Phase::down);
+    add(thread, layer.down, gated, part, layer.mlp_post_norm, after(layer), Phase::down);
   }
 
   bool few() const { return b_.num_tokens <= FEW; }

@@ -29,6 +29,10 @@ extern "C" __attribute__((visibility("default"))) const char *pw_test_layout() {
     AT(Layer, pw_layer, q_norm);
     AT(Layer, pw_layer, k_norm);
     AT(Layer, pw_layer, window);
+    AT(Layer, pw_layer, attn_post_norm);
+    AT(Layer, pw_layer, mlp_post_norm);
+    AT(Layer, pw_layer, cos);
+    AT(Layer, pw_layer, sin);
     SIZE(Spec, pw_spec);
     AT(Spec, pw_spec, abi);
     AT(Spec, pw_spec, vocab_size);
