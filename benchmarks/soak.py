@@ -120,7 +120,8 @@ class Soak:
         return tokens
 
     async def _kill(self) -> None:
-        while True:
+        """Until nothing new is asked for: on a slow machine the last streams would never end otherwise."""
+        while self._now() + self._every < self._seconds:
             await asyncio.sleep(self._every)
             workers = (await self._stats()).workers
             victim = self._rng.choice(workers)
