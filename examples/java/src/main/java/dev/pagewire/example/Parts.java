@@ -30,7 +30,7 @@ import java.util.function.Supplier;
  */
 final class Parts {
   /** A part that has not ended after so many seconds has failed. */
-  private static final int LIMIT_SECONDS = 300;
+  private static final int LIMIT_SECONDS = 1200;
 
   /** Output that takes far longer than anything here waits for. */
   private static final int ENDLESS = 1000;
