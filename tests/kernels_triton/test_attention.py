@@ -34,7 +34,7 @@ def rows(most_queries: int) -> st.SearchStrategy[list[Row]]:
     return st.lists(st.one_of(one, st.just(Row(0, 1))), min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=6)
 @given(
     rows=rows(40),
     kv_heads=st.integers(1, 2),
@@ -63,7 +63,7 @@ def test_any_batch(
     check(Batch(shape, rows), device)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=6)
 @given(
     rows=rows(6),
     group=st.integers(1, 9),
@@ -76,19 +76,32 @@ def test_any_decode(rows: list[Row], group: int, window: int, softcap: float, ba
     check(Batch(shape, rows))
 
 
+TYPES = [
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float16, FP8),
+    (torch.bfloat16, FP8), (torch.float32, torch.bfloat16), (torch.float32, FP8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("types", "dim", "device"), [(TYPES[0], 64, SM90), (TYPES[3], 80, GFX942), (TYPES[2], 128, SM80)]
+)
+def test_some_types_and_heads(types: tuple[torch.dtype, torch.dtype], dim: int, device: Device) -> None:
+    check_types(types, dim, device, False)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("device", [SM80, SM90, GFX942], ids=lambda device: device.kind)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
-    [
-        (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float16, FP8),
-        (torch.bfloat16, FP8), (torch.float32, torch.bfloat16), (torch.float32, FP8),
-    ],
-)  # fmt: skip
-def test_types_and_heads(
-    dtype: torch.dtype, kv_dtype: torch.dtype, dim: int, device: Device, batch_invariant: bool
+@pytest.mark.parametrize("types", TYPES)
+def test_all_types_and_heads(
+    types: tuple[torch.dtype, torch.dtype], dim: int, device: Device, batch_invariant: bool
 ) -> None:
+    check_types(types, dim, device, batch_invariant)
+
+
+def check_types(types: tuple[torch.dtype, torch.dtype], dim: int, device: Device, batch_invariant: bool) -> None:
+    dtype, kv_dtype = types
     shape = a_shape(3, 1, dim, 16, dtype, kv_dtype, batch_invariant=batch_invariant)
     check(Batch(shape, [Row(600, 1), Row(90, 20, seed=1)]), device)
 
@@ -99,7 +112,9 @@ def test_more_heads_share_keys_than_a_tile_has_rows(heads: int, queries: int) ->
     check(Batch(a_shape(heads, 1, 16, dtype=torch.float16), [Row(70, queries)]))
 
 
-@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 511, 512, 513])
+@pytest.mark.parametrize(
+    "window", [1, 64, 65, *(pytest.param(w, marks=pytest.mark.full) for w in (2, 63, 511, 512, 513))]
+)
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_borders_of_windows(window: int, batch_invariant: bool) -> None:
     """A key more or less shows: its value is 100 times as great as another's."""
