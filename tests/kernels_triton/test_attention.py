@@ -17,6 +17,8 @@ from kernels.gpu.attention_tile import load_kv
 from kernels.gpu.attention_tuning import Device
 from tests.kernels_triton.paged import FP8, GFX942, SM80, SM90, WHERE, Batch, Row, a_shape, this_device
 
+pytestmark = pytest.mark.full  # they take minutes; a cross-section for every run is to be chosen
+
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -183,7 +185,7 @@ def test_a_plan_refuses_tensors_of_another_shape() -> None:
             paged_attention(plan, **{**good, name: wrong})
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _converted(codes_ptr: tl.tensor, out_ptr: tl.tensor, FP8: tl.constexpr) -> None:
     at = tl.arange(0, 256)
     like = tl.zeros([1], out_ptr.dtype.element_ty)

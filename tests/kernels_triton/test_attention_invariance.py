@@ -17,6 +17,8 @@ from torch import Tensor
 from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, plan_capture
 from tests.kernels_triton.paged import FP8, SM90, WHERE, Batch, Row, a_shape, this_device
 
+pytestmark = pytest.mark.full  # they take minutes; a cross-section for every run is to be chosen
+
 LENGTH = 1300  # two borders of splits and a half
 
 SHAPES = {
