@@ -47,6 +47,8 @@ class Ahead:
     num_warps: int = 4
     num_stages: int = 2
     multiples_of_16: tuple[str, ...] = ()  # integers that are, with this model: Triton asks that of each at a launch
+    targets: tuple[str, ...] = ()  # whose tile sizes these are; none: the same for all
+    fp_fusion: bool = True  # whether the compiler may fuse products and sums as it likes
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,11 @@ def source_of(ahead: Ahead) -> ASTSource:
 def compiled(ahead: Ahead, target: Target) -> Usage | Failure:
     kernel = ahead.kernel.__name__
     try:
-        options = {"num_warps": ahead.num_warps, "num_stages": ahead.num_stages}
+        options = {
+            "num_warps": ahead.num_warps,
+            "num_stages": ahead.num_stages,
+            "enable_fp_fusion": ahead.fp_fusion,
+        }
         made = triton.compile(source_of(ahead), target=target.gpu, options=options)
         usage = _amd if target.gpu.backend == "hip" else _nvidia
         registers, scalars, spills = usage(made.asm)
@@ -174,7 +180,9 @@ def _amd(asm: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def compile_all(targets: tuple[Target, ...]) -> list[Usage | Failure]:
-    work = [(ahead, target) for ahead in registered() for target in targets]
+    work = [
+        (ahead, target) for ahead in registered() for target in targets if target.name in (ahead.targets or target.name)
+    ]
     with ThreadPoolExecutor(PROCESSES) as pool:  # the compilers leave Python's lock alone
         return list(pool.map(lambda one: compiled(*one), work))
 

@@ -14,12 +14,14 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Causal attention of one sequence's tokens over its paged keys and values.
 
     q [n, heads, dim] at absolute `positions` [n]; pages [2, blocks, kv heads, block_size, dim] hold K and V;
-    block_table [B] in position order. `window` positions are seen, the token's own included; 0 is all.
-    → [n, heads, dim]
+    block_table [B] in position order. `window` positions are seen, the token's own included; 0 is all. What the pages
+    hold, times k_scale and v_scale, are the keys and values. → [n, heads, dim]
     """
     _, num_heads, _ = q.shape
     _, _, kv_heads, block_size, _ = pages.shape
@@ -27,13 +29,14 @@ def paged_attention(
     at = torch.arange(length)
     blocks, offsets = block_table[at // block_size], at % block_size
     keys, values = (plane[blocks, :, offsets].float() for plane in pages)  # each [length, kv heads, dim]
+    keys, values = keys * k_scale, values * v_scale
     out = torch.empty_like(q)
     for i, position in enumerate(positions.tolist()):
         first = max(0, position + 1 - window) if window else 0
         seen = slice(first, position + 1)
         for head in range(num_heads):
             kv_head = head * kv_heads // num_heads
-            scores = keys[seen, kv_head] @ q[i, head] * scale
+            scores = keys[seen, kv_head] @ q[i, head].float() * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
             out[i, head] = torch.softmax(scores, 0) @ values[seen, kv_head]
