@@ -22,9 +22,10 @@ def grammar_mask_kernel(logits, bitmask, rows, stride, bitmask_stride, VOCAB: tl
     row = tl.load(rows + mask).to(tl.int64)
     if row >= 0:
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        # Past the vocabulary nothing is forbidden, so nothing is written.
         word = tl.load(bitmask + mask * bitmask_stride + at // 32, mask=at < VOCAB, other=-1)
         forbidden = (word >> (at % 32)) & 1 == 0
-        tl.store(logits + row * stride + at, float("-inf"), mask=forbidden & (at < VOCAB))
+        tl.store(logits + row * stride + at, float("-inf"), mask=forbidden)
 
 
 def mask_logits(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
