@@ -82,6 +82,15 @@ class TokenDelta(Wire, frozen=True):
     num_accepted: int = 0
     tenant: str = ""  # of a request that was refused
     queued: float = 0.0  # seconds from its Submit to its first admission, by the Ticks
+    shed_for: float = 0.0  # seconds, with REJECTED: no fewer sequences of this tenant, of no better priority, will do
+
+
+class Shed(Wire, frozen=True):
+    """Sequences that a frontend refused by itself, see `TokenDelta.shed_for`: they count as if they had come here."""
+
+    frontend: str
+    tenant: str
+    sequences: int
 
 
 class Outputs(Wire, frozen=True):
@@ -268,5 +277,5 @@ class Answer(Wire, frozen=True):
     frontend: str = ""
 
 
-ToEngine = FrontendHello | FrontendLost | FrontendBeat | Submit | Abort | Ask | WatchKv | Observed
+ToEngine = FrontendHello | FrontendLost | FrontendBeat | Submit | Shed | Abort | Ask | WatchKv | Observed
 ToFrontend = Outputs | ServiceStatus | FrontendStop | Answer | KvEvents

@@ -24,6 +24,7 @@ from protos.engine_wire import (
     Outputs,
     Question,
     ServiceStatus,
+    Shed,
     Submit,
     ToEngine,
     ToFrontend,
@@ -188,7 +189,7 @@ class EngineLoop:
 
     def _from_frontend(self, message: ToEngine | FrontendStop) -> Iterator[Event]:
         match message:
-            case Submit() | Abort() | WatchKv():
+            case Submit() | Shed() | Abort() | WatchKv():
                 yield message
             case FrontendLost(frontend=frontend):
                 self._frontends.lost(frontend)

@@ -18,7 +18,7 @@ from typing import assert_never
 
 from msgspec.structs import replace
 
-from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Submit, WatchKv
+from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import Admit, Epoch, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.events import (
     Drain,
@@ -91,7 +91,7 @@ class Pseudonyms:
             case WorkerLost():
                 self._streams.pop(event.epoch, None)
                 return replace(event, reason="")  # a worker's fault may quote what it was given
-            case FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain() | WatchKv():
+            case Shed() | FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain() | WatchKv():
                 return event
             case _:
                 assert_never(event)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, KvEvents, Outputs, Submit, WatchKv
+from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import StepPlan, StepResult
 from scheduler_svc.engine.events import Drain, EndEpoch, FlushCache, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
@@ -109,6 +109,8 @@ class Teller:
         match moment.entry.event:
             case Submit():
                 part.count("came")
+            case Shed(sequences=sequences):
+                part.count("shed", sequences)
             case Abort():
                 part.count("aborted")
             case WorkerReady() as ready:

@@ -12,6 +12,8 @@ from scheduler_svc.engine.sequence import Sequence
 
 MIN_RETRY, MAX_RETRY = 0.05, 60.0  # seconds
 UNKNOWN_RETRY = 1.0  # seconds, before any departure from the queue was seen
+MAX_SHED = 0.1  # seconds for which a refusal may be said again unasked; places that come free wait so long
+SHED_SHARE = 0.1  # … of the time in which the queue would empty, at most
 HALF_LIFE = 5.0  # seconds in which an old rate loses half of its weight
 
 
@@ -19,6 +21,7 @@ class Refusal(NamedTuple):
     reason: FinishReason
     detail: str
     retry_after: float = 0.0
+    shed_for: float = 0.0
 
 
 class Outflow:
@@ -41,6 +44,9 @@ class Outflow:
         if self._rate <= 0.0:
             return UNKNOWN_RETRY
         return min(MAX_RETRY, max(MIN_RETRY, self._refused / self._rate))
+
+    def shed_for(self, waiting: int) -> float:
+        return min(MAX_SHED, SHED_SHARE * waiting / self._rate) if self._rate > 0 else 0.0
 
     def tick(self, now: float, departed: int, waiting: bool) -> None:
         """Measures the rate, `departed` in all so far. Time in which nobody waited says nothing."""
@@ -94,6 +100,10 @@ class Doorkeeper:
             return refusal
         return self._too_late(submit) or self._over_quota(submit, roster)
 
+    def shed(self, sequences: int) -> None:
+        """So many were told the same as the last who was refused for a full queue."""
+        self._sequences.refuse(sequences)
+
     def crowding(self) -> Refusal:
         """What those are told who are crowded out."""
         detail = "the queue is full: this was the newest of the tenant with the most in it, and made room for another"
@@ -135,14 +145,16 @@ class Doorkeeper:
             beside = f" beside {free} free slots" if free else ""
             detail = f"{waiting} sequences wait, {count} more are over max_waiting {max_waiting}{beside}"
             outflow, amount = self._sequences, count
+            shed_for = outflow.shed_for(waiting)
         elif tokens + more > max_tokens:
             detail = f"{tokens} tokens wait, {more} more are over max_waiting_tokens {max_tokens}"
             outflow, amount = self._tokens, more
+            shed_for = 0.0  # a shorter prompt may fit
         else:
             return None
         if submit.index == 0:
             outflow.refuse(amount)  # once for all siblings, each of which comes here
-        return Refusal(FinishReason.REJECTED, f"the queue is full: {detail}", outflow.retry_after)
+        return Refusal(FinishReason.REJECTED, f"the queue is full: {detail}", outflow.retry_after, shed_for)
 
     def _too_late(self, submit: Submit) -> Refusal | None:
         if not submit.deadline:

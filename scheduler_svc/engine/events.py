@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Submit, WatchKv
+from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import Epoch, StepPlan, StepResult
 
 
@@ -46,7 +46,9 @@ class Drain(Happening, frozen=True):
     """Take no new requests; finish what was accepted."""
 
 
-Event = Submit | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain | WatchKv
+Event = (
+    Submit | Shed | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain | WatchKv
+)
 
 
 class EndEpoch(Happening, frozen=True):

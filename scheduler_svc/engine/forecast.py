@@ -133,8 +133,22 @@ class Forecast:
         steps = -(-prompt // self._config.max_step_tokens)
         running = len(self._roster.running) / self._roster.num_groups
         is_full = queued or running >= self._config.max_num_seqs
-        decode = max(base + each * (running + 1), self.pace.recent if is_full else 0.0)
-        return steps * base + prompt * each + (self.least_tokens(sampling, given - prompt_len) - 1) * decode
+        tokens = self.least_tokens(sampling, given - prompt_len) - 1
+        beside = self._prompts_beside(tokens, running) if queued else 0.0
+        decode = tokens * (base + each * (running + 1)) + beside * each
+        return steps * base + prompt * each + max(decode, tokens * self.pace.recent if is_full else 0.0)
+
+    def _prompts_beside(self, tokens: int, running: float) -> float:
+        """Prompt tokens of those who follow others out of the queue, in the steps in which one makes `tokens`.
+
+        Work is as it is in the queue: for each token that all make, so many are read.
+        """
+        roster = self._roster
+        if roster.queued_output <= 0.0:
+            return 0.0
+        made = tokens * min(running, self._config.max_num_seqs - 1)
+        share = min(1 / roster.num_groups, made / roster.queued_output)
+        return share * roster.queued_tokens * self._missed.mean
 
     def latest_start(self, sequence: Sequence) -> float:
         """When a sequence with a deadline, already in the queue, has to run at the latest, in order to meet it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isclose
 
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.roster import Roster
@@ -33,6 +34,8 @@ def _check_roster(roster: Roster) -> None:
     _demand(not by_state[State.FINISHED], "a finished sequence is live")
     queued = sum(s.queued_tokens for s in live if s.state is not State.RUNNING)
     _demand(queued == roster.queued_tokens, f"{queued} tokens are queued, {roster.queued_tokens} counted")
+    likely = sum(s.likely_tokens for s in live if s.state is not State.RUNNING)
+    _demand(isclose(likely, roster.queued_output, abs_tol=1e-3), f"{likely} come, {roster.queued_output} counted")
     _check_tenants(roster, live)
     hoping = {s.arrival for s in live if s.look_at}
     _demand({s.arrival for s in roster.doubtful.values()} == hoping, "who has to start in time is not in the books")

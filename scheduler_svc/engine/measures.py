@@ -99,5 +99,5 @@ class Measures:
         self.step_rows.add(rows)
         self.step_tokens.add(tokens)
 
-    def refuse(self, reason: FinishReason) -> None:
-        self.refused[reason] = self.refused.get(reason, 0) + 1
+    def refuse(self, reason: FinishReason, count: int = 1) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + count

@@ -17,7 +17,9 @@ class Outbox:
         items, self._items = self._items, {}
         return [Outputs(deltas, frontend) for frontend, deltas in items.items()]
 
-    def refuse(self, submit: Submit, reason: FinishReason, detail: str, retry_after: float) -> None:
+    def refuse(
+        self, submit: Submit, reason: FinishReason, detail: str, retry_after: float, shed_for: float = 0.0
+    ) -> None:
         """A stream that never begins."""
         delta = TokenDelta(
             submit.request_id,
@@ -27,6 +29,7 @@ class Outbox:
             retry_after=retry_after,
             detail=detail,
             tenant=submit.tenant,
+            shed_for=shed_for,
         )
         self._add(submit.frontend, delta)
 

@@ -49,6 +49,7 @@ class Roster:
         self.doubtful: Agenda[tuple[float, int], Sequence] = Agenda()  # those with a deadline that never ran
         self.num_live = 0
         self.queued_tokens = 0  # of all that are live and not running
+        self.queued_output = 0.0  # tokens that are likely to come of those
         self.counters = Counters()
         self.measures = Measures()
 
@@ -153,6 +154,7 @@ class Roster:
         sequence.state = state
         sequence.queued_tokens = sequence.settled
         self.queued_tokens += sequence.settled
+        self.queued_output += sequence.likely_tokens
         sequence.account.queue(sequence)
         if new:
             self.waiting.join(sequence)
@@ -165,6 +167,7 @@ class Roster:
             self.counters.departed_tokens += sequence.queued_tokens
         self.expect(sequence, 0.0)
         self.queued_tokens -= sequence.queued_tokens
+        self.queued_output = self.queued_output - sequence.likely_tokens if self.queued_tokens else 0.0
         sequence.account.unqueue(sequence)
         sequence.queued_tokens = 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import assert_never
 
-from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Submit, WatchKv
+from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Shed, Submit, WatchKv
 from protos.wire import Epoch, Row, RowResult, StepPlan, StepResult
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
@@ -62,6 +62,8 @@ class Scheduler:
                 self._land(event)
             case Submit():
                 self._submit(event)
+            case Shed():
+                self._shed(event)
             case Abort():
                 for sequence in self.roster.find(event.request_id, event.index):
                     if event.frontend in ("", sequence.frontend):
@@ -135,9 +137,7 @@ class Scheduler:
 
     def _submit(self, submit: Submit) -> None:
         if refusal := self._doorkeeper.refusal(submit, self.roster, self._free_slots()):
-            self.roster.counters.rejected += 1
-            self.roster.measures.refuse(refusal.reason)
-            self.roster.ledger.tallies.of(submit.tenant).refused += 1
+            self._count_refused(submit.tenant, refusal.reason, 1)
             self._outbox.refuse(submit, *refusal)
             return
         for crowding in self._doorkeeper.crowded_out:
@@ -156,6 +156,16 @@ class Scheduler:
             sequence.look_at = self._forecast.look_at(sequence)
         self.roster.enlist(sequence)
         self._check_length(sequence)
+
+    def _shed(self, shed: Shed) -> None:
+        if 0 < shed.sequences < 1 << 32:  # what a frontend says is believed, but breaks no counter
+            self._doorkeeper.shed(shed.sequences)
+            self._count_refused(shed.tenant, FinishReason.REJECTED, shed.sequences)
+
+    def _count_refused(self, tenant: str, reason: FinishReason, sequences: int) -> None:
+        self.roster.counters.rejected += sequences
+        self.roster.measures.refuse(reason, sequences)
+        self.roster.ledger.tallies.of(tenant).refused += sequences
 
     def _free_slots(self) -> int:
         """How many of the queue the next plan may take, if there are blocks for them: plans in flight delay it."""

@@ -58,6 +58,7 @@ class Call:
     _route: Route | None = None  # None: every index had ended before
     _changed: dict[int, None] = field(default_factory=dict)  # indices with something to send, in order
     _due: dict[int, None] = field(default_factory=dict)  # those that had it when the writer was woken last
+    refusal: TokenDelta | None = None  # how the engine ended it, where it did so without a reason of ours
     _failure: ServiceError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _over: bool = False
@@ -131,7 +132,8 @@ class Call:
         stream = self.streams[delta.index]
         if stream.ending or self._given_up:
             return  # a stop string ended it here first, or nobody reads
-        self._failure = self._failure or from_finish(delta)
+        if not self._failure and (failure := from_finish(delta)):
+            self._failure, self.refusal = failure, delta
         if stream.push(delta, now):
             self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)
         self._changed[delta.index] = None

@@ -18,6 +18,7 @@ from scheduler_svc.frontend import access, auth, resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
+from scheduler_svc.frontend.gate import Gate
 from scheduler_svc.frontend.kv_events import KvWatchers
 from scheduler_svc.frontend.limits import MAX_HELD
 from scheduler_svc.frontend.model import ServedModel
@@ -73,6 +74,7 @@ class Core:
         self.observer = Observer()
         link.observe = lambda: self.observer.snapshot(self.calls)
         self.preparer = Preparer(model, self.max_model_len, link.frontend)
+        self.gate = Gate(link.frontend, link.tell_shed, clock, asyncio.get_running_loop().call_later)
         self._slow_readers = SlowReaders(config.slow_reader_timeout, clock)
         self._first_ready = asyncio.Event()
         self._held = 0  # calls that wait for it
@@ -153,6 +155,8 @@ class Core:
             with self._slow_readers.watch(call):
                 yield call
         except ServiceError:
+            if call.refusal:
+                self.gate.heed(prepared, call.refusal)
             raise
         except Exception:
             log.exception("request %s: unforeseen", prepared.request_id)

@@ -19,6 +19,7 @@ from protos.engine_wire import (
     Outputs,
     Question,
     ServiceStatus,
+    Shed,
     Submit,
     ToEngine,
     ToFrontend,
@@ -116,6 +117,9 @@ class EngineLink:
         for message in submits:
             self._send(message)
         return route
+
+    def tell_shed(self, shed: Shed) -> None:
+        self._send(shed)
 
     def abort(
         self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1, everywhere: bool = False

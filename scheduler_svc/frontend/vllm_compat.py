@@ -67,9 +67,10 @@ class VllmEngine:
     async def generate(self, request: vllm.GenerateRequest, context: Context) -> None:
         """Chunks are deltas; every index ends with one GenerateComplete, also where it was aborted."""
         self._last_receive = self.now()
-        translated, found = translate(request)
+        caller, (translated, found) = self.core.caller(context), translate(request)
+        self.core.gate.check(caller, translated.priority, translated.sampling.n or 1)
         # A router fills in the model's defaults itself (`default_sampling_params_json`): unset is vLLM's default here.
-        prepared = await self.core.preparer.prepare(translated, self.core.caller(context), NAMES, Defaults(), found)
+        prepared = await self.core.preparer.prepare(translated, caller, NAMES, Defaults(), found)
         outputs = [IndexOutput(i, prepared.submits[0].token_ids) for i in range(len(prepared.submits))]
         async with self._counted(), self.core.call(prepared, context, with_text=False) as call:
             try:

@@ -51,6 +51,14 @@ MUTATIONS = [
         "            if sequence.state is State.RUNNING:\n",
     ),
     Mutation("wrong settled", "sequence.py", "self.settled += len(token_ids)", "self.settled += 1"),
+    Mutation(
+        "nobody follows out of the queue",
+        "forecast.py",
+        "if queued else 0.0\n        decode",
+        "if 0 else 0\n        decode",
+    ),
+    Mutation("a gate closed for good", "door.py", "min(MAX_SHED, SHED_SHARE * waiting / self._rate)", "MAX_SHED"),
+    Mutation("what was shed stands in no line", "door.py", "        self._sequences.refuse(sequences)\n", ""),
     # More of the same kind.
     Mutation(
         "hit in the step that fills",

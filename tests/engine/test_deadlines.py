@@ -120,6 +120,20 @@ def test_a_full_house_is_waited_for() -> None:
     w.check_ends()
 
 
+def test_those_who_follow_others_out_of_the_queue_take_time_for_their_prompts() -> None:
+    w = world()
+    learn(w)
+    for i in range(6):
+        w.submit(request(f"r{i}", [i + 1] * 10, 21, seed=i))
+    w.land()
+    assert w.scheduler.stats().waiting == 4
+    delta = refuse(w, request("late", 10, 43, deadline=w.now + 1.0))
+    service = float(delta.detail.split("at least ")[1].split(" s")[0])
+    own = 0.1 + 10 * 0.01 + 42 * (0.1 + 3 * 0.01)
+    followers = 42 / (4 * 21) * 40 * 0.01  # beside 42 tokens the other slot makes half of what the queue will
+    assert service == pytest.approx(own + followers, abs=0.011)
+
+
 def test_another_tenants_queue_counts_by_turns() -> None:
     """Of a long queue of others, only as much as is served before the tenant's own."""
     w = world(tenants=(Tenant("c", 0.5),))

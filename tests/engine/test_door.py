@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.engine_wire import FinishReason, Outputs, Submit, TokenDelta
+from protos.engine_wire import FinishReason, Outputs, Shed, Submit, TokenDelta
 from scheduler_svc.engine.config import EngineConfig, Tenant
-from scheduler_svc.engine.door import UNKNOWN_RETRY
+from scheduler_svc.engine.door import MAX_SHED, UNKNOWN_RETRY
 from scheduler_svc.engine.fairness import Ledger
 from scheduler_svc.engine.policy import Agenda
 from scheduler_svc.engine.sequence import Sequence
@@ -124,6 +124,53 @@ def test_retry_after_is_the_time_until_there_should_be_room() -> None:
     w.tick(0.5)
     w.submit(request("came back", 4, 5))
     assert refuse(w, request("late4")).retry_after == pytest.approx(1.5, rel=0.2), "one departed, one more was refused"
+
+
+def full(rate: float, waiting: int = 10) -> World:
+    """A queue that is full, which so many sequences a second leave; 0: none has yet."""
+    w = world(max_waiting=waiting, max_num_seqs=1)
+    w.ready()
+    for i in range(waiting):
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    for i in range(waiting, waiting + 10 if rate else waiting):
+        w.land(5)
+        w.tick(1 / rate)
+        w.submit(request(f"r{i}", [i + 1] * 4, 5, seed=i))
+    while w.scheduler.stats().waiting < waiting:
+        w.submit(request(f"more{w.scheduler.stats().waiting}", 4, 5))
+    return w
+
+
+@pytest.mark.parametrize(("rate", "shed_for"), [(0.0, 0.0), (2.0, MAX_SHED), (20.0, 0.05)])
+def test_a_refusal_may_be_said_again_while_hardly_a_place_comes_free(rate: float, shed_for: float) -> None:
+    assert refuse(full(rate), request("late")).shed_for == pytest.approx(shed_for, rel=0.3)
+
+
+def test_only_the_queue_of_sequences_is_full_for_everybody() -> None:
+    w = world(max_waiting_tokens=30, max_num_seqs=1)
+    w.ready()
+    for i in range(8):
+        w.submit(request(f"r{i}", [i + 1] * 10, 5, seed=i))
+        if i < 6:  # and two of them stay
+            w.land(5)
+            w.tick(0.5)
+    delta = refuse(w, request("late", 30))
+    assert delta.finish_reason is FinishReason.REJECTED
+    assert delta.shed_for == 0.0, "a shorter prompt may fit"
+
+
+def test_what_a_frontend_has_shed_stands_in_the_line_and_is_counted() -> None:
+    w = full(2.0)
+    before = refuse(w, request("late"))
+    assert w.send(Shed("f", "t", 4)) == []
+    after = refuse(w, request("later"))
+    assert after.retry_after - before.retry_after == pytest.approx(5 * 0.5, rel=0.2)
+    stats = w.scheduler.stats()
+    assert (stats.rejected, dict(stats.refused)) == (6, {FinishReason.REJECTED: 6})
+    assert [(t.name, t.refused) for t in stats.tenants if t.refused] == [("", 2), ("t", 4)]
+    for count in (0, -1, 1 << 40):
+        w.send(Shed("f", "t", count))
+    assert w.scheduler.stats().rejected == 6
 
 
 def test_siblings_are_refused_as_one_request() -> None:

@@ -21,6 +21,7 @@ from protos.engine_wire import (
     Outputs,
     Question,
     ServiceStatus,
+    Shed,
     Submit,
     ToEngine,
     TokenDelta,
@@ -70,6 +71,8 @@ class ScriptedEngine:
         self.finish_with: TokenDelta | None = None  # what every new request is refused with
         self.stats = EngineStats(num_blocks=63, free_blocks=60, owned_blocks=3, num_slots=8, generated_tokens=10)
         self.observed = FrontendStats()
+        self.shed: list[Shed] = []
+        self.shed_seen = asyncio.Event()
         self.abort_seen = asyncio.Event()
         self.submit_seen = asyncio.Event()
         self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
@@ -95,6 +98,9 @@ class ScriptedEngine:
                     asyncio.get_running_loop().call_soon(self.link.deliver, beginning)
             case Observed():
                 self.observed = message.stats
+            case Shed():
+                self.shed.append(message)
+                self.shed_seen.set()
             case FrontendHello() | FrontendLost():
                 pass
         self._schedule()
@@ -111,6 +117,7 @@ class ScriptedEngine:
                 retry_after=self.finish_with.retry_after,
                 detail=self.finish_with.detail,
                 tenant=submit.tenant,
+                shed_for=self.finish_with.shed_for,
             )
             asyncio.get_running_loop().call_soon(self.link.deliver, Outputs([refusal]))
             return
