@@ -13,6 +13,7 @@ from scheduler_svc.engine.sequence import Sequence
 
 FADE = 0.999  # weight of what was learned before, at each step: it fades within a thousand
 RECENT = 64  # steps
+FIRST = 8  # steps before which nothing is said: one that stalls while a service starts is no pace
 SOON = 0.2  # seconds
 OUTLIER = 8.0  # times the usual: a step that took longer counts as if it had taken so long
 STEADY = 16  # requests over which lengths and cache hits are averaged
@@ -43,7 +44,7 @@ class Pace:
 
     @property
     def known(self) -> bool:
-        return self._n > 0.0
+        return self._n > FIRST - 1
 
     def fit(self) -> tuple[float, float]:
         """(base, each), neither below 0. Where all steps had one length, all is base: the unknown costs nothing."""
@@ -128,6 +129,8 @@ class Forecast:
 
         `given` tokens come with it: the prompt and, where it is resumed, some of the output.
         """
+        if not self.pace.known:
+            return 0.0
         base, each = self.pace.fit()
         prompt = given * self._missed.mean
         steps = -(-prompt // self._config.max_step_tokens)

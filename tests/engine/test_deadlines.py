@@ -82,6 +82,19 @@ def test_nothing_is_claimed_before_anything_is_known() -> None:
     assert w.streams["r", 0].end.detail == "the deadline has passed"
 
 
+def test_a_first_step_that_stalls_is_no_pace() -> None:
+    """As the first of a service does that starts on a busy machine: those behind it have their time all the same."""
+    w = world(max_num_seqs=1)
+    w.seconds = lambda positions: 5.0
+    w.submit(request("first", 10, 5))
+    w.land(1)
+    w.seconds = seconds
+    w.submit(request("r", 10, 21, deadline=w.now + 20.0))
+    w.run()
+    w.check_ends()
+    assert w.streams["r", 0].reason is FinishReason.LENGTH
+
+
 def test_a_deadline_that_has_passed_is_refused() -> None:
     w = world()
     delta = refuse(w, request("r", deadline=w.now - 1))
