@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -212,6 +212,14 @@ def draw(path: Path, day: Day) -> None:
     figure.savefig(path, dpi=130)
 
 
+def record_of(day: Day) -> dict[str, object]:
+    """For a JSON file; without the tokens of each prompt."""
+    counts = {kind: dict(counter) for kind, counter in day.counts.items()}  # `asdict` makes nonsense of a Counter
+    whole = asdict(replace(day, counts={}, seen={}))
+    del whole["seen"]
+    return {**whole, "counts": counts, "slope_mib_an_hour": slope(day.moments)}
+
+
 def _report(day: Day, left: str) -> None:
     for kind, counter in day.counts.items():
         print(f"{kind:13} " + ", ".join(f"{count} {status}" for status, count in counter.most_common()))
@@ -234,8 +242,7 @@ async def _main(arguments: argparse.Namespace) -> int:
     day = soak.day
     _report(day, left)
     if arguments.out:
-        record = {**machine.describe(), "minutes": arguments.minutes, "seed": seed, "left": left, **asdict(day)}
-        del record["seen"]
+        record = {**machine.describe(), "minutes": arguments.minutes, "seed": seed, "left": left, **record_of(day)}
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         draw(arguments.out.with_suffix(".png"), day)
     return int(bool(left or day.different or day.unexpected))
