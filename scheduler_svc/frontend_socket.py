@@ -15,11 +15,13 @@ from protos.engine_wire import (
     FrontendLost,
     FrontendStop,
     KvEvents,
+    Observed,
     Outputs,
     ServiceStatus,
     ToEngine,
     ToFrontend,
 )
+from scheduler_svc import metrics
 from scheduler_svc.worker_socket import Garbled, Gone, RouterSocket
 
 SILENCE = 30.0  # seconds without a word, of which one is due each second: then a frontend is taken to hang
@@ -51,7 +53,7 @@ class FrontendSocket:
     """
 
     def __init__(self, endpoint: str, notify: Callable[[Notice], None], silence: float = SILENCE) -> None:
-        self._socket = RouterSocket(endpoint, decode_to_engine, "frontends")
+        self._socket = RouterSocket(endpoint, _decode, "frontends")
         self._notify, self._silence = notify, silence
         self._names: dict[bytes, str] = {}  # by peer
         self._peers: dict[str, bytes] = {}  # by name
@@ -130,3 +132,10 @@ class FrontendSocket:
             self._beating.discard(peer)
             self._notify(Lost(name, reason))
             yield FrontendLost(name)
+
+
+def _decode(data: bytes) -> ToEngine:
+    message = decode_to_engine(data)
+    if isinstance(message, Observed):
+        metrics.check(message.stats)
+    return message

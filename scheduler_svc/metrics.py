@@ -7,13 +7,17 @@ what the departed had (Frontends), so that whoever asks, through whichever front
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from protos.engine_wire import FrontendStats, Histogram, Observed
 from scheduler_svc.engine.measures import COUNTS, SECONDS, Spread
 
+_LARGEST = 1 << 53  # of a count: up to here sums stay numbers that every client's floats can tell apart
 _HISTOGRAMS = {
     "first_token": SECONDS,
     "between_tokens": SECONDS,
@@ -106,6 +110,27 @@ class Frontends:
         return merged([self._gone, *self._newest.values()])
 
 
+def check(stats: FrontendStats) -> None:
+    """That the loop can add it up: what comes over a socket is right in form, and may still be nonsense.
+
+    Raises msgspec.ValidationError, as for a message that is wrong in form.
+    """
+    counts = {"draft_tokens": stats.draft_tokens, "accepted_tokens": stats.accepted_tokens}
+    counts |= {"open_calls": stats.open_calls, **dict(stats.finished), **dict(stats.calls)}
+    for name, bounds in _HISTOGRAMS.items():
+        histogram: Histogram = getattr(stats, name)
+        if histogram == Histogram():
+            continue
+        if histogram.bounds != bounds or len(histogram.counts) != len(bounds) + 1:
+            raise msgspec.ValidationError(f"stats: the histogram `{name}` has not this service's bounds")
+        if not (math.isfinite(histogram.total) and histogram.total >= 0):
+            raise msgspec.ValidationError(f"stats: the sum of `{name}` is {histogram.total}")
+        counts |= {f"{name}[{i}]": count for i, count in enumerate(histogram.counts)}
+    for name, count in counts.items():
+        if not 0 <= count <= _LARGEST:
+            raise msgspec.ValidationError(f"stats: {name} is {count}")
+
+
 def merged(parts: Sequence[FrontendStats]) -> FrontendStats:
     finished: Counter[str] = Counter()
     calls: Counter[str] = Counter()
@@ -123,7 +148,7 @@ def merged(parts: Sequence[FrontendStats]) -> FrontendStats:
 
 
 def merged_histogram(parts: Sequence[Histogram]) -> Histogram:
-    """Of equal bounds: a frontend of another version is none of this service's. Empty ones fit every other."""
+    """Of equal bounds, see `check`. Empty ones fit every other."""
     filled = [part for part in parts if part.counts]
     if not filled:
         return Histogram()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import nan
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import FinishReason, FrontendStats, Histogram, Observed, Outputs, Question, Submit, TokenDelta
@@ -14,7 +17,7 @@ from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.resume import Resumed
 from scheduler_svc.frontend.tokenizer import byte_tokenizer
 from scheduler_svc.frontend.validation import Prepared, TextRules
-from scheduler_svc.metrics import Frontends, Observer, StreamFacts, merged, merged_histogram
+from scheduler_svc.metrics import Frontends, Observer, StreamFacts, check, merged, merged_histogram
 from tests.frontend.conftest import Service
 from tests.frontend.scripted import ScriptedEngine
 from tests.frontend.test_generate import ask, fails, run
@@ -145,6 +148,28 @@ def test_the_sum_of_two_is_what_one_would_have_seen() -> None:
 def test_histograms_of_other_bounds_are_not_added_up() -> None:
     with pytest.raises(ValueError, match="different bounds"):
         merged_histogram([Histogram((1.0,), (1, 2), 3.0), Histogram((2.0,), (1, 2), 3.0)])
+
+
+WELL = Observer().snapshot(1)
+FITTING = WELL.first_token
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("first_token", Histogram((1.0,), (1, 2), 3.0), "`first_token` has not"),
+        ("queue", replace(FITTING, counts=FITTING.counts[1:]), "`queue` has not"),
+        ("whole", replace(FITTING, total=nan), "sum of `whole` is nan"),
+        ("prefill", replace(FITTING, counts=(*FITTING.counts[:-1], -1)), r"prefill\[30\] is -1"),
+        ("open_calls", 1 << 60, "open_calls is 1152921504606846976"),
+        ("finished", (("stop", -3),), "stop is -3"),
+    ],
+)
+def test_stats_that_cannot_be_added_up(field: str, value: object, named: str) -> None:
+    check(WELL)
+    check(FrontendStats())
+    with pytest.raises(msgspec.ValidationError, match=named):
+        check(replace(WELL, **{field: value}))
 
 
 def test_what_a_frontend_saw_outlives_it_and_its_open_calls_do_not() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
-from protos.codec import encode
+from protos.codec import DecodeError, decode_to_engine, encode
 from protos.engine_wire import (
     Abort,
     Ask,
@@ -17,8 +17,6 @@ from protos.engine_wire import (
     FrontendBeat,
     FrontendHello,
     FrontendLost,
-    FrontendStats,
-    Histogram,
     Observed,
     Question,
     Shed,
@@ -47,6 +45,7 @@ from protos.wire import (
     StepResult,
     TokenLogprobs,
 )
+from scheduler_svc.metrics import Observer
 from tests.fuzz.messages import mutate
 from tests.worker.scheduler_end import SchedulerEnd, setup
 
@@ -66,6 +65,9 @@ HEARD: Sequence[FromWorker] = (
 FAKE = setup(model="fake:poison=-3")
 
 
+_OBSERVER = Observer()
+_OBSERVER.first_token(0.1)
+_OBSERVER.call_ended("/pagewire.v1.InferenceService/Generate", "OK")
 SAID: Sequence[ToEngine] = (
     FrontendHello("stranger"),
     FrontendBeat("stranger"),
@@ -75,13 +77,29 @@ SAID: Sequence[ToEngine] = (
     Abort("r", FinishReason.STOP, 0, "stranger"),
     Ask(1, Question.STATS, frontend="stranger"),
     WatchKv(1, "stranger"),
-    Observed("stranger", FrontendStats(first_token=Histogram((1.0,), (1, 2), 3.0), finished=(("stop", 1),))),
+    Observed("stranger", _OBSERVER.snapshot(1)),
 )
 
 
 def lies(rng: random.Random, count: int, truth: Sequence[FromWorker | ToEngine] = HEARD) -> list[bytes]:
     """For the scheduler, from somebody who is no worker of it, or no frontend."""
-    return [mutate(encode(rng.choice(truth)), rng) for _ in range(count)]
+    made: list[bytes] = []
+    while len(made) < count:
+        lie = mutate(encode(rng.choice(truth)), rng)
+        if not _drains(lie):
+            made.append(lie)
+    return made
+
+
+def _drains(frame: bytes) -> bool:
+    """A frontend may ask for it, and it would be done."""
+    try:
+        match decode_to_engine(frame):
+            case Ask(question=Question.DRAIN):
+                return True
+    except DecodeError:
+        pass
+    return False
 
 
 def whisper(endpoint: str, frames: Sequence[bytes], rng: random.Random) -> None:

@@ -23,9 +23,12 @@ from protos.engine_wire import (
     FrontendBeat,
     FrontendHello,
     FrontendLost,
+    FrontendStats,
     FrontendStop,
+    Histogram,
     KvBlock,
     KvEvents,
+    Observed,
     Outputs,
     Question,
     ServiceStatus,
@@ -317,6 +320,16 @@ async def test_a_frontend_that_says_nonsense_is_lost(tmp_path: Path) -> None:
         (notice,) = (each for each in hall.notices if isinstance(each, Lost))
         assert notice.frontend == "f"
         assert notice.reason.startswith("it sent 12 bytes that are no message: ")
+
+
+async def test_a_frontend_whose_counts_cannot_be_added_up_is_lost(tmp_path: Path) -> None:
+    async with opened(tmp_path, "f", "g") as (hall, (f, g)):
+        f.socket.send(Observed("f", FrontendStats(queue=Histogram((1.0,), (1, 2), 3.0))))
+        answer = await g.ask(Question.STATS)
+        assert answer.status.frontends == FrontendStats()
+        await g.ask(Question.DRAIN)
+        (notice,) = (each for each in hall.notices if isinstance(each, Lost))
+        assert (notice.frontend, "`queue` has not this service's bounds" in notice.reason) == ("f", True)
 
 
 async def test_all_are_told_to_stop(tmp_path: Path) -> None:
