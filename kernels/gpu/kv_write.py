@@ -21,7 +21,7 @@ from kernels.ahead import MODELS, Ahead, Model
 from kernels.gpu.arguments import FLOATS, INTEGERS, POINTERS, expect
 from kernels.gpu.fp8 import to_e4m3
 
-PAGES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+PAGES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)  # float32: for checks
 TILE = 4  # heads of a token in one program
 WARPS = 1
 STRIDES = ("plane_stride", "block_stride", "head_stride", "position_stride")

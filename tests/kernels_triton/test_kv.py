@@ -179,7 +179,7 @@ def fine() -> dict[str, Any]:
         ({"table": normal(9, 16).double()}, "table is torch.float64"),
         ({"q_out": normal(2, 16, 3).transpose(1, 2)}, "q_out has stride 3"),
         ({"q_out": normal(3, 2, 16).transpose(0, 1)}, "q_out is not contiguous"),
-        ({"pages": normal(2, 4, 1, 8, 16)}, "pages is torch.float32"),
+        ({"pages": normal(2, 4, 1, 8, 16).to(torch.int32)}, "pages is torch.int32"),
         ({"pages": normal(4, 1, 8, 16).bfloat16()}, "pages has shape"),
         ({"pages": normal(2, 4, 1, 8, 16).to(FLOAT8)}, "k_scale is missing, and pages are torch.float8_e4m3fn"),
         ({"k_scale": torch.ones(1, device=DEVICE)}, "k_scale is given, and pages are torch.bfloat16"),

@@ -1,0 +1,201 @@
+"""Executes any ModelSpec without experts on a device: one forward pass over a step's tokens, by our Triton kernels.
+
+Nothing here waits for the device, looks at a value on it, or has a shape that depends on one: the same calls are
+launched one by one or captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.gpu.activation import gated
+from kernels.gpu.embedding import embed
+from kernels.gpu.norm import add_rms_norm, rms_norm
+from kernels.gpu.rope import rope_kv_write
+from worker_svc.attention.paged import PagedAttention, Rows
+from worker_svc.models.loader import DType, Model
+from worker_svc.models.rope import Rope
+from worker_svc.models.spec import ModelSpec, SpecError
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What a forward pass reads, on the device. T tokens; those behind the last row's are computed and written nowhere.
+
+    `plans`: of the step's attention, by window.
+    """
+
+    token_ids: Tensor  # [T] int32
+    positions: Tensor  # [T] int32
+    slot_mapping: Tensor  # [T] int32: block * block_size + offset, −1 is nowhere
+    rows: Rows
+    plans: Mapping[int, Any]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Weight [N, K] and bias [N]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    attn_norm: Tensor
+    qkv: Product  # rows: all q heads, then all k, then all v
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Product
+    attn_post_norm: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+    mlp_post_norm: Tensor | None
+    window: int
+    rope: Tensor  # [positions, rotary dim] float32: cosines, then sines
+
+
+class GpuModel:
+    """Weights, products, activations and the residual stream are in `dtype`; norms, rope and softmax compute in float32
+    and round once.
+    """
+
+    def __init__(
+        self, model: Model, dtype: DType, where: torch.device, max_model_len: int, progress: Callable[[float], None]
+    ) -> None:
+        """Reads all weights onto the device. Raises CheckpointError where one is missing or misshapen, SpecError for
+        a model that no kernel executes.
+        """
+        spec = self.spec = model.spec
+        if spec.experts:
+            raise SpecError(f"{spec.architecture}: experts are not executed on this device yet")
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._reader = _Reader(model, dtype, where)
+        self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
+        self._embed = self._reader.read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
+        self.layers: list[Layer] = []
+        for i in range(spec.num_layers):
+            self.layers.append(self._layer(i))
+            progress((i + 1) / (spec.num_layers + 1))
+        self._final_norm = self._reader.norm(model.top("final_norm"), spec.hidden_size)
+        head = (spec.vocab_size, spec.hidden_size)
+        self._lm_head = Product(self._embed if spec.tied else self._reader.read(model.top("lm_head"), head))
+
+    def windows(self) -> list[int]:
+        """Each that some layer has: a step's attention is planned once for each."""
+        return list(dict.fromkeys(layer.window for layer in self.layers))
+
+    def forward(
+        self, step: StepTensors, pages: Tensor, attention: Mapping[int, PagedAttention]
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the step's K and V to `pages` [layers, 2, blocks, kv heads, block_size, dim].
+
+        What the last layer adds, and the residual stream that it is not added to yet: both [T, hidden].
+        """
+        spec = self.spec
+        residual = torch.empty(len(step.token_ids), spec.hidden_size, dtype=self.dtype, device=pages.device)
+        embed(step.token_ids, self._embed, residual, scale=spec.embedding_scale)
+        normed = torch.empty_like(residual)
+        rms_norm(residual, self.layers[0].attn_norm, spec.norm_eps, normed)
+        for i, layer in enumerate(self.layers):
+            attended = self._attend(layer, step, normed, pages[i], attention[layer.window])
+            out = self._normed(layer.o(attended), layer.attn_post_norm)
+            add_rms_norm(out, residual, layer.mlp_norm, spec.norm_eps, normed)
+            gate_up = layer.gate_up(normed)
+            inner = gate_up.new_empty(len(gate_up), spec.intermediate_size)
+            gated(gate_up, spec.activation, inner)
+            out = self._normed(layer.down(inner), layer.mlp_post_norm)
+            if i + 1 < len(self.layers):
+                add_rms_norm(out, residual, self.layers[i + 1].attn_norm, spec.norm_eps, normed)
+        return out, residual
+
+    def logits(self, hidden: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
+        """`hidden` as `forward` gives it, tokens [S] indices into T → [S, vocab] float32."""
+        out, residual = (part.index_select(0, tokens) for part in hidden)
+        normed = torch.empty_like(residual)
+        add_rms_norm(out, residual, self._final_norm, self.spec.norm_eps, normed)
+        logits = self._lm_head(normed).float()
+        cap = self.spec.logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
+        spec = self.spec
+        q = x.new_empty(len(x), spec.num_heads, spec.head_dim)
+        rope_kv_write(
+            layer.qkv(x), step.positions, layer.rope, step.slot_mapping, q, pages,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.norm_eps,
+        )  # fmt: skip
+        out = torch.empty_like(q)
+        attention.run(step.plans[layer.window], q, pages, step.rows, out)
+        return out.view(len(x), -1)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """As it is where there is no such norm."""
+        if weight is not None:
+            rms_norm(x, weight, self.spec.norm_eps, x)
+        return x
+
+    def _layer(self, i: int) -> Layer:
+        spec, reader, hidden = self.spec, self._reader, self.spec.hidden_size
+
+        def norm(role: str, has: bool, size: int = hidden) -> Tensor | None:
+            return reader.norm(reader.model.layer(i, role), size) if has else None
+
+        attn_norm, mlp_norm = norm("attn_norm", True), norm("mlp_norm", True)
+        assert attn_norm is not None and mlp_norm is not None
+        return Layer(
+            attn_norm=attn_norm,
+            qkv=reader.product(i, "qkv", hidden, spec.qkv_bias),
+            q_norm=norm("q_norm", spec.qk_norm, spec.head_dim),
+            k_norm=norm("k_norm", spec.qk_norm, spec.head_dim),
+            o=reader.product(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
+            attn_post_norm=norm("attn_post_norm", spec.post_norms),
+            mlp_norm=mlp_norm,
+            gate_up=reader.product(i, "gate_up", hidden, spec.mlp_bias),
+            down=reader.product(i, "down", spec.intermediate_size, spec.mlp_bias),
+            mlp_post_norm=norm("mlp_post_norm", spec.post_norms),
+            window=spec.window(i),
+            rope=self._tables[spec.layer_rope(i)],
+        )
+
+
+class _Reader:
+    """From a checkpoint to the device, one tensor at a time: no second copy of the model in the host's memory."""
+
+    def __init__(self, model: Model, dtype: DType, where: torch.device) -> None:
+        self.model, self._name, self._where = model, dtype, where
+        self._dtype: torch.dtype = getattr(torch, dtype)
+
+    def read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
+        array = self.model.read(name, shape, self._name, heads)
+        # What is read-only is a view of the file: torch warns of that unless it gets a copy, which the CPU needs anyway.
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        return tensor.view(self._dtype).to(self._where)
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """float32, whatever the dtype: the kernels round once, behind the weight."""
+        return torch.from_numpy(self.model.read_norm(name, size)).to(self._where)
+
+    def product(self, i: int, product: str, columns: int, bias: bool) -> Product:
+        """Its parts, stacked."""
+        spec: ModelSpec = self.model.spec
+        names, parts = self.model.layer, spec.parts(product)
+        weight = torch.cat([self.read(names(i, role), (rows, columns), heads) for role, rows, heads in parts])
+        if not bias:
+            return Product(weight)
+        return Product(weight, torch.cat([self.read(names(i, role, "bias"), (rows,), h) for role, rows, h in parts]))
+
+
+def _table(rope: Rope, max_model_len: int, where: torch.device) -> Tensor:
+    cos, sin = rope.tables(max_model_len)
+    return torch.cat([torch.from_numpy(cos), torch.from_numpy(sin)], 1).to(where)
