@@ -79,6 +79,11 @@ class Pipeline:
         """Steps that have not landed."""
         return len(self._flying) + (self._launched is not None)
 
+    @property
+    def is_full(self) -> bool:
+        """One step must land before another is launched."""
+        return not self._free
+
     def forward(self, plan: Array) -> None:
         """Launches a step up to its logits. Raises StepError."""
         if self._launched:
@@ -91,8 +96,10 @@ class Pipeline:
         self._engine.prepare(self._compute, place.plan[1])
         self._engine.forward(self._compute)
 
-    def sample(self, mask: Array | None, num_results: int) -> None:
-        """Launches the rest of it; `num_results` words are what `land` gives. Raises StepError."""
+    def sample(self, mask: Array | None, num_results: int) -> Event:
+        """Launches the rest of it; `num_results` words are what `land` gives, without waiting once the event has come.
+        Raises StepError.
+        """
         place = self._launched
         if place is None:
             raise StepError("forward comes first")
@@ -105,13 +112,11 @@ class Pipeline:
         self._engine.sample(self._compute, None if mask is None else place.mask[1], device)
         self._down.wait(self._compute.record())
         self._down.copy(host, device, num_results)
-        place.landing, place.num_results = self._down.record(), num_results
+        landing = place.landing = self._down.record()
+        place.num_results = num_results
         self._launched = None
         self._flying.append(place)
-
-    def has_landed(self) -> bool:
-        """Whether `land` would not have to wait."""
-        return bool(self._flying) and _landing(self._flying[0]).has_come()
+        return landing
 
     def land(self) -> Array:
         """Waits for the oldest step; what it takes back."""

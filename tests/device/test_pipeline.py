@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.device.fake import FakeBuffer, FakeDevice, Hazard
-from worker_svc.device.base import Array, Buffer, Device, Graph, Stream
+from worker_svc.device.base import Array, Buffer, Device, Event, Graph, Stream
 from worker_svc.pipeline import WORD, Pipeline, Sizes, StepError
 
 SLOTS, SIZES = 6, Sizes(plan=1 + 3 * 6, mask=6, results=6)
@@ -124,14 +124,16 @@ def flown(
     """Lands at random: as soon as it may, or when it must."""
     engine = engine or ToyEngine(device, CAPTURED if rng.random() < 0.7 else ())
     pipeline, tokens = Pipeline(device, engine, SIZES, depth), []
+    landings: list[Event] = []
     for step in steps:
         while len(pipeline) >= depth or (pipeline and rng.random() < 0.3):
             tokens.append(pipeline.land().tolist())
-        while pipeline.has_landed() and rng.random() < 0.5:
+        while pipeline and landings[-len(pipeline)].has_come() and rng.random() < 0.5:
             tokens.append(pipeline.land().tolist())
         engine.expect(len(step.rows))
         pipeline.forward(step.words())
-        pipeline.sample(None if step.mask is None else np.array(step.mask, WORD), len(step.rows))
+        mask = None if step.mask is None else np.array(step.mask, WORD)
+        landings.append(pipeline.sample(mask, len(step.rows)))
     while pipeline:
         tokens.append(pipeline.land().tolist())
     return tokens
@@ -151,11 +153,12 @@ def test_the_host_waits_for_nothing_but_landings() -> None:
     device = FakeDevice(rng, eager=0.0)
     engine = ToyEngine(device)
     pipeline = Pipeline(device, engine, SIZES, 2)
+    landings = []
     for step in steps_of(rng, 2):
         pipeline.forward(step.words())
-        pipeline.sample(None, len(step.rows))
+        landings.append(pipeline.sample(None, len(step.rows)))
     assert device.waits == 0
-    assert not pipeline.has_landed()
+    assert not landings[0].has_come()
     pipeline.land()
     assert device.waits == 1
 

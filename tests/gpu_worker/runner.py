@@ -57,7 +57,13 @@ class GpuRunner:
         pages = cache.pages.to(WHERE)
         hidden = self.model.forward(step, pages, self.attention)
         cache.pages.copy_(pages)
-        return lambda tokens: self.model.logits(hidden, torch.from_numpy(tokens).to(WHERE)).cpu()
+
+        def logits(tokens: Ints) -> Tensor:
+            out = torch.empty(len(tokens), self.vocab_size, device=WHERE)
+            self.model.logits(hidden, torch.from_numpy(tokens).to(WHERE), out)
+            return out.cpu()
+
+        return logits
 
 
 def _words(values: Ints) -> Tensor:

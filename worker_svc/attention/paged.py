@@ -25,8 +25,8 @@ class PagedAttention(Protocol):
         """For a step whose rows have exactly `query_lens` queries and at most `context_lens` positions."""
 
     def plan_capture(self, num_rows: int) -> Any:
-        """For a graph of steps of `num_rows` rows with one query each, whatever their lengths. Its memory is the plan's:
-        it lives as long as the graph.
+        """For a graph of steps of `num_rows` rows with one query each, whatever their lengths. May be called while it
+        is captured, and then its memory is the graph's.
         """
 
     def run(self, plan: Any, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:

@@ -119,14 +119,14 @@ class GpuModel:
                 add_rms_norm(out, residual, self.layers[i + 1].attn_norm, spec.norm_eps, normed)
         return out, residual
 
-    def logits(self, hidden: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
-        """`hidden` as `forward` gives it, tokens [S] indices into T → [S, vocab] float32."""
-        out, residual = (part.index_select(0, tokens) for part in hidden)
+    def logits(self, hidden: tuple[Tensor, Tensor], tokens: Tensor, out: Tensor) -> None:
+        """`hidden` as `forward` gives it, tokens [S] indices into T; `out` [S, vocab] float32."""
+        last, residual = (part.index_select(0, tokens) for part in hidden)
         normed = torch.empty_like(residual)
-        add_rms_norm(out, residual, self._final_norm, self.spec.norm_eps, normed)
-        logits = self._lm_head(normed).float()
-        cap = self.spec.logit_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        add_rms_norm(last, residual, self._final_norm, self.spec.norm_eps, normed)
+        out.copy_(self._lm_head(normed))
+        if cap := self.spec.logit_softcap:
+            out.div_(cap).tanh_().mul_(cap)
 
     def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
         spec = self.spec
@@ -148,22 +148,20 @@ class GpuModel:
     def _layer(self, i: int) -> Layer:
         spec, reader, hidden = self.spec, self._reader, self.spec.hidden_size
 
-        def norm(role: str, has: bool, size: int = hidden) -> Tensor | None:
-            return reader.norm(reader.model.layer(i, role), size) if has else None
+        def norm(role: str, size: int = hidden) -> Tensor:
+            return reader.norm(reader.model.layer(i, role), size)
 
-        attn_norm, mlp_norm = norm("attn_norm", True), norm("mlp_norm", True)
-        assert attn_norm is not None and mlp_norm is not None
         return Layer(
-            attn_norm=attn_norm,
+            attn_norm=norm("attn_norm"),
             qkv=reader.product(i, "qkv", hidden, spec.qkv_bias),
-            q_norm=norm("q_norm", spec.qk_norm, spec.head_dim),
-            k_norm=norm("k_norm", spec.qk_norm, spec.head_dim),
+            q_norm=norm("q_norm", spec.head_dim) if spec.qk_norm else None,
+            k_norm=norm("k_norm", spec.head_dim) if spec.qk_norm else None,
             o=reader.product(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
-            attn_post_norm=norm("attn_post_norm", spec.post_norms),
-            mlp_norm=mlp_norm,
+            attn_post_norm=norm("attn_post_norm") if spec.post_norms else None,
+            mlp_norm=norm("mlp_norm"),
             gate_up=reader.product(i, "gate_up", hidden, spec.mlp_bias),
             down=reader.product(i, "down", spec.intermediate_size, spec.mlp_bias),
-            mlp_post_norm=norm("mlp_post_norm", spec.post_norms),
+            mlp_post_norm=norm("mlp_post_norm") if spec.post_norms else None,
             window=spec.window(i),
             rope=self._tables[spec.layer_rope(i)],
         )
@@ -178,7 +176,7 @@ class _Reader:
 
     def read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
         array = self.model.read(name, shape, self._name, heads)
-        # What is read-only is a view of the file: torch warns of that unless it gets a copy, which the CPU needs anyway.
+        # What is read-only is a view of the file, of which torch wants a copy.
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         return tensor.view(self._dtype).to(self._where)
 

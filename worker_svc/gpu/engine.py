@@ -1,0 +1,217 @@
+"""What a step is on the device: slots, inputs, forward pass and sampling, launched one behind the other.
+
+    plan ─► scatter words ─► rows ─► cu, positions, token ids … ─► forward ─► logits ─► sampler ─► tokens, results
+            (slot state)             └────────── a graph, or eager ──────────────────┘└ a graph, or eager ┘
+
+All memory between is allocated once and stays where it is. Rows that all sample from one position each are replayed as
+a graph of the next larger number of rows, the rest of them null rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.gpu.slot_state import SlotState, append_tokens, prepare, scatter_words
+from worker_svc.attention.paged import PagedAttention, Rows
+from worker_svc.device.base import Buffer, Device, Graph, Stream
+from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.step_words import StepShape
+from worker_svc.pipeline import WORD
+
+
+class DeviceSampler(Protocol):
+    """From logits to tokens, on the device."""
+
+    width: int  # words that a row takes back
+
+    def sample(self, logits: Tensor, slots: Tensor, mask: Tensor | None, results: Tensor) -> Tensor:
+        """logits [S, vocab] float32 of slots [S], the null slot among them → token ids [S, 1]; results [S, width].
+
+        `mask` [S, words] allows tokens, as kernels/gpu/grammar_mask.py has them.
+        """
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a step may be at most."""
+
+    rows: int
+    tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Inputs and outputs of the forward pass, int32 but for the logits."""
+
+    rows: Tensor  # [3, rows] slots, starts, most
+    samples: Tensor  # [rows] which rows sample
+    cu: Tensor  # [rows + 1]
+    context_lens: Tensor  # [rows]
+    block_tables: Tensor  # [rows, blocks]
+    token_ids: Tensor  # [tokens]
+    positions: Tensor
+    slot_mapping: Tensor
+    logits: Tensor  # [rows, vocab] float32
+    results: Tensor  # [rows, width]
+
+
+class GpuEngine:
+    """A StepEngine. `expect` is told of each step before the pipeline launches it."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: GpuModel,
+        attention: Mapping[int, PagedAttention],
+        pages: Tensor,
+        state: SlotState,
+        sampler: DeviceSampler,
+        room: Room,
+        captured: Sequence[int] = (),
+    ) -> None:
+        self._model, self._attention, self._pages, self._state = model, attention, pages, state
+        self._sampler, self._room, self._captured = sampler, room, captured
+        self._memory = _memory(room, state, model.spec.vocab_size, sampler.width)
+        self._everything = device.buffer("all that stays on the device", 1, WORD)  # one name: one stream has it
+        self._forwards: dict[int, Graph] = {}
+        self._samplers: dict[int, Graph] = {}
+        self._shape: StepShape | None = None
+
+    def expect(self, shape: StepShape) -> None:
+        """Of the next step. Raises ValueError where it has no room."""
+        if shape.rows > self._room.rows or shape.tokens > self._room.tokens:
+            raise ValueError(f"a step of {shape.rows} rows and {shape.tokens} tokens: there is room for {self._room}")
+        self._shape = shape
+
+    def warm_up(self, stream: Stream) -> None:
+        """Largest first: the memory of its graph is enough for all the others."""
+        for rows in sorted(self._captured, reverse=True):
+            self._memory.rows[:, :rows] = torch.tensor([[0], [0], [1]], dtype=torch.int32)
+            self._memory.samples[:rows] = torch.arange(rows, dtype=torch.int32)
+            shape = StepShape(0, rows, rows, rows, (0, 0), rows, (), ())
+            forward, sample = self._forward(shape), self._sample(shape, None)
+            for work in (forward, sample):  # compiles, and lets libraries choose: none of it can be captured
+                stream.run(work, **self._touches())
+            self._forwards[rows] = stream.capture(forward, **self._touches())
+            self._samplers[rows] = stream.capture(sample, **self._touches())
+
+    def prepare(self, stream: Stream, plan: Buffer) -> None:
+        shape, memory = self._expected(), self._memory
+
+        def work() -> None:
+            words = _tensor(plan)
+            sizes = (shape.pairs, shape.pairs, 3 * shape.rows, shape.samples, *_forced_sizes(shape))
+            addresses, values, rows, samples, slots, counts, tokens = words[: sum(sizes)].split(sizes)
+            scatter_words(self._state, addresses, values)
+            if shape.forced[0]:
+                append_tokens(self._state, slots, tokens.view(shape.forced), counts)
+            memory.rows[:, : shape.rows].copy_(rows.view(3, -1))
+            memory.samples[: shape.samples].copy_(samples)
+
+        stream.run(work, reads=[plan, self._everything], writes=[self._everything])
+
+    def forward(self, stream: Stream) -> None:
+        shape = self._expected()
+        if graph := self._forwards.get(shape.captured):
+            graph.replay()
+        elif shape.rows:
+            stream.run(self._forward(shape), **self._touches())
+
+    def sample(self, stream: Stream, mask: Buffer | None, results: Buffer) -> None:
+        shape = self._expected()
+        if not shape.samples:
+            return
+        if mask is None and (graph := self._samplers.get(shape.captured)):
+            graph.replay()
+        else:
+            touches = {"reads": [self._everything, *([mask] if mask else [])], "writes": [self._everything]}
+            stream.run(self._sample(shape, mask), **touches)
+        count = shape.samples * self._sampler.width
+
+        def take() -> None:
+            _tensor(results)[:count].copy_(self._memory.results[: shape.samples].view(-1))
+
+        stream.run(take, reads=[self._everything], writes=[results])
+
+    def _forward(self, shape: StepShape) -> Callable[[], None]:
+        def work() -> None:
+            memory, rows, tokens = self._memory, shape.rows, shape.tokens
+            slots, starts, most = memory.rows[:, :rows]
+            step = StepTensors(
+                memory.token_ids[:tokens],
+                memory.positions[:tokens],
+                memory.slot_mapping[:tokens],
+                Rows(memory.cu[: rows + 1], memory.context_lens[:rows], memory.block_tables[:rows]),
+                {window: self._plan(attention, shape) for window, attention in self._attention.items()},
+            )
+            prepare(
+                self._state, slots, starts, most, self._room.block_size, cu=step.rows.cu,
+                context_lens=step.rows.context_lens, token_ids=step.token_ids, positions=step.positions,
+                slot_mapping=step.slot_mapping,
+            )  # fmt: skip
+            torch.index_select(self._state.block_tables, 0, slots, out=step.rows.block_tables)
+            hidden = self._model.forward(step, self._pages, self._attention)
+            if shape.samples:
+                last = step.rows.cu[1:].index_select(0, memory.samples[: shape.samples]) - 1
+                self._model.logits(hidden, last, memory.logits[: shape.samples])
+
+        return work
+
+    def _plan(self, attention: PagedAttention, shape: StepShape) -> object:
+        if shape.captured:
+            return attention.plan_capture(shape.captured)
+        return attention.plan(shape.query_lens, shape.context_lens)
+
+    def _sample(self, shape: StepShape, mask: Buffer | None) -> Callable[[], None]:
+        def work() -> None:
+            memory, count = self._memory, shape.samples
+            slots = memory.rows[0].index_select(0, memory.samples[:count])
+            allowed = None if mask is None else _tensor(mask)
+            tokens = self._sampler.sample(memory.logits[:count], slots, allowed, memory.results[:count])
+            append_tokens(self._state, slots, tokens, torch.ones_like(slots))
+
+        return work
+
+    def _expected(self) -> StepShape:
+        assert self._shape is not None, "expect comes first"
+        return self._shape
+
+    def _touches(self) -> dict[str, Sequence[Buffer]]:
+        return {"reads": [self._everything], "writes": [self._everything]}
+
+
+def _memory(room: Room, state: SlotState, vocab_size: int, width: int) -> _Memory:
+    where = state.words.device
+
+    def words(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=where)
+
+    return _Memory(
+        words(3, room.rows),
+        words(room.rows),
+        words(room.rows + 1),
+        words(room.rows),
+        words(room.rows, state.block_tables.shape[1]),
+        words(room.tokens),
+        words(room.tokens),
+        words(room.tokens),
+        torch.empty(room.rows, vocab_size, dtype=torch.float32, device=where),
+        words(room.rows, width),
+    )
+
+
+def _forced_sizes(shape: StepShape) -> tuple[int, int, int]:
+    rows, most = shape.forced
+    return rows, rows, rows * most
+
+
+def _tensor(buffer: Buffer) -> Tensor:
+    memory = buffer.memory
+    return torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory

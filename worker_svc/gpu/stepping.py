@@ -1,0 +1,123 @@
+"""Plans in, landings out: the host's side of a device that computes beside it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from protos.wire import Mask, RowResult, StepPlan
+from worker_svc.device.base import Event
+from worker_svc.gpu.engine import GpuEngine
+from worker_svc.gpu.step_words import PackedStep, StepPacker, Words
+from worker_svc.pipeline import Pipeline
+
+
+class Watch(Protocol):
+    """Somebody who says when an event has come."""
+
+    def follow(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WatchThread:
+    """Waits for one event after the other, in the order in which they come, and says so each time."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say = say
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="landings", daemon=True)
+        self._thread.start()
+
+    def follow(self, event: Event) -> None:
+        self._events.put(event)
+
+    def close(self) -> None:
+        self._events.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while event := self._events.get():
+            event.wait()
+            self._say()
+
+
+@dataclass(eq=False)
+class Flight:
+    """A Landing: the step's results, once they are here."""
+
+    steps: Steps
+    plan: StepPlan
+    packed: PackedStep
+    event: Event
+    words: Words | None = None
+
+    def has_come(self) -> bool:
+        return self.words is not None or self.event.has_come()
+
+    def rows(self) -> list[RowResult]:
+        while self.words is None:
+            self.steps.land()
+        return self.steps.results(self)
+
+
+class Results(Protocol):
+    """The host's half of a sampler: what the words say that a row takes back."""
+
+    def read(self, words: Words, flight: Flight) -> list[RowResult]: ...
+
+
+class Steps:
+    """Between two epochs everything in flight is dropped, as the slots are."""
+
+    def __init__(
+        self, pipeline: Pipeline, engine: GpuEngine, packer: StepPacker, results: Results, width: int, watch: Watch
+    ) -> None:
+        """`width`: words that a sampled row takes back."""
+        self._pipeline, self._engine, self._packer, self._watch = pipeline, engine, packer, watch
+        self._results, self._width = results, width
+        self._flying: deque[Flight] = deque()
+        self._launched: tuple[StepPlan, PackedStep] | None = None
+
+    def forward(self, plan: StepPlan) -> None:
+        """Waits where as many steps fly as may. Raises SlotError, ValueError or StepError, all before a launch."""
+        packed = self._packer.pack(plan)
+        self._engine.expect(packed.shape)
+        if self._pipeline.is_full:
+            self.land()
+        self._pipeline.forward(packed.words)
+        self._launched = plan, packed
+
+    def sample(self, mask: Mask | None) -> Flight:
+        assert self._launched is not None, "forward comes first"
+        (plan, packed), self._launched = self._launched, None
+        words = None if mask is None else np.concatenate([np.array(mask.rows, np.int32), _bits(mask)])
+        event = self._pipeline.sample(words, packed.shape.samples * self._width)
+        flight = Flight(self, plan, packed, event)
+        self._flying.append(flight)
+        self._watch.follow(event)
+        return flight
+
+    def land(self) -> None:
+        """The oldest flight has its words."""
+        self._flying.popleft().words = self._pipeline.land()
+
+    def results(self, flight: Flight) -> list[RowResult]:
+        assert flight.words is not None
+        return self._results.read(flight.words.reshape(-1, self._width), flight)
+
+    def close(self) -> None:
+        """Waits for what is in flight: its memory must not go before it."""
+        while self._flying:
+            self.land()
+        self._watch.close()
+
+
+def _bits(mask: Mask) -> Words:
+    return np.frombuffer(mask.bitmask, np.int32)
