@@ -27,12 +27,14 @@ class Stream:
 
 
 class Plans:
-    """At most `slots` streams at a time, whose rows have at most `chunk` positions."""
+    """At most `slots` streams at a time, whose rows have at most `chunk` positions. `eager`: how likely one comes."""
 
     def __init__(
-        self, rng: random.Random, *, vocab: int, slots: int = 4, block_size: int = 8, blocks: int = 64, chunk: int = 12
-    ) -> None:
+        self, rng: random.Random, *, vocab: int, slots: int = 4, block_size: int = 8, blocks: int = 64, chunk: int = 12,
+        eager: float = 0.6, outputs: tuple[int, int] = (1, 8),
+    ) -> None:  # fmt: skip
         self._rng, self._vocab, self._block_size, self._chunk = rng, vocab, block_size, chunk
+        self._eager, self._outputs = eager, outputs
         self._slots = list(range(1, slots + 1))
         self._blocks = list(range(1, blocks))
         rng.shuffle(self._blocks)
@@ -43,7 +45,7 @@ class Plans:
         for step in range(1, count + 1):
             release = [self._leave(s) for s in list(self._running) if s.known >= len(s.prompt) + s.output]
             admit = []
-            while streams and self._slots and rng.random() < 0.6:
+            while streams and self._slots and rng.random() < self._eager:
                 streams -= 1
                 admit.append(self._enter(sampling))
             rows = [self._row(s) for s in self._running if s.known > s.computed and rng.random() < 0.9]
@@ -52,7 +54,7 @@ class Plans:
 
     def _enter(self, sampling: dict[str, object]) -> Admit:
         rng = self._rng
-        output = rng.randint(1, 8)
+        output = rng.randint(*self._outputs)
         prompt = tokens(rng.randint(1, 25), self._vocab, seed=rng.getrandbits(30))
         fields = {"max_tokens": 99, "seed": rng.getrandbits(64), **sampling}
         stream = Stream(self._slots.pop(0), prompt, output, rng.random() < 0.3, Sampling(**fields))  # type: ignore[arg-type]
