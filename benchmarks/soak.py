@@ -3,6 +3,9 @@
 Greedy and seeded streams, conversations, several outputs at once, calls given up, deadlines too short and wrong
 requests, all at once; and kill -9 of a worker every minute. The same prompt must bring the same tokens, whatever
 happened meanwhile. Memory of every process is sampled, and drawn into NAME.png beside NAME.json.
+
+What the scheduler keeps for crash logs (`--crash-mib`, 16) takes longer than this to fill at a CPU's pace, and would
+pass for a leak until then: it gets 2 MiB here, which are full within the first minutes.
 """
 
 from __future__ import annotations
@@ -242,7 +245,14 @@ async def _main(arguments: argparse.Namespace) -> int:
     day = soak.day
     _report(day, left)
     if arguments.out:
-        record = {**machine.describe(), "minutes": arguments.minutes, "seed": seed, "left": left, **record_of(day)}
+        record = {
+            **machine.describe(),
+            "minutes": arguments.minutes,
+            "flags": arguments.flags,
+            "seed": seed,
+            "left": left,
+            **record_of(day),
+        }
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         draw(arguments.out.with_suffix(".png"), day)
     return int(bool(left or day.different or day.unexpected))
@@ -253,7 +263,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between two kills")
     parser.add_argument("--mode", choices=contestants.MODES, default="bf16")
-    parser.add_argument("--flags", default="", help="more flags of `pagewire serve`")
+    parser.add_argument(
+        "--flags", default="--crash-mib 2", help="more flags of `pagewire serve` (default: %(default)s)"
+    )
     parser.add_argument("--model", default=store.DEFAULT)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--out", type=Path, metavar="NAME", help="writes NAME.json and NAME.png")
