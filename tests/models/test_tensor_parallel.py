@@ -7,26 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
 
 from tests.models import checkpoints
-from tests.models.checkpoints import SMALL
 from tests.models.rank_process import PROMPTS, computed
 from tests.models.stepping import tokens
 from tests.models.test_backend import load, setup
 from tests.models.test_families import CONFIGS
 from worker_svc.backends.base import BackendError
 from worker_svc.backends.torch import TorchBackend
-from worker_svc.models.loader import open_model
-from worker_svc.models.raw_tensor import Cut, RawTensor
-from worker_svc.models.spec import ModelSpec
-from worker_svc.parallel.ranks import Ranks
-from worker_svc.parallel.shard import Shard
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["llama-tied-biases", "qwen3-windows-biases", "gemma2-capped-biases", "phi3", "qwen3moe-some-layers"]

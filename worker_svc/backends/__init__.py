@@ -29,7 +29,8 @@ def create(
     that cannot serve this model or cannot be built here: then torch, and says so.
 
     `isa` and `home` (for packed weights) are the cpu backend's; `land`: see DeviceBackend; `patience`: seconds that a
-    rank waits for the others. Raises BackendError where none can run, or where an instruction set was asked for and another backend would have to serve.
+    rank waits for the others. Raises BackendError where none can run, or where an instruction set was asked for and
+    another backend would have to serve.
     """
     if name == "fake" or (name == "auto" and setup.model.startswith(PREFIX)):
         return FakeBackend(land)

@@ -30,7 +30,6 @@ from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
 from worker_svc.models.spec import SpecError
 from worker_svc.parallel.ranks import Ranks, join
-from worker_svc.parallel.shard import Shard
 from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable

@@ -1,7 +1,8 @@
 """What the ranks of a group say to each other within a step: tensors, by torch.distributed. Nothing is pickled.
 
-Every rank takes the same steps through the same code, so all of them come to each exchange, in the same order. One that
-does not come is dead or hangs: then the others' exchange fails, at the latest after `patience`, and the epoch ends (R5).
+Every rank takes the same steps through the same code, so all of them come to each exchange, in the same order. One
+that does not come is dead or hangs: what the others exchange fails, after `patience` at the latest, and the epoch ends
+(R5).
 """
 
 from __future__ import annotations
@@ -62,6 +63,6 @@ def join(rank: int, size: int, address: str, patience: float) -> Ranks:
     if size == 1:
         return Ranks()
     os.environ["GLOO_SOCKET_IFNAME"] = _INTERFACE
-    store = dist.FileStore(address, size)
+    store = dist.FileStore(address, size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience))
     return Ranks(rank, size)
