@@ -24,6 +24,7 @@ MODE = {
     "backend": "auto",
     "cpu-isa": "auto",
     "threads": "0",
+    "tensor-parallel-size": "1",
 }
 _WORDS = "the,a,cat,sea,old,river,wrote,sings,blue,seven,stones,over,under,light,and,never,because,Paris,1984"
 
@@ -54,20 +55,25 @@ def requests(count: int, max_tokens: int, rng: random.Random) -> list[inference_
     return made
 
 
-async def crash_round(running: Service, seed: int, *, streams: int, kills: int, max_tokens: int) -> Round:
+async def crash_round(
+    running: Service, seed: int, *, streams: int, kills: int, max_tokens: int, ranks: int = 1
+) -> Round:
+    """Of a worker of several ranks the last one is killed first, then the one before it."""
     rng = random.Random(seed)
     made = requests(streams, max_tokens, rng)
     total = sum(request.sampling.max_tokens for request in made)
     undisturbed = await _run(running, made, [])
     await running.admin.FlushCache(admin_pb2.FlushCacheRequest())
     moments = sorted(rng.randrange(1, total * 9 // 10) for _ in range(kills))
-    disturbed = await _run(running, made, moments)
+    disturbed = await _run(running, made, moments, ranks)
     different = sum(a.token_ids != b.token_ids or a.text != b.text for a, b in zip(undisturbed, disturbed, strict=True))
     damaged = sum([await _is_damaged(running, r, o) for r, o in zip(made, disturbed, strict=True)])
     return Round(seed, streams, total, kills, different, damaged)
 
 
-async def _run(running: Service, made: Sequence[inference_pb2.GenerateRequest], moments: Sequence[int]) -> list[Output]:
+async def _run(
+    running: Service, made: Sequence[inference_pb2.GenerateRequest], moments: Sequence[int], ranks: int = 1
+) -> list[Output]:
     """All at once. Each moment is a count of tokens received in all, at which the worker is killed."""
     tokens = 0
     reached = [asyncio.Event() for _ in moments]
@@ -80,9 +86,9 @@ async def _run(running: Service, made: Sequence[inference_pb2.GenerateRequest], 
                 event.set()
 
     async def killer() -> None:
-        for event in reached:
+        for i, event in enumerate(reached):
             await event.wait()
-            await running.kill_worker()
+            await running.kill_worker((-1 - i) % ranks)
 
     killing = asyncio.ensure_future(killer())
     outputs = await asyncio.gather(*(generate(running, request, count) for request in made))
@@ -104,7 +110,14 @@ async def _main(args: argparse.Namespace) -> int:
     async with service(args.model, *flags) as running:
         model = await running.inference.GetModel(inference_pb2.GetModelRequest())
         for seed in range(args.seed, args.seed + args.rounds):
-            done = await crash_round(running, seed, streams=args.streams, kills=args.kills, max_tokens=args.max_tokens)
+            done = await crash_round(
+                running,
+                seed,
+                streams=args.streams,
+                kills=args.kills,
+                max_tokens=args.max_tokens,
+                ranks=int(args.tensor_parallel_size),
+            )
             print(
                 f"{done.seed:5} {done.streams:8} {done.tokens:7} {done.kills:6} {done.different:10} {done.damaged:17}",
                 flush=True,

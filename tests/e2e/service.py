@@ -80,16 +80,16 @@ class Service:
         """Nothing runs or waits, every block and slot is back, no call is open."""
         return await self.until_stats(_is_quiet, "nothing left behind")
 
-    async def worker_pid(self) -> int:
+    async def worker_pid(self, rank: int = 0) -> int:
         """Of a worker that serves now."""
         await self.until_health(SERVING)
         stats = await self.until_stats(lambda stats: bool(_serving(stats)), "a worker that serves")
-        return _serving(stats)[0]
+        return _serving(stats)[rank]
 
-    async def kill_worker(self) -> int:
+    async def kill_worker(self, rank: int = 0, number: signal.Signals = signal.SIGKILL) -> int:
         """kill -9 of the worker that serves; returns its pid when the service has noticed."""
-        pid = await self.worker_pid()
-        os.kill(pid, signal.SIGKILL)
+        pid = await self.worker_pid(rank)
+        os.kill(pid, number)
         await self.until_stats(
             lambda stats: pid not in [worker.pid for worker in stats.workers], f"the loss of worker {pid}"
         )

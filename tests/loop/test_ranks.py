@@ -80,6 +80,7 @@ def test_kill_9_of_any_rank_loses_and_repeats_no_token(workers: int, overlap: in
         assert sum(steps[1::2]) == 0, "rank 0 answers"
 
 
+@pytest.mark.full
 def test_a_rank_that_is_stopped_ends_the_group() -> None:
     """The other one answers meanwhile: only the missing heartbeat tells."""
     made = [Submit("r", [300, 301], 2, Sampling(max_tokens=4000, seed=3))]

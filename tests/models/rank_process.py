@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.models.session import Session, ids, setup
 from tests.models.stepping import Sequence, cuts, run, tokens
-from tests.models.test_backend import Session, ids, setup
 from worker_svc.backends.base import DeviceBackend
 from worker_svc.backends.torch import TorchBackend
 from worker_svc.layers.linear import Linear

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from protos.wire import Admit, Epoch, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan
+from protos.wire import Phase
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.session import Session, ids, load, setup
 from tests.models.stepping import tokens
-from worker_svc.backends.base import BackendError, Capacity, DeviceBackend
+from worker_svc.backends.base import BackendError
 from worker_svc.backends.torch import TorchBackend
 
-EPOCH = Epoch(1, 1)
 BLOCK = 3 * 2 * 2 * 16 * 8 * 4  # bytes: layers, K and V, kv heads, head_dim, tokens, float32
 
 
@@ -25,55 +25,6 @@ BLOCK = 3 * 2 * 2 * 16 * 8 * 4  # bytes: layers, K and V, kv heads, head_dim, to
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     path = tmp_path_factory.mktemp("llama")
     return path, checkpoints.save(path, LlamaConfig(**SMALL))
-
-
-def setup(path: Path, **fields: Any) -> Setup:
-    return Setup(**{"epoch": EPOCH, "model": str(path), "block_size": 8, "max_slots": 8, "kv_bytes": 1 << 20, **fields})
-
-
-def load(backend: DeviceBackend, message: Setup) -> Capacity:
-    return backend.load(message, lambda what, share: None)
-
-
-class Session:
-    """One backend and the plans sent to it."""
-
-    def __init__(self, message: Setup, backend: DeviceBackend | None = None, **options: Any) -> None:
-        self.backend, self.setup, self.steps = backend or TorchBackend(threads=1, **options), message, 0
-        self.capacity = load(self.backend, message)
-
-    def step(
-        self,
-        rows: list[Row],
-        admit: list[Admit] | None = None,
-        release: list[int] | None = None,
-        mask: Mask | None = None,
-    ) -> list[RowResult]:
-        self.steps += 1
-        self.backend.forward(StepPlan(EPOCH, self.steps, release or [], admit or [], [], rows))
-        results = self.backend.sample(mask)
-        assert isinstance(results, list)
-        return results
-
-    def greedy(
-        self, prompt: list[int], count: int, slot: int = 1, chunk: int = 10_000, **fields: Any
-    ) -> list[RowResult]:
-        """A stream alone: its prompt in chunks, then token by token."""
-        blocks = list(range(1, 2 + (len(prompt) + count) // self.setup.block_size))
-        sampling = Sampling(max_tokens=count, **{"temperature": 0.0, **fields})
-        admit, results = [Admit(slot, prompt, len(prompt), [blocks], sampling)], []
-        for start in range(0, len(prompt), chunk):
-            end = min(start + chunk, len(prompt))
-            results += self.step([Row(slot, start, end - start, sample=end == len(prompt))], admit)
-            admit = []
-        for _ in range(count - 1):
-            results += self.step([Row(slot, -1, 1, sample=True)])
-        self.step([], release=[slot])
-        return results
-
-
-def ids(results: list[RowResult]) -> list[int]:
-    return [token for result in results for token in result.token_ids]
 
 
 def reference(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -158,7 +109,10 @@ def test_the_context_is_cut_to_the_memory(llama: tuple[Path, Any]) -> None:
         ({"kv_dtype": "fp8"}, "kv_dtype 'fp8' is not supported"),
         ({"speculation": "ngram"}, "speculation 'ngram' is not supported"),
         ({"revision": "main"}, "revision 'main' is not supported"),
-        ({"tp_size": 2}, "tp_size 2 is not supported"),
+        ({"tp_size": 2}, "tp_size 2 needs a tp_address"),
+        ({"tp_size": 2, "tp_rank": 2, "tp_address": "/nowhere"}, r"tp_rank 2 is not in 0\.\.1"),
+        ({"tp_rank": -1}, r"tp_rank -1 is not in 0\.\.0"),
+        ({"tp_size": 0}, r"tp_rank 0 is not in 0\.\.-1"),
         ({"host_blocks": 3}, "host_blocks 3 is not supported"),
         ({"block_size": 0}, "block_size 0 must be at least 1"),
         ({"kv_bytes": 100}, "kv_bytes 100 must hold two blocks"),

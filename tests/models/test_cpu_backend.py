@@ -16,9 +16,9 @@ from kernels.cpu import library
 from protos.wire import Admit, Mask, Phase, Row, Sampling, Setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.session import EPOCH, Session, ids, load
+from tests.models.session import setup as plain_setup
 from tests.models.stepping import tokens
-from tests.models.test_backend import EPOCH, Session, ids, load
-from tests.models.test_backend import setup as plain_setup
 from worker_svc import backends
 from worker_svc.backends import base, cpu
 from worker_svc.backends.base import BackendError, DeviceBackend, Unsuited

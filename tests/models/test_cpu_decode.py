@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from protos.wire import Admit, Row, RowResult, Sampling
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.session import Session
 from tests.models.stepping import tokens
-from tests.models.test_backend import Session
 from tests.models.test_cpu_backend import create, setup
 from worker_svc.backends import cpu
 from worker_svc.backends.cpu_decode import Decode

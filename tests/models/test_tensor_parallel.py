@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PretrainedConfig, Qwen3MoeConfig
 
 from tests.models import checkpoints
 from tests.models.rank_process import PROMPTS, computed
 from tests.models.stepping import tokens
-from tests.models.test_backend import load, setup
-from tests.models.test_families import CONFIGS
-from worker_svc.backends.base import BackendError
-from worker_svc.backends.torch import TorchBackend
+from tests.models.test_families import CONFIGS, MOE
+from worker_svc.models import registry
+from worker_svc.models.raw_tensor import Cut, RawTensor
+from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.parallel.shard import Shard
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["llama-tied-biases", "qwen3-windows-biases", "gemma2-capped-biases", "phi3", "qwen3moe-some-layers"]
@@ -86,12 +90,76 @@ def test_four_ranks_are_exact_as_well(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("family", "size", "message"),
     [
-        ({"tp_size": 2, "tp_rank": 2}, "tp_rank 2 is not in 0..1"),
-        ({"tp_size": 2, "tp_rank": -1}, "tp_rank -1 is not in 0..1"),
+        ("llama", 3, "tp_size 3 does not divide the model's 4 attention heads"),
+        ("llama", 4, "tp_size 4 does not divide the model's 2 KV heads"),
+        ("llama-odd", 3, "tp_size 3 does not divide the model's 77 rows of an MLP"),
+        ("qwen3moe-few", 2, "tp_size 2 does not divide the model's 47 rows of an expert"),
     ],
 )
-def test_a_rank_that_cannot_be_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=message):
-        load(TorchBackend(threads=1), setup(tmp_path, **fields))
+def test_what_cannot_be_split_is_refused_with_the_numbers(family: str, size: int, message: str) -> None:
+    spec = spec_of(family)
+    with pytest.raises(SpecError, match=message):
+        Shard(spec, 0, size)
+    assert Shard(spec, 0, 1).spec == spec
+
+
+def spec_of(family: str) -> ModelSpec:
+    config = {**CONFIGS, "qwen3moe-few": Qwen3MoeConfig(**{**MOE, "moe_intermediate_size": 47})}[family]
+    spec = registry.spec_of({**config.to_dict(), "architectures": [_architecture(config)]})
+    assert spec
+    return spec
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    return type(config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3moe"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_pieces_of_all_ranks_are_the_whole_and_nothing_twice(family: str, size: int) -> None:
+    spec = spec_of(family)
+    products = ["qkv", "o", *(["expert_gate_up", "expert_down"] if spec.experts else ["gate_up", "down"])]
+    for product in products:
+        held: dict[str, np.ndarray[Any, Any]] = {}
+        for rank in range(size):
+            for piece in Shard(spec, rank, size).pieces(product):
+                count = held.setdefault(piece.role, np.zeros(piece.shape, np.int64))
+                count[piece.cut.top : piece.cut.bottom, piece.cut.left : piece.cut.right] += 1
+        assert held, product
+        assert all((count == 1).all() for count in held.values()), product
+    vocab = np.zeros(spec.vocab_size, np.int64)
+    for rank in range(size):
+        cut = Shard(spec, rank, size).vocab.cut
+        vocab[cut.top : cut.bottom] += 1
+    assert (vocab == 1).all()
+
+
+def test_a_vocabulary_leaves_no_rank_without_a_row() -> None:
+    spec = replace(spec_of("llama-mha-96"), vocab_size=5)
+    with pytest.raises(SpecError, match="tp_size 4 leaves a rank nothing of a vocabulary of 5"):
+        Shard(spec, 0, 4)
+
+
+def test_a_cut_is_a_view_of_the_file() -> None:
+    """So that a rank's other rows are never read."""
+    whole = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)
+    cut, columns = RawTensor("w", "F32", whole.shape, whole).cut(Cut(2, 5, 4, 8))
+    assert np.shares_memory(cut.data, whole)
+    assert (cut.shape, columns) == ((3, 4), slice(None))
+    assert np.array_equal(cut.float32(), whole[2:5, 4:8])
+    bias, _ = RawTensor("b", "F32", (6,), whole[:, 0]).cut(Cut(2, 5, 4, 8))
+    assert np.array_equal(bias.float32(), whole[2:5, 0])
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 64), (64, 128), (0, 48), (48, 96), (96, 128), (33, 34)])
+def test_a_cut_through_blocks_reads_those_that_it_touches(left: int, right: int) -> None:
+    """GGUF's 32 weights of a row share a scale: columns may begin and end within them."""
+    rows, columns = 6, 128
+    blocks = np.random.default_rng(0).integers(0, 256, (rows * columns // 32, 34), np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    tensor = RawTensor("w", "Q8_0", (rows, columns), blocks)
+    cut, inside = tensor.cut(Cut(1, 4, left, right))
+    assert cut.shape[1] <= (right - left) + 2 * 31
+    assert np.array_equal(cut.float32()[:, inside], tensor.float32()[1:4, left:right])

@@ -98,6 +98,8 @@ def refuse_unsupported(
         if value not in known:
             names = ", ".join(repr(name) for name in known)
             raise BackendError(f"{field} {value!r} is not supported by the {backend} backend, only {names}")
+    if setup.tp_size > 1 and not setup.tp_address:
+        raise BackendError(f"tp_size {setup.tp_size} needs a tp_address, where the ranks find each other")
     if not 0 <= setup.tp_rank < setup.tp_size:
         raise BackendError(f"tp_rank {setup.tp_rank} is not in 0..{setup.tp_size - 1}")
     if setup.threads > (cpus := os.cpu_count() or 1):
