@@ -8,9 +8,9 @@
 Tokens stand in one order, by logit down, then by id up, and a `rank key` is that order as a number: no two tokens of a
 row have the same. So what top_k or top_p leave is all tokens from one key on, which is found by narrowing a range of
 keys: each pass counts, or weighs, what is above eight keys in it (compare FlashInfer's "Sorting-free GPU kernels for
-LLM sampling", 2025). Weights are integers of 2⁻⁴⁰: their sums have no order, so a row's token does not depend on how its
-vocabulary is cut into parts. Noise is that of kernels/philox.py; its logarithms are computed here, since a GPU's own are
-approximations that are worst where noise is greatest.
+LLM sampling", 2025). Weights are integers of 2⁻⁴⁰: their sums have no order, so a row's token does not depend on how
+its vocabulary is cut into parts. Noise is that of kernels/philox.py; its logarithms are computed here, since a GPU's
+own are approximations that are worst where noise is greatest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ID_BITS: Final = 20  # of a rank key: more tokens than any vocabulary has
 UNIT = tl.constexpr(2.0**40)
 _LIMIT = tl.constexpr(3e33)  # as worker_svc/sampling_rules.py has it: no sound logit is greater
 _GREEDY_BELOW = tl.constexpr(1e-5)
-_ID_BITS, _LAST_ID = tl.constexpr(ID_BITS), tl.constexpr((1 << ID_BITS) - 1)
+_ID_BITS, LAST_ID = tl.constexpr(ID_BITS), tl.constexpr((1 << ID_BITS) - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _WORDS = tl.constexpr(SAMPLING_WORDS)
 
@@ -89,7 +89,7 @@ def rank_key(logit, token):
     """int64, greater for a likelier token: by logit, then by lower id. `logit` is never −0."""
     bits = logit.to(tl.int32, bitcast=True)
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ascending.to(tl.int64) << _ID_BITS) + (_LAST_ID - token)
+    return (ascending.to(tl.int64) << _ID_BITS) + (LAST_ID - token)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def cut_kernel(
     if temperature >= _GREEDY_BELOW:
         top = tl.div_rn(raw_top, temperature) + 0.0
         floor = tl.maximum(top + load_float(sampling, slot, 3), _LOWEST)  # never −inf, which is banned
-        low = rank_key(floor + 0.0, tl.full((), _LAST_ID, tl.int64))
+        low = rank_key(floor + 0.0, tl.full((), LAST_ID, tl.int64))
         high = rank_key(top, tl.zeros((), tl.int64)) + 1
         top_k = load_param(sampling, slot, 4).to(tl.int64)
         share = load_wide(sampling, slot, 5).to(tl.float64, bitcast=True)

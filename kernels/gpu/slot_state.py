@@ -65,9 +65,9 @@ def sampling_words(seed: int, temperature: float, min_p: float, top_k: int, top_
     """[SAMPLING_WORDS]: seed, low word first; temperature; log of min_p; top_k, 0 is off; top_p, a double's words."""
     with np.errstate(divide="ignore"):
         floats = np.array([temperature, np.log(np.float32(min_p))], np.float32)
-    parts = [np.array([seed], np.uint64), floats, np.array([top_k], np.int32), np.array([top_p], np.float64)]
-    words = np.concatenate([part.view(np.int32) for part in parts])
-    return np.concatenate([words, np.zeros(SAMPLING_WORDS - len(words), np.int32)])
+    share = np.array([top_p], np.float64).view(np.int32)
+    key = np.array([seed], np.uint64).view(np.int32)
+    return np.concatenate([key, floats.view(np.int32), np.array([top_k], np.int32), share, np.zeros(1, np.int32)])
 
 
 @triton.jit

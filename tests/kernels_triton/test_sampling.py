@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -135,6 +138,23 @@ def test_more_tokens_than_a_key_can_tell_apart_are_refused() -> None:
     rows = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="logits has 1048576 columns"):
         sampling.sample(torch.empty(1, 1 << 20, device=DEVICE), rows, state_of([], []), rows, rows)
+
+
+@triton.jit
+def _log_kernel(x: Any, out: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, sampling.natural_log(tl.load(x + at)))
+
+
+def test_the_logarithm_is_right_to_a_place() -> None:
+    """Near 1 above all, where those of GPUs are not."""
+    near_one = 1 - torch.arange(1, 2049) * 2.0**-24
+    x = torch.cat([near_one, torch.rand(1024) * 2.0**-20 + 2.0**-25, torch.rand(1024) * 17 + 1e-3]).to(DEVICE)
+    out = torch.empty_like(x)
+    _log_kernel[(16,)](x, out, BLOCK=256)
+    right = x.double().log()
+    place = torch.nextafter(right.float().abs(), torch.full_like(x, math.inf)) - right.float().abs()
+    assert ((out.double() - right).abs() / place.double()).max() <= 1.0
 
 
 def test_noise_is_that_of_the_house() -> None:
