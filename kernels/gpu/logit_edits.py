@@ -147,7 +147,7 @@ def ban_words(
 def penalize(
     logits: Tensor, slots: Tensor, state: SlotState, rows: Tensor, prompt_lens: Tensor, penalties: Tensor
 ) -> None:
-    """Repetition, frequency and presence penalties, `penalties` [3, P] float32, of rows [P] with their prompts' lengths.
+    """Repetition, frequency and presence, `penalties` [3, P] float32, of rows [P] and the lengths of their prompts.
 
     A token that is in the prompt alone is repeated, and present or frequent is what the output has.
     """

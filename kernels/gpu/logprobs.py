@@ -52,7 +52,7 @@ def logprobs_kernel(logits, rows, tokens, out, stride, out_stride, num_top, VOCA
             key = rank_key(tl.load(row + at, mask=at < VOCAB, other=float("-inf")) + 0.0, at)
             last_key = tl.maximum(last_key, tl.where((key < last) & (at < VOCAB), key, -(1 << 62)))
         last = tl.max(last_key, 0)
-        token = (LAST_ID - (last & LAST_ID)).to(tl.int32)
+        token = ((last & LAST_ID) ^ LAST_ID).to(tl.int32)
         inside = token < VOCAB  # else the vocabulary has no more
         tl.store(words + 2 + n, token)
         score = tl.load(row + token, mask=inside, other=float("-inf")) - top - norm
