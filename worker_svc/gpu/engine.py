@@ -62,8 +62,10 @@ class GpuEngine:
         state: SlotState,
         room: Room,
         captured: Sequence[int] = (),
+        progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._model, self._attention, self._pages, self._state = model, attention, pages, state
+        self._progress = progress  # of the captures
         self._sampler, self._room, self._captured = Sampler(state, room.rows), room, captured
         self._memory = _memory(room, state, model.spec.vocab_size)
         self._hidden: tuple[Tensor, Tensor] | None = None  # of the last step, if not captured
@@ -85,7 +87,7 @@ class GpuEngine:
 
     def warm_up(self, stream: Stream) -> None:
         """Largest first: the memory of its graph is enough for all the others."""
-        for rows in sorted(self._captured, reverse=True):
+        for done, rows in enumerate(sorted(self._captured, reverse=True), 1):
             self._memory.rows[:, :rows] = torch.tensor([[0], [0], [1]], dtype=torch.int32)
             self._memory.samples[:rows] = torch.arange(rows, dtype=torch.int32)
             shape = StepShape(0, rows, rows, rows, (0, 0), rows, (), ())
@@ -94,6 +96,7 @@ class GpuEngine:
                 stream.run(work, **self._touches())
             self._forwards[rows] = stream.capture(forward, **self._touches())
             self._samplers[rows] = stream.capture(sample, **self._touches())
+            self._progress(done / len(self._captured))
 
     def prepare(self, stream: Stream, plan: Buffer) -> None:
         shape, memory = self._expected(), self._memory
