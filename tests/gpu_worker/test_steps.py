@@ -15,12 +15,12 @@ from transformers import LlamaConfig
 from kernels.gpu.slot_state import SlotState
 from protos.wire import Epoch, Mask, Row, RowResult, Setup, StepPlan
 from tests.device.fake import FakeDevice
+from tests.gpu_worker.place import NoWatch
 from tests.gpu_worker.plans import EPOCH, Plans
 from tests.gpu_worker.runner import WHERE, GpuRunner
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from worker_svc.backends.torch import TorchBackend
-from worker_svc.device.base import Event
 from worker_svc.gpu.engine import GpuEngine, Room
 from worker_svc.gpu.sample_words import SamplePacker
 from worker_svc.gpu.step_words import StepPacker, StepShape
@@ -31,12 +31,6 @@ from worker_svc.sampling_rules import SamplerError
 from worker_svc.slots import SlotError, SlotTable
 
 SLOTS, BLOCK_SIZE, BLOCKS, LENGTH = 4, 8, 64, 64
-
-
-class NoWatch:
-    def follow(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
