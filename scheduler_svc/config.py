@@ -81,6 +81,9 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         model = str(Path(model).resolve())
     if args.workers == 0 and not args.listen:
         parser.error("--workers 0 needs --listen, or no worker could ever connect")
+    if args.workers == 0 and args.tensor_parallel_size > 1:
+        ranks = f"--tensor-parallel-size {args.tensor_parallel_size}"
+        parser.error(f"{ranks} goes with --workers 1 or more: what comes by itself serves a whole model")
     if args.openai_port and args.frontends > 1:
         parser.error(f"--openai-port {args.openai_port} goes with --frontends 1: more of them start no gateway yet")
     if args.openai_port and args.openai_port == args.port:
@@ -156,20 +159,29 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         max_step_tokens=engine.max_step_tokens,
         kv_bytes=int(args.kv_cache_gib * (1 << 30)),
         threads=args.threads,
-        sharing=max(1, args.workers),
+        sharing=max(1, args.workers) * args.tensor_parallel_size,
+        tp_size=args.tensor_parallel_size,
     )
     return LoopConfig(
         engine=engine,
         setup=setup,
         listen=args.listen or "",
         workers=args.workers,
-        worker_arguments=("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa),
+        worker_arguments=_worker_arguments(args),
         curve_keys=_curve_keys(args),
         step_deadline=args.step_deadline,
         load_deadline=args.load_deadline,
         record=_record_config(args),
         relay_workers=args.log_format == "json",
     )
+
+
+def _worker_arguments(args: argparse.Namespace) -> tuple[str, ...]:
+    arguments = ("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa)
+    if args.tensor_parallel_size == 1:
+        return arguments
+    # Who waits for the others in vain is ended by a deadline of ours before this one.
+    return (*arguments, "--rank-deadline", f"{2 * max(args.step_deadline, args.load_deadline):g}")
 
 
 def _record_config(args: argparse.Namespace) -> RecordConfig:

@@ -148,6 +148,13 @@ def _worker_flags(add: Add) -> None:
         metavar="N",
         help="each with the whole model, and its share of this host's cores; 0: they come by themselves, see --listen",
     )
+    add(
+        "--tensor-parallel-size",
+        type=_whole(1, 64),
+        default=1,
+        metavar="N",
+        help="processes that each worker splits the model among (torch backend); memory for KV is of each",
+    )
     add("--listen", type=_endpoint, metavar="tcp://HOST:PORT", help="where workers connect; or ipc:///PATH")
     add(
         "--curve-keys",
@@ -234,7 +241,6 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
 ]
 
 UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
-    ("--tensor-parallel", int, 1),
     ("--speculation", str, ""),
 ]
 

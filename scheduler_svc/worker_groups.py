@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import zmq
 
@@ -14,6 +15,7 @@ from protos.wire import Epoch, Hello, Ready, StepPlan
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Event
 from scheduler_svc.logs import relay
+from scheduler_svc.rank import Rank
 from scheduler_svc.spawn import WorkerProcess
 from scheduler_svc.worker_link import WorkerLink
 from scheduler_svc.worker_socket import Heard, WorkerSocket
@@ -24,27 +26,38 @@ _LAST_WORDS = 2.0  # seconds that a worker gets to end by itself
 
 
 class WorkerGroup:
-    """One worker at a time, and what stands behind it: a link, and a process if this scheduler spawns it."""
+    """A worker at a time, of one rank or several, and what stands behind it: a link, and processes if this scheduler
+    spawns them.
+    """
 
-    def __init__(self, link: WorkerLink, process: WorkerProcess | None, clock: Callable[[], float]) -> None:
-        self.link, self.process, self._clock = link, process, clock
+    def __init__(self, link: WorkerLink, clock: Callable[[], float]) -> None:
+        self.link, self._clock = link, clock
+
+    @property
+    def processes(self) -> list[WorkerProcess]:
+        return [rank.process for rank in self.link.ranks if rank.process]
 
     def keep(self, poller: zmq.Poller, ready: set[object], now: float) -> Iterator[Event]:
-        """Notices a dead process, and starts one where none runs and none has to be waited for."""
-        process, link = self.process, self.link
-        if process is None or link.fatal:
-            return
+        """Notices dead processes, and starts one where none runs and none has to be waited for."""
+        for rank in self.link.ranks:
+            if rank.process and not self.link.fatal:
+                yield from self._keep(rank, rank.process, poller, ready, now)
+
+    def _keep(
+        self, rank: Rank, process: WorkerProcess, poller: zmq.Poller, ready: set[object], now: float
+    ) -> Iterator[Event]:
+        link = self.link
         if process.exit_fd in ready and process.has_ended():
             poller.unregister(process.exit_fd)
-            yield from link.exited(process.reap(), now)
+            yield from link.exited(rank, process.reap(), now)
             if link.ready is None and process.futile_starts >= _FUTILE_STARTS:
                 link.fatal = f"gave up after {process.futile_starts} starts: {link.reason}"
                 return
         if not process.pid and self._clock() >= process.start_at:
             try:
-                process.start()
+                process.start("--rank", str(rank.number))
             except OSError as error:  # too many processes, say: another try follows, with patience
-                yield from link.exited(f"could not be started: {error}", now)
+                yield from link.exited(rank, f"could not be started: {error}", now)
             else:
                 poller.register(process.exit_fd, zmq.POLLIN)
 
@@ -58,7 +71,8 @@ class WorkerGroups:
     def __init__(self, config: LoopConfig, clock: Callable[[], float]) -> None:
         self._config, self._clock = config, clock
         self._counter = config.setup.epoch.counter
-        self._directory = "" if config.listen else tempfile.mkdtemp(prefix="pagewire-")  # readable by its owner alone
+        is_private = not config.listen or config.setup.tp_size > 1
+        self._directory = tempfile.mkdtemp(prefix="pagewire-") if is_private else ""  # readable by its owner alone
         keys = scheduler_keys(config.curve_keys, zmq.curve_keypair, zmq.curve_public) if config.curve_keys else None
         self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers", keys)
         self.groups: list[WorkerGroup] = []
@@ -94,7 +108,7 @@ class WorkerGroups:
 
     @property
     def statuses(self) -> list[WorkerStatus]:
-        return [group.link.status for group in self.groups]
+        return [status for group in self.groups for status in group.link.statuses]
 
     @property
     def deadline(self) -> float | None:
@@ -103,16 +117,16 @@ class WorkerGroups:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def figures(self, now: float) -> list[WorkerFigures]:
-        return [group.link.figures(now) for group in self.groups]
+        return [figures for group in self.groups for figures in group.link.figures(now)]
 
     def losses(self, now: float) -> list[Loss]:
         """The newest few of each, newest first."""
-        return sorted((loss for group in self.groups for loss in group.link.history.losses(now)), key=_age)
+        return sorted((loss for rank in self._ranks() for loss in rank.history.losses(now)), key=_age)
 
     def see(self, now: float) -> None:
         """Since when each is in its present state."""
-        for group in self.groups:
-            group.link.history.see(group.link.status.state, now)
+        for rank, status in zip(self._ranks(), self.statuses, strict=True):
+            rank.history.see(status.state, now)
 
     # ------------------------------------------------------------ what happens
 
@@ -157,9 +171,10 @@ class WorkerGroups:
 
     def close(self) -> None:
         told = [group.link.shut_down("the scheduler stops") for group in self.groups]
+        until = self._clock() + _LAST_WORDS
         for group, heard in zip(self.groups, told, strict=True):
-            if group.process:
-                group.process.stop(_LAST_WORDS if heard else 0.0)
+            for process in group.processes:
+                process.stop(max(0.0, until - self._clock()) if heard else 0.0)
         self._socket.close()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -168,23 +183,35 @@ class WorkerGroups:
 
     def _add(self) -> WorkerGroup:
         config = self._config
-        process = None
-        if config.workers:
-            keys = ("--curve-keys", str(config.curve_keys)) if config.curve_keys else ()
-            arguments = ("--connect", from_this_host(self._socket.endpoint), *keys, *config.worker_arguments)
-            process = WorkerProcess(arguments, self._clock, relay if config.relay_workers else None)
         link = WorkerLink(
             config.setup,
             self._next_epoch,
-            self._socket.send,
-            process,
+            self._socket.send_all,
+            [Rank(number, self._process() if config.workers else None) for number in range(config.setup.tp_size)],
             group=len(self.groups),
+            meeting=self._meeting,
             refuse=self._differs,
             step_deadline=config.step_deadline,
             load_deadline=config.load_deadline,
         )
-        self.groups.append(WorkerGroup(link, process, self._clock))
+        self.groups.append(WorkerGroup(link, self._clock))
         return self.groups[-1]
+
+    def _process(self) -> WorkerProcess:
+        config = self._config
+        keys = ("--curve-keys", str(config.curve_keys)) if config.curve_keys else ()
+        arguments = ("--connect", from_this_host(self._socket.endpoint), *keys, *config.worker_arguments)
+        return WorkerProcess(arguments, self._clock, relay if config.relay_workers else None)
+
+    def _ranks(self) -> Iterator[Rank]:
+        for group in self.groups:
+            yield from group.link.ranks
+
+    def _meeting(self, group: int, epoch: Epoch) -> str:
+        """A file where the ranks find each other: a new one, or they would find those of the epoch before."""
+        for old in Path(self._directory).glob(f"ranks-{group}-*"):
+            old.unlink()
+        return f"{self._directory}/ranks-{group}-{epoch.counter}"
 
     def _next_epoch(self) -> Epoch:
         self._counter += 1
@@ -196,14 +223,14 @@ class WorkerGroups:
     def _owner(self, peer: bytes, heard: Heard) -> WorkerGroup:
         """Whose worker this is; a stranger is the first group's to turn away."""
         for group in self.groups:
-            if group.link.peer == peer:
+            if peer in group.link.peers:
                 return group
         return self._host(heard) if isinstance(heard, Hello) else self.groups[0]
 
     def _host(self, hello: Hello) -> WorkerGroup:
         """Who takes in a newcomer: whose process it is, or, where workers come by themselves, who has none."""
         for group in self.groups:
-            if group.process.pid == hello.pid if group.process else not group.link.peer:
+            if hello.pid in [p.pid for p in group.processes] if group.processes else not group.link.peers:
                 return group
         return self._add() if not self._config.workers and len(self.groups) < MAX_GROUPS else self.groups[0]
 

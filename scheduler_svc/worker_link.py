@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -25,8 +25,8 @@ from protos.wire import (
     StepResult,
 )
 from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
+from scheduler_svc.rank import Rank
 from scheduler_svc.spawn import WorkerProcess
-from scheduler_svc.worker_history import WorkerHistory
 from scheduler_svc.worker_socket import Garbled, Gone, Heard
 
 log = logging.getLogger(__name__)
@@ -38,60 +38,60 @@ class WorkerLink:
     """
     lost ──Hello / we send Setup──► loading ──Ready──► serving ──Fault, silence, death, our own doubt──► lost
 
-    A spawned worker that is lost is killed, and another takes its place; one that came by itself gets another epoch, or
-    is shut down where it cannot even load. `fatal` holds the reason why no worker can ever serve this Setup.
+    Of several ranks: Hello and Ready of all of them, the end of any. A spawned worker that is lost is killed, with all
+    ranks of its group, and others take their place; one that came by itself gets another epoch, or is shut down where
+    it cannot even load. `fatal` holds the reason why no worker can ever serve this Setup.
     """
 
     def __init__(
         self,
         setup: Setup,
         next_epoch: Callable[[], Epoch],
-        send: Callable[..., bool],  # (peer, *messages) → whether the peer is there
-        process: WorkerProcess | None,
+        send: Callable[..., bool],  # (peers, *messages) → whether all peers are there
+        ranks: Sequence[Rank],  # spawned by this scheduler, or one that comes by itself
         *,
         group: int,
+        meeting: Callable[[int, Epoch], str],  # where the ranks of a group find each other in an epoch
         refuse: Callable[[Ready], str],  # why it cannot serve beside the others; empty if it can
         step_deadline: float,
         load_deadline: float,
     ) -> None:
-        self._setup, self._next_epoch, self._send, self._process = setup, next_epoch, send, process
-        self._group, self._refuse = group, refuse
+        self._setup, self._next_epoch, self._send, self.ranks = setup, next_epoch, send, ranks
+        self._spawned = ranks[0].process is not None
+        self._group, self._meeting, self._refuse = group, meeting, refuse
         self._step_deadline, self._load_deadline = step_deadline, load_deadline
-        self._peer = b""
-        self._hello: Hello | None = None
         self._epoch: Epoch | None = None  # from its Setup to its end
-        self._status: Status | None = None
         self._in_flight: deque[int] = deque()  # steps planned and not answered
         self._unsent: list[StepPlan] = []  # the last of them
         self._strange = 0  # messages that were none, from peers that are not the worker
         self._since = 0.0  # when the silence began that a deadline measures
         self.serving = False
         self.ready: Ready | None = None  # of the newest epoch, also while no worker lives
-        self.reason = "the worker is starting" if process else "no worker has come yet"
+        self.reason = "the worker is starting" if self._spawned else "no worker has come yet"
         self.fatal = ""
-        self.history = WorkerHistory()
 
     @property
     def epoch(self) -> Epoch | None:
         return self._epoch
 
     @property
-    def peer(self) -> bytes:
-        """Empty while nobody is there."""
-        return self._peer
+    def peers(self) -> list[bytes]:
+        """Of those that are there."""
+        return [rank.peer for rank in self.ranks if rank.peer]
 
     @property
-    def status(self) -> WorkerStatus:
-        pid = self._hello.pid if self._hello else self._process.pid if self._process else 0
-        if self.serving:
-            return WorkerStatus("serving", pid, self.ready.device if self.ready else "")
-        if self._epoch:
-            status = self._status
-            return WorkerStatus("loading", pid, "", status.detail if status else "", status.progress if status else 0.0)
-        return WorkerStatus("starting" if pid else "lost", pid, "", self.reason)
+    def statuses(self) -> list[WorkerStatus]:
+        """Of each rank."""
+        is_loading = self._epoch is not None
+        return [
+            rank.state(len(self.ranks), serving=self.serving, loading=is_loading, reason=self.reason)
+            for rank in self.ranks
+        ]
 
-    def figures(self, now: float) -> WorkerFigures:
-        return self.history.figures(len(self._in_flight), now)
+    def figures(self, now: float) -> list[WorkerFigures]:
+        """Of each rank; steps are the first one's, who answers them."""
+        flying = [len(self._in_flight), *[0] * (len(self.ranks) - 1)]
+        return [rank.history.figures(count, now) for rank, count in zip(self.ranks, flying, strict=True)]
 
     @property
     def deadline(self) -> float | None:
@@ -100,35 +100,39 @@ class WorkerLink:
             return self._since + self._patience if self._in_flight else None
         if self._epoch:
             return self._since + self._load_deadline
-        if self._process is None or self.fatal:
+        if self.fatal:
             return None
-        return self._process.started_at + self._load_deadline if self._process.pid else self._process.start_at
+        due = [self._hello_due(rank.process) for rank in self.ranks if rank.process and not rank.hello]
+        return min(due, default=None)
+
+    def _hello_due(self, process: WorkerProcess) -> float:
+        """Or its next start, where none runs."""
+        return process.started_at + self._load_deadline if process.pid else process.start_at
 
     @property
     def _patience(self) -> float:
         """For a step; a compilation extends it."""
-        return self._load_deadline if self._status else self._step_deadline
+        return self._load_deadline if any(rank.status for rank in self.ranks) else self._step_deadline
 
     def hear(self, peer: bytes, heard: Heard, now: float) -> Iterator[Event]:
         """What a peer's message means to the engine."""
+        rank = next((rank for rank in self.ranks if rank.peer == peer), None)
         match heard:
             case Hello():
                 yield from self._welcome(peer, heard, now)
-            case Gone():
-                if peer == self._peer:
-                    self._peer = b""
-                    how = self._process.obituary(_DYING) if self._process else ""
-                    yield from self.lose(f"it {how}" if how else "its connection broke", now)
+            case Gone() if rank:
+                rank.peer = b""
+                how = rank.process.obituary(_DYING) if rank.process else ""
+                yield from self.lose(f"it {how}" if how else "its connection broke", now, rank)
+            case Garbled(reason) if rank and self._epoch:
+                yield from self.lose(f"it sent {reason}", now, rank)
             case Garbled(reason):
-                if peer == self._peer and self._epoch:
-                    yield from self.lose(f"it sent {reason}", now)
-                else:
-                    self._strange += 1
-                    if self._strange.bit_count() == 1:  # the 1st, 2nd, 4th, 8th … so that nobody fills a disk
-                        log.warning("a stranger sent %s (%d such messages so far)", reason, self._strange)
+                self._strange += 1
+                if self._strange.bit_count() == 1:  # the 1st, 2nd, 4th, 8th … so that nobody fills a disk
+                    log.warning("a stranger sent %s (%d such messages so far)", reason, self._strange)
             case Ready() | AdapterReady() | StepResult() | Status() | Fault():
-                if peer == self._peer and heard.epoch == self._epoch:
-                    yield from self._believe(heard, now)
+                if rank and heard.epoch == self._epoch:
+                    yield from self._believe(rank, heard, now)
 
     def add_plan(self, plan: StepPlan, now: float) -> None:
         """For the next `send_plans`: one message wakes a worker once."""
@@ -140,39 +144,43 @@ class WorkerLink:
         self._unsent.append(plan)
 
     def send_plans(self, now: float) -> Iterator[Event]:
+        """The same bytes to every rank."""
         plans, self._unsent = [plan for plan in self._unsent if plan.epoch == self._epoch], []
-        if plans and not self._send(self._peer, *plans):
+        if plans and not self._send(self.peers, *plans):
             yield from self.lose("its connection broke", now)
 
-    def lose(self, reason: str, now: float) -> Iterator[Event]:
-        """Ends the epoch, if there is one, and whatever process or connection stood behind it."""
+    def lose(self, reason: str, now: float, culprit: Rank | None = None) -> Iterator[Event]:
+        """Ends the epoch, if there is one, and whatever processes or connection stood behind it. `culprit`: whose doing
+        it is, where that is known.
+        """
         epoch, was_serving = self._epoch, self.serving
-        self._epoch, self._status, self.serving = None, None, False
+        self._epoch, self.serving = None, False
         self._in_flight.clear()
-        if epoch or self._hello or self.status.pid:  # the last: of a process that has not said hello
-            self.reason = f"the worker was lost: {reason}"
-            self._lament(reason, now)
-        hello, self._hello = self._hello, None
-        if self._process:
-            self._process.kill()
-            self._peer = b""
-        elif self._peer and was_serving and hello:
-            self._begin(self._peer, hello, now)
-        elif self._peer:
-            self._send(self._peer, Shutdown(reason))
-            self._peer = b""
+        if epoch or any(rank.pid for rank in self.ranks):  # those without an epoch have not said hello
+            self._lament(culprit or self.ranks[0], reason, now)
+        if self._spawned:
+            self._end_all()
+        elif (came := self.ranks[0]).peer:
+            hello = came.forget()
+            if was_serving and hello:
+                self._begin(hello, came, now)
+            else:
+                self._send([came.peer], Shutdown(reason))
+                came.peer = b""
+        else:
+            self.ranks[0].forget()
         if epoch and was_serving:
             yield WorkerLost(epoch, reason)
 
-    def exited(self, how: str, now: float) -> Iterator[Event]:
+    def exited(self, rank: Rank, how: str, now: float) -> Iterator[Event]:
         """The spawned process has ended; `how` is empty where it was killed from here."""
-        if self._epoch or self._hello:
-            yield from self.lose(f"it {how}", now)
+        if self._epoch or rank.hello:
+            yield from self.lose(f"it {how}", now, rank)
         elif how:
             self.reason = f"the worker {how} before it was ready"
             log.warning(self.reason)
-            self.history.lost(0, self.reason, now)
-        self._peer = b""
+            rank.history.lost(0, self.reason, now)
+        rank.peer = b""
 
     def expire(self, now: float) -> Iterator[Event]:
         """Ends what is past its deadline."""
@@ -181,78 +189,130 @@ class WorkerLink:
             return
         if self.serving:
             yield from self.lose(f"step {self._in_flight[0]} took longer than {self._patience:g} s", now)
-        elif self._epoch or (self._process and self._process.pid):
-            yield from self.lose(f"nothing was heard of its start for {self._load_deadline:g} s", now)
+            return
+        silent = next(rank for rank in self.ranks if self._is_late(rank, now))
+        if self._epoch or silent.pid:
+            yield from self.lose(f"nothing was heard of its start for {self._load_deadline:g} s", now, silent)
+
+    def _is_late(self, rank: Rank, now: float) -> bool:
+        """With its start."""
+        if self._epoch or rank.process is None:
+            return rank.ready is None
+        return rank.hello is None and now >= self._hello_due(rank.process)
 
     def shut_down(self, reason: str) -> bool:
-        """False where there is nobody to tell."""
-        return bool(self._peer) and self._send(self._peer, Shutdown(reason))
+        """False where there is somebody who cannot be told."""
+        return len(self.peers) == len(self.ranks) and self._send(self.peers, Shutdown(reason))
 
     def _welcome(self, peer: bytes, hello: Hello, now: float) -> Iterator[Event]:
+        rank = self.ranks[hello.rank] if 0 <= hello.rank < len(self.ranks) else None
         refusal = ""
         if hello.protocol != PROTOCOL:
             refusal = f"it speaks protocol {hello.protocol}, this scheduler speaks {PROTOCOL}"
-        elif self._process and hello.pid != self._process.pid:
+        elif self._spawned and not (rank and rank.process and hello.pid == rank.process.pid):
             refusal = "this scheduler serves only the worker that it spawned"
-        elif self._epoch and peer != self._peer:
+        elif rank is None:
+            refusal = f"it is rank {hello.rank}, and whoever comes by itself serves a whole model, as rank 0"
+        elif self._epoch and peer != rank.peer:
             refusal = "this scheduler has a worker already, and takes no more"
-        if refusal:
+        if refusal or rank is None:
             log.warning("worker %d: refused: %s", hello.pid, refusal)
-            self._send(peer, Shutdown(f"refused: {refusal}"))
+            self._send([peer], Shutdown(f"refused: {refusal}"))
             return
         if self._epoch:
-            yield from self.lose("it said hello again", now)
+            yield from self.lose("it said hello again", now, rank)
             return
         self.fatal = ""  # of another worker, where others serve beside it
-        self._begin(peer, hello, now)
+        rank.peer = peer
+        self._begin(hello, rank, now)
 
-    def _begin(self, peer: bytes, hello: Hello, now: float) -> None:
-        self._peer, self._hello, self._since = peer, hello, now
-        self._epoch = self._next_epoch()
-        self._send(peer, msgspec.structs.replace(self._setup, epoch=self._epoch))
+    def _begin(self, hello: Hello, rank: Rank, now: float) -> None:
+        """With the last rank that says hello."""
+        rank.hello, self._since = hello, now
+        if not all(rank.hello for rank in self.ranks):
+            return
+        epoch = self._epoch = self._next_epoch()
+        address = self._meeting(self._group, epoch) if len(self.ranks) > 1 else ""
+        for each in self.ranks:
+            setup = msgspec.structs.replace(self._setup, epoch=epoch, tp_rank=each.number, tp_address=address)
+            self._send([each.peer], setup)
 
-    def _believe(self, message: FromWorker, now: float) -> Iterator[Event]:
-        """Of the worker's current epoch."""
+    def _believe(self, rank: Rank, message: FromWorker, now: float) -> Iterator[Event]:
+        """Of the group's current epoch."""
         match message:
             case Ready() if not self.serving:
-                if message.num_blocks < 2:
-                    yield from self.lose(f"it has {message.num_blocks} KV blocks, one of them null", now)
-                    return
-                if refusal := self._refuse(message):
-                    yield from self.lose(refusal, now)
-                    return
-                if self.ready:
-                    log.info("worker %d: serves again", self.status.pid)
-                self.serving, self.ready, self.reason, self._status = True, message, "", None
-                if self._process:
-                    self._process.was_ready()
-                yield WorkerReady(
-                    message.epoch,
-                    message.num_blocks,
-                    self._setup.max_slots,
-                    message.align,
-                    message.groups,
-                    message.max_model_len,
-                    self._group,
-                )
-            case StepResult() if self._in_flight:
+                yield from self._enlist(rank, message, now)
+            case StepResult() if self._in_flight and rank.number == 0:
                 self._in_flight.popleft()
-                self.history.answered(message.timings)
-                self._since, self._status = now, None
+                rank.history.answered(message.timings)
+                self._since = now
+                for each in self.ranks:
+                    each.status = None
                 yield message
             case Status(phase=Phase.LOADING | Phase.COMPILING):
-                self._since, self._status = now, message
+                self._since, rank.status = now, message
             case Status(phase=Phase.RUNNING):
-                self._status = None
+                rank.status = None
             case Fault(fatal=True):
                 self.fatal = self.reason = message.reason
                 self._epoch, self.serving = None, False
+                if len(self.ranks) > 1:
+                    self._end_all()  # the others may wait for this one
             case Fault():
-                yield from self.lose(message.reason, now)
+                yield from self.lose(*self._blamed(rank, message.reason, now))
             case Hello() | Ready() | StepResult() | Status() | AdapterReady():
                 pass  # nothing of it was asked for
 
-    def _lament(self, reason: str, now: float) -> None:
-        pid = self.status.pid
-        log.warning("worker %d: lost: %s", pid, reason)
-        self.history.lost(pid, reason, now)
+    def _enlist(self, rank: Rank, ready: Ready, now: float) -> Iterator[Event]:
+        """With the last rank that is ready the group serves."""
+        if ready.num_blocks < 2:
+            yield from self.lose(f"it has {ready.num_blocks} KV blocks, one of them null", now, rank)
+            return
+        if refusal := self._refuse(ready):
+            yield from self.lose(refusal, now, rank)
+            return
+        rank.ready, rank.status, self._since = ready, None, now
+        if not all(each.ready for each in self.ranks):
+            return
+        first = msgspec.structs.replace(self.ranks[0].ready or ready, rank=0)
+        for each in self.ranks:
+            if each.ready and msgspec.structs.replace(each.ready, rank=0) != first:
+                yield from self.lose(f"it can do {each.ready}, the first rank {first}", now, each)
+                return
+        if self.ready:
+            log.info("worker %d: serves again", self.ranks[0].pid)
+        self.serving, self.ready, self.reason = True, first, ""
+        for each in self.ranks:
+            if each.process:
+                each.process.was_ready()
+        yield WorkerReady(
+            first.epoch,
+            first.num_blocks,
+            self._setup.max_slots,
+            first.align,
+            first.groups,
+            first.max_model_len,
+            self._group,
+        )
+
+    def _blamed(self, rank: Rank, reason: str, now: float) -> tuple[str, float, Rank]:
+        """Who faults in an exchange with a rank that has just died is not who is to blame."""
+        for other in self.ranks:
+            patience = _DYING / len(self.ranks)
+            if other is not rank and other.process and (how := other.process.obituary(patience)):
+                return f"it {how}", now, other
+        return reason, now, rank
+
+    def _end_all(self) -> None:
+        """One failure domain (R5): where one rank is lost, the others hang in what they wanted of it."""
+        for rank in self.ranks:
+            rank.forget()
+            rank.peer = b""
+            if rank.process:
+                rank.process.kill()
+
+    def _lament(self, rank: Rank, reason: str, now: float) -> None:
+        place = f"rank {rank.number}: " if len(self.ranks) > 1 else ""
+        self.reason = f"the worker was lost: {place}{reason}"
+        log.warning("worker %d: lost: %s%s", rank.pid, place, reason)
+        rank.history.lost(rank.pid, place + reason, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -104,8 +104,16 @@ class RouterSocket(Generic[Message]):
 
     def send(self, peer: bytes, *messages: Wire) -> bool:
         """False where the peer is not connected any more."""
+        return self.send_all((peer,), *messages)
+
+    def send_all(self, peers: Sequence[bytes], *messages: Wire) -> bool:
+        """The same bytes to each. False where one of them is not connected any more."""
+        frames = [*map(encode, messages)]
+        return all(self._send(peer, frames) for peer in peers)
+
+    def _send(self, peer: bytes, frames: list[bytes]) -> bool:
         try:
-            self.router.send_multipart((peer, *map(encode, messages)), zmq.DONTWAIT)
+            self.router.send_multipart((peer, *frames), zmq.DONTWAIT)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

@@ -32,7 +32,7 @@ def main() -> int:
             return 1
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the first process of a container it has no other
-    hello = Hello(0, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
+    hello = Hello(settings.rank, version("pagewire"), PROTOCOL, (), settings.device, os.getpid())
     try:
         keys = _await_keys(settings.curve_keys) if settings.curve_keys else None
     except curve.CurveError as error:
@@ -46,6 +46,7 @@ def main() -> int:
         isa=settings.cpu_isa,
         home=settings.home,
         land=link.land,
+        patience=settings.rank_deadline,
     )
     try:
         reason = Worker(link, create, time.monotonic, settings.mask_deadline).run()

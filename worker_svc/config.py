@@ -22,6 +22,8 @@ class WorkerConfig:
     cpu_isa: str
     home: Path  # where packed weights go whose model lies where nobody may write
     curve_keys: Path | None  # None: the link needs none
+    rank: int  # in its group
+    rank_deadline: float  # seconds
 
 
 def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
@@ -46,6 +48,10 @@ def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
         type=Path,
         metavar="DIR",
         help="keys of a tcp link, which the scheduler has made; default for other hosts: $PAGEWIRE_HOME/curve",
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="its place in a group that splits the model")
+    parser.add_argument(
+        "--rank-deadline", type=float, default=600.0, metavar="SECONDS", help="how long it waits for the other ranks"
     )
     args = parser.parse_args(argv)
     if args.curve_keys and args.connect.startswith("ipc://"):

@@ -19,10 +19,10 @@ ARITHMETIC = 1
 
 def exact_steps(runner: ModelRunner, cache: KVCache) -> bool:
     """Each product by itself in every tile size, then a prompt whole and in pieces. Uses the cache's blocks as scratch:
-    nothing may be in them yet.
+    nothing may be in them yet. Of several ranks each has its own products, and all answer the same.
     """
     products = [linear.probe() for linear in runner.linears()]  # all of them, for they are warmed on the way
-    return all(products) and _steps_agree(runner, cache)
+    return runner.ranks.all(all(products)) and _steps_agree(runner, cache)
 
 
 def _steps_agree(runner: ModelRunner, cache: KVCache) -> bool:
@@ -41,7 +41,8 @@ def _steps_agree(runner: ModelRunner, cache: KVCache) -> bool:
     for count, end in enumerate(range(length - 3, length + 1)):
         rows = [TrialRow(tokens[: count + 1], count, there), TrialRow(tokens[:end], start, here)]
         hidden = runner.forward(trial_step(rows, size), cache)[1:]
-        if not torch.equal(hidden[: end - start], whole[start:end]):
+        if not runner.ranks.all(torch.equal(hidden[: end - start], whole[start:end])):
             return False
         start = end
-    return torch.equal(runner.logits(hidden, np.array([0])), runner.logits(whole, np.arange(length))[-1:])
+    last, logits = runner.logits(hidden, np.array([0])), runner.logits(whole, np.arange(length))
+    return runner.ranks.all(torch.equal(last, logits[-1:]))

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from worker_svc.attention import cpu as attention
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.layers.activation import ACTIVATIONS
+from worker_svc.layers.embedding import Embedding
 from worker_svc.layers.linear import Linear, padded_rows
 from worker_svc.layers.mlp import GatedMLP
 from worker_svc.layers.moe import MoE
@@ -25,6 +27,8 @@ from worker_svc.layers.rotary import rotate
 from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
 from worker_svc.models.spec import Experts
+from worker_svc.parallel.ranks import Ranks
+from worker_svc.parallel.shard import Piece, Shard
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,26 @@ class Layer:
 
 
 class ModelRunner:
-    """The residual stream, norms, rope and attention are float32; products are in `dtype`."""
+    """The residual stream, norms, rope and attention are float32; products are in `dtype`.
 
-    def __init__(self, model: Model, dtype: DType, max_model_len: int, progress: Callable[[float], None]) -> None:
-        """Reads all weights. Raises CheckpointError where one is missing or misshapen."""
-        spec = self.spec = model.spec
+    Of several ranks each has its heads and its part of every MLP; the residual stream is whole, and the same bits, on
+    all of them. So each of its methods is called on every rank, or on none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: DType,
+        max_model_len: int,
+        progress: Callable[[float], None],
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Reads the weights of this rank. Raises CheckpointError where one is missing or misshapen, SpecError where the
+        model cannot be split among so many.
+        """
+        self.ranks = ranks or Ranks()
+        self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
+        spec = self.spec = self._shard.spec
         self._model, self._name, self.max_model_len = model, dtype, max_model_len
         self.dtype = getattr(torch, dtype)
         self.vocab_size = spec.vocab_size
@@ -55,15 +74,14 @@ class ModelRunner:
         self._activation = ACTIVATIONS[spec.activation]
         tables = {rope: rope.tables(max_model_len) for rope in spec.ropes}
         self._ropes = {rope: (torch.from_numpy(cos), torch.from_numpy(sin)) for rope, (cos, sin) in tables.items()}
-        embed = self._read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
-        self._embed = embed
+        self._embed = Embedding(self._read(model.top("embed"), self._shard.vocab), self._shard.vocab.cut.top)
         self.layers: list[Layer] = []
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # dequantizing and packing leave the GIL
             for layer in pool.map(self._layer, range(spec.num_layers)):
                 self.layers.append(layer)
                 progress(len(self.layers) / (spec.num_layers + 1))
         self._final_norm = _tensor(model.read_norm(model.top("final_norm"), spec.hidden_size))
-        head = embed if spec.tied else self._read(model.top("lm_head"), (spec.vocab_size, spec.hidden_size))
+        head = self._embed.weight if spec.tied else self._read(model.top("lm_head"), self._shard.vocab)
         self._lm_head = Linear(head)
 
     def linears(self) -> list[Linear]:
@@ -84,16 +102,17 @@ class ModelRunner:
         turns = {rope: (cos[positions][:, None], sin[positions][:, None]) for rope, (cos, sin) in self._ropes.items()}
         kv_rows = cache.rows_of(torch.from_numpy(inputs.slot_mapping))
         layouts = {w: attention.lay_out(inputs, cache, w) for w in {layer.window: None for layer in self.layers}}
-        x = self._embed[tokens].float() * self.spec.embedding_scale
+        add = self.ranks.add
+        x = add(self._embed(tokens)) * self.spec.embedding_scale
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, *turns[layer.rope])
             cache.write(i, kv_rows, k[:num_tokens], v[:num_tokens])
             scale, softcap = self.spec.query_scale, self.spec.attention_softcap
             attended = attention.attend(q, layouts[layer.window], cache, i, scale, softcap)
-            x = x + self._normed(layer.o(attended.to(self.dtype)), layer.attn_post_norm)
+            x = x + self._normed(add(layer.o(attended.to(self.dtype))), layer.attn_post_norm)
             m = self._normed(x, layer.mlp_norm).to(self.dtype)
             out = layer.mlp(m, num_tokens) if isinstance(layer.mlp, MoE) else layer.mlp(m)
-            x = x + self._normed(out, layer.mlp_post_norm)
+            x = x + self._normed(add(out), layer.mlp_post_norm)
         return x
 
     def logits(self, hidden: Tensor, tokens: Ints) -> Tensor:
@@ -102,9 +121,17 @@ class ModelRunner:
             return torch.empty(0, self.vocab_size)
         rows = torch.from_numpy(_padded(tokens, padded_rows(len(tokens))))
         x = rms_norm(hidden.index_select(0, rows), self._final_norm, self.spec.norm_eps)
-        logits = self._lm_head(x.to(self.dtype))[: len(tokens)].float()
+        logits = self._side_by_side(self._lm_head(x.to(self.dtype))[: len(tokens)]).float()
         cap = self.spec.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _side_by_side(self, logits: Tensor) -> Tensor:
+        """[S, this rank's rows of lm_head] → [S, vocab]."""
+        if self.ranks.size == 1:
+            return logits
+        short = self._shard.vocab_share - logits.shape[1]
+        parts = self.ranks.gather(functional.pad(logits, (0, short)))
+        return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size].contiguous()
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """float32; as it is where there is no such norm."""
@@ -128,10 +155,10 @@ class ModelRunner:
 
         return Layer(
             attn_norm=norm("attn_norm"),
-            qkv=self._linear(i, "qkv", hidden, spec.qkv_bias),
+            qkv=self._linear(i, "qkv", spec.qkv_bias),
             q_norm=norm("q_norm", spec.head_dim) if spec.qk_norm else None,
             k_norm=norm("k_norm", spec.head_dim) if spec.qk_norm else None,
-            o=self._linear(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
+            o=self._linear(i, "o", spec.o_bias),
             attn_post_norm=norm("attn_post_norm") if spec.post_norms else None,
             mlp_norm=norm("mlp_norm"),
             mlp=self._experts(i, spec.experts) if spec.experts and spec.sparse(i) else self._mlp(i),
@@ -142,36 +169,36 @@ class ModelRunner:
 
     def _mlp(self, i: int) -> GatedMLP:
         spec = self.spec
-        gate_up = self._linear(i, "gate_up", spec.hidden_size, spec.mlp_bias)
-        return GatedMLP(gate_up, self._linear(i, "down", spec.intermediate_size, spec.mlp_bias), self._activation)
+        gate_up, down = (self._linear(i, product, spec.mlp_bias) for product in ("gate_up", "down"))
+        return GatedMLP(gate_up, down, self._activation)
 
     def _experts(self, i: int, experts: Experts) -> MoE:
         """The router decides, and near decisions are many: it is float32 whatever the rest is."""
         spec, model = self.spec, self._model
 
-        def linear(expert: int, product: str, columns: int) -> Linear:
-            parts = [(part.role, (part.rows, columns)) for part in spec.parts(product)]
-            arrays = [model.read_expert(i, expert, role, shape, self._name) for role, shape in parts]
+        def linear(expert: int, product: str) -> Linear:
+            pieces = self._shard.pieces(product)
+            arrays = [model.read_expert(i, expert, p.role, p.shape, self._name, p.cut) for p in pieces]
             return Linear(torch.cat([_tensor(array).view(self.dtype) for array in arrays]))
 
         def mlp(e: int) -> GatedMLP:
-            gate_up = linear(e, "expert_gate_up", spec.hidden_size)
-            return GatedMLP(gate_up, linear(e, "expert_down", experts.intermediate_size), self._activation)
+            return GatedMLP(linear(e, "expert_gate_up"), linear(e, "expert_down"), self._activation)
 
         router = model.read(model.layer(i, "router"), (experts.num, spec.hidden_size), "float32")
         each = [mlp(e) for e in range(experts.num)]
         return MoE(Linear(_tensor(router)), each, experts.top_k, experts.normalized)
 
-    def _linear(self, i: int, product: str, columns: int, bias: bool) -> Linear:
-        """Its parts, stacked into one product."""
-        names, parts = self._model.layer, self.spec.parts(product)
-        weight = torch.cat([self._read(names(i, role), (rows, columns), heads) for role, rows, heads in parts])
-        if not bias:
+    def _linear(self, i: int, product: str, bias: bool) -> Linear:
+        """This rank's pieces, stacked into one product."""
+        names, pieces = self._model.layer, self._shard.pieces(product)
+        weight = torch.cat([self._read(names(i, piece.role), piece) for piece in pieces])
+        if not bias or not self._shard.adds_bias(product):
             return Linear(weight)
-        return Linear(weight, torch.cat([self._read(names(i, role, "bias"), (rows,), h) for role, rows, h in parts]))
+        biases = [piece._replace(shape=piece.shape[:1]) for piece in pieces]
+        return Linear(weight, torch.cat([self._read(names(i, piece.role, "bias"), piece) for piece in biases]))
 
-    def _read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
-        array = self._model.read(name, shape, self._name, heads)
+    def _read(self, name: str, piece: Piece) -> Tensor:
+        array = self._model.read(name, piece.shape, self._name, piece.heads, piece.cut)
         return _tensor(array).view(self.dtype)
 
 

@@ -55,6 +55,7 @@ class Worker:
         self._loaded: tuple[Setup, DeviceBackend, Capacity] | None = None  # Setup without its epoch
         self._flying: deque[Flight] = deque()  # of this epoch
         self._epoch = _NO_EPOCH  # the one whose plans are taken
+        self._rank = 0  # of a group that splits the model: all take the same plans and sample the same, rank 0 answers
         self._step = 0
         self._idle_since = clock()
 
@@ -81,7 +82,7 @@ class Worker:
 
     def _begin(self, setup: Setup) -> None:
         """A new epoch: weights are kept where only the epoch is new."""
-        self._epoch, self._step = setup.epoch, 0
+        self._epoch, self._step, self._rank = setup.epoch, 0, setup.tp_rank
         self._flying.clear()
         same = msgspec.structs.replace(setup, epoch=_NO_EPOCH)
         try:
@@ -143,8 +144,12 @@ class Worker:
             return
         done = self._clock()
         timings = Timings(computed - arrived, done - computed, arrived - self._idle_since)
-        self._link.answer(StepResult(plan.epoch, plan.step, answer, [], timings))
+        self._answer(StepResult(plan.epoch, plan.step, answer, [], timings))
         self._idle_since = done
+
+    def _answer(self, result: StepResult) -> None:
+        if self._rank == 0:
+            self._link.answer(result)
 
     def _land(self) -> None:
         """Answers with the results that have come, in the order of their steps.
@@ -160,7 +165,7 @@ class Worker:
                 return
             done, begun = self._clock(), max(flight.arrived, self._idle_since)
             timings = Timings(done - begun, 0.0, begun - self._idle_since)
-            self._link.answer(StepResult(flight.plan.epoch, flight.plan.step, rows, [], timings))
+            self._answer(StepResult(flight.plan.epoch, flight.plan.step, rows, [], timings))
             self._idle_since = done
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
@@ -188,7 +193,7 @@ class Worker:
         return None
 
     def _progress(self, phase: Phase, share: float) -> None:
-        self._link.send(Status(self._epoch, phase, progress=share, detail=_DOING[phase]))
+        self._link.send(Status(self._epoch, phase, rank=self._rank, progress=share, detail=_DOING[phase]))
 
     def _fault(self, reason: str, *, fatal: bool = False) -> None:
         """Ends the epoch from this side: its later plans are not taken."""

@@ -145,6 +145,13 @@ def test_a_gateway_that_asks_nobody_stays_on_this_host(flags: str) -> None:
     assert (guarded.gateway and guarded.gateway.host, guarded.access.router_listen) == ("127.0.0.1", "127.0.0.1:0")
 
 
+def test_ranks_share_the_host_and_wait_longer_than_any_deadline() -> None:
+    flags = "--tensor-parallel-size 2 --workers 3 --step-deadline 7 --load-deadline 40"
+    loop = config.parse(["fake:", *flags.split()]).loop
+    assert (loop.setup.tp_size, loop.setup.sharing) == (2, 6)
+    assert loop.worker_arguments[-2:] == ("--rank-deadline", "80")
+
+
 def test_boot_ids_differ() -> None:
     assert config.parse(["fake:"]).loop.setup.epoch != config.parse(["fake:"]).loop.setup.epoch
 
@@ -154,7 +161,8 @@ def test_boot_ids_differ() -> None:
     [
         ("--quantization int5", "--quantization: invalid choice: 'int5'"),
         ("--kv-cache-dtype fp8", "--kv-cache-dtype: invalid choice: 'fp8'"),
-        ("--tensor-parallel 2", "--tensor-parallel 2: not built yet"),
+        ("--tensor-parallel-size 0", "0 is not in 1..64"),
+        ("--tensor-parallel-size 2 --workers 0 --listen ipc:///here", "--tensor-parallel-size 2 goes with --workers 1"),
         ("--frontends 0", "0 is not in 1..64"),
         ("--frontends 65", "65 is not in 1..64"),
         ("--frontends 2 --openai-port 8000", "--openai-port 8000 goes with --frontends 1"),

@@ -74,21 +74,32 @@ class DeviceBackend(Protocol):
 
 
 def refuse_unsupported(
-    backend: str, setup: Setup, *, dtype: tuple[str, ...], quantization: tuple[str, ...], kv_dtype: tuple[str, ...]
+    backend: str,
+    setup: Setup,
+    *,
+    dtype: tuple[str, ...],
+    quantization: tuple[str, ...],
+    kv_dtype: tuple[str, ...],
+    splits: bool = False,
 ) -> None:
-    """Every field that asks for what a backend does not do. Raises BackendError naming it."""
+    """Every field that asks for what a backend does not do. `splits`: it takes a rank's part of a model.
+
+    Raises BackendError naming it.
+    """
     for field, value, known in [
         ("dtype", setup.dtype, dtype),
         ("quantization", setup.quantization, quantization),
         ("kv_dtype", setup.kv_dtype, kv_dtype),
         ("speculation", setup.speculation, ("",)),
         ("revision", setup.revision, ("",)),
-        ("tp_size", setup.tp_size, (1,)),
+        ("tp_size", setup.tp_size, (setup.tp_size if splits else 1,)),
         ("host_blocks", setup.host_blocks, (0,)),
     ]:
         if value not in known:
             names = ", ".join(repr(name) for name in known)
             raise BackendError(f"{field} {value!r} is not supported by the {backend} backend, only {names}")
+    if not 0 <= setup.tp_rank < setup.tp_size:
+        raise BackendError(f"tp_rank {setup.tp_rank} is not in 0..{setup.tp_size - 1}")
     if setup.threads > (cpus := os.cpu_count() or 1):
         raise BackendError(f"threads {setup.threads} is over this machine's {cpus} CPUs")
     if setup.block_size < 1:

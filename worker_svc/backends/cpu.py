@@ -196,6 +196,8 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         raise Unsuited(f"device {device!r} is not the cpu backend's")
     if setup.block_size % library.PAGE:
         raise Unsuited(f"block_size {setup.block_size} is no multiple of the cpu backend's {library.PAGE}")
+    if setup.tp_size > 1:
+        raise Unsuited(f"tp_size {setup.tp_size} is not supported by the cpu backend, which has no part of a model")
     refuse_unsupported("cpu", setup, dtype=("auto", "bfloat16"), quantization=tuple(MODES), kv_dtype=tuple(_KV_KINDS))
 
 

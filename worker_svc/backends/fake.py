@@ -2,7 +2,7 @@
 
 It keeps slots, block tables and KV as a real one does, with one word for a token's K and V: the hash of the prefix that
 ends there. A plan that reads a position that nobody filled, or that somebody else overwrote, is an error, not a guess.
-Options come with the model's name: `fake:vocab=512,delay_ms=20,poison=7`.
+Of several ranks each does all of it. Options come with the model's name: `fake:vocab=512,delay_ms=20,poison=7`.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class FakeBackend:
         options = self._options = Options.parse(setup.model)
         if setup.max_model_len > options.context:
             raise BackendError(f"max_model_len {setup.max_model_len} is beyond the model's {options.context}")
-        if setup.quantization or setup.speculation or setup.tp_size != 1:
-            raise BackendError("the fake backend has no quantization, no speculation and no tensor parallelism")
+        if setup.quantization or setup.speculation:
+            raise BackendError("the fake backend has no quantization and no speculation")
         if options.load_fails == 0:
             raise BackendError(f"model {setup.model!r} cannot be read, as asked")
         if options.load_fails == 1:

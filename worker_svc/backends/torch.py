@@ -29,6 +29,7 @@ from worker_svc.model_runner import ModelRunner
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
 from worker_svc.models.spec import SpecError
+from worker_svc.parallel.ranks import Ranks, join
 from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
@@ -49,16 +50,19 @@ class Runner(Protocol):
 
 
 class TorchBackend:
-    """`threads` 0 is one a CPU. `transformers` runs families of ours by transformers as well: with it tests compare the
-    two runners on one model, and nothing else sets it.
+    """`threads` 0 is one a CPU. `patience`: seconds that a rank waits for the others. `transformers` runs families of
+    ours by transformers as well: with it tests compare the two runners on one model, and nothing else sets it.
     """
 
-    def __init__(self, device: str = "auto", threads: int = 0, transformers: bool = False) -> None:
+    def __init__(
+        self, device: str = "auto", threads: int = 0, patience: float = 600.0, transformers: bool = False
+    ) -> None:
         if device not in ("auto", "cpu"):
             raise BackendError(f"device {device!r} is not supported by the torch backend, only 'cpu'")
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         torch.set_grad_enabled(False)
-        self._transformers = transformers
+        self._transformers, self._patience = transformers, patience
+        self._ranks = Ranks()
         self._pending: tuple[StepPlan, StepInputs, Logits] | None = None
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
@@ -68,16 +72,18 @@ class TorchBackend:
             dtype=("auto", "float32", "bfloat16"),
             quantization=("",),
             kv_dtype=("auto", "bf16") if setup.dtype == "bfloat16" else ("auto",),
+            splits=True,
         )
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
         try:
-            runner = self._open(path, dtype, setup.max_model_len, progress)
+            runner = self._open(path, dtype, setup, progress)
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._runner = runner
-        self._cache = _kv_cache(setup, runner.kv_shape)
+        shape, size = runner.kv_shape, setup.block_size
+        self._cache = KVCache(shape, self._ranks.least(kv_blocks(setup, shape.block_bytes(size))), size)
         self._max_len = served_len(setup, self._cache.num_blocks, runner.max_model_len)
         self._sampler = Sampler(runner.vocab_size)
         self.reset(setup)
@@ -93,7 +99,7 @@ class TorchBackend:
             backend=backend,
             max_model_len=self._max_len,
             vocab_size=runner.vocab_size,
-            fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len, kv_tile(setup.block_size)),
+            fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len, kv_tile(size), setup.tp_size),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -126,16 +132,20 @@ class TorchBackend:
 
     def close(self) -> None:
         self._pending = None
+        self._ranks.close()
 
-    def _open(self, path: Path, dtype: DType, max_model_len: int, progress: Progress) -> Runner:
+    def _open(self, path: Path, dtype: DType, setup: Setup, progress: Progress) -> Runner:
         model = None if self._transformers else open_model(path)
         if model is not None:
-            longest = _max_model_len(max_model_len, model)
-            return ModelRunner(model, dtype, longest, lambda share: progress(Phase.LOADING, share))
+            longest = _max_model_len(setup.max_model_len, model)
+            self._ranks = join(setup.tp_rank, setup.tp_size, setup.tp_address, self._patience)
+            return ModelRunner(model, dtype, longest, lambda share: progress(Phase.LOADING, share), self._ranks)
+        if setup.tp_size > 1:
+            raise SpecError(f"tp_size {setup.tp_size}: a model that transformers runs is not split, only 1 serves it")
         from worker_svc.models.transformers_model import TransformersRunner
 
         progress(Phase.LOADING, 0.0)
-        return TransformersRunner(path, dtype, max_model_len)
+        return TransformersRunner(path, dtype, setup.max_model_len)
 
 
 def _max_model_len(asked: int, model: Model) -> int:
@@ -144,14 +154,11 @@ def _max_model_len(asked: int, model: Model) -> int:
     return asked or model.spec.max_model_len
 
 
-def _kv_cache(setup: Setup, shape: KVShape) -> KVCache:
-    return KVCache(shape, kv_blocks(setup, shape.block_bytes(setup.block_size)), setup.block_size)
-
-
-def _fingerprint(weights: str, dtype: str, backend: str, max_len: int, tile: int) -> str:
+def _fingerprint(weights: str, dtype: str, backend: str, max_len: int, tile: int, ranks: int) -> str:
     """Digest of all that decides the arithmetic: weights, dtype, our version of it, torch, the instructions it chose
-    here, the longest context, which settles the rope of some models, and how many keys attention takes at a time.
+    here, the longest context, which settles the rope of some models, how many keys attention takes at a time, and how
+    many ranks add up a sum.
     """
     isa = torch.backends.cpu.get_cpu_capability()
-    parts = [weights, dtype, backend, str(ARITHMETIC), torch.__version__, isa, str(max_len), str(tile)]
+    parts = [weights, dtype, backend, str(ARITHMETIC), torch.__version__, isa, str(max_len), str(tile), f"tp{ranks}"]
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()

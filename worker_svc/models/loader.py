@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from worker_svc.models import gguf_spec, registry
 from worker_svc.models.checkpoint import Checkpoint, CheckpointError, RawTensor, open_checkpoint
 from worker_svc.models.fields import described_by
+from worker_svc.models.raw_tensor import Cut
 from worker_svc.models.spec import ModelSpec, SpecError, WeightNames
 
 DType = Literal["float32", "bfloat16"]
@@ -33,26 +34,33 @@ class Model:
     def layer(self, i: int, role: str, part: str = "weight") -> str:
         return self.spec.names.layer[role].format(i=i, p=part)
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: DType, heads: int = 0) -> NDArray[Any]:
-        """[shape], float32, or bfloat16 as uint16 bits. `heads`: the rows are q or k, for so many heads.
+    def read(
+        self, name: str, shape: tuple[int, ...], dtype: DType, heads: int = 0, cut: Cut | None = None
+    ) -> NDArray[Any]:
+        """[shape], or the cut of it: float32, or bfloat16 as uint16 bits. `heads`: the rows that are asked for are q or
+        k, for so many heads.
 
         Raises CheckpointError where the tensor is missing, or is not of the shape that the config implies.
         """
-        array = _form(self.tensor(name, shape), dtype)
+        array = _form(self.tensor(name, shape), dtype, cut)
         return split_halves(array, heads) if heads and self.spec.names.interleaved_qk else array
 
     def read_norm(self, name: str, size: int) -> NDArray[np.float32]:
         """[size] the weights of a norm, the model's offset added. Raises CheckpointError as `read` does."""
         return self.tensor(name, (size,)).float32() + np.float32(self.spec.norm_offset)
 
-    def read_expert(self, i: int, expert: int, role: str, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
-        """[shape] of one expert, whether it is a tensor or a part of one. Raises CheckpointError as `read` does."""
+    def read_expert(
+        self, i: int, expert: int, role: str, shape: tuple[int, ...], dtype: DType, cut: Cut | None = None
+    ) -> NDArray[Any]:
+        """[shape] of one expert, whether it is a tensor or a part of one, or the cut of it. Raises CheckpointError as
+        `read` does.
+        """
         template, experts = self.spec.names.layer[role], self.spec.experts
         name = template.format(i=i, e=expert, p="weight")
         if "{e}" in template:
-            return self.read(name, shape, dtype)
+            return self.read(name, shape, dtype, cut=cut)
         assert experts is not None
-        return _form(self.tensor(name, (experts.num, *shape)).part(expert), dtype)
+        return _form(self.tensor(name, (experts.num, *shape)).part(expert), dtype, cut)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
         """Raises CheckpointError where it is missing, or is not of the shape that the config implies."""
@@ -62,8 +70,12 @@ class Model:
         return tensor
 
 
-def _form(tensor: RawTensor, dtype: DType) -> NDArray[Any]:
-    return tensor.float32() if dtype == "float32" else tensor.bfloat16()
+def _form(tensor: RawTensor, dtype: DType, cut: Cut | None = None) -> NDArray[Any]:
+    columns = slice(None)
+    if cut:
+        tensor, columns = tensor.cut(cut)
+    array = tensor.float32() if dtype == "float32" else tensor.bfloat16()
+    return array[..., columns]
 
 
 def split_halves(array: NDArray[Any], heads: int) -> NDArray[Any]:

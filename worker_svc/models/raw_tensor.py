@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read: the message names the file, the tensor and the trouble."""
 
 
+class Cut(NamedTuple):
+    """Rows [top, bottom) of a matrix, and of those the columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 @dataclass(frozen=True)
 class RawTensor:
     """`data` is a read-only view of the mapped file, which lives as long as the view does.
@@ -50,6 +59,27 @@ class RawTensor:
             return RawTensor(self.name, self.dtype, shape, self.data[rows])
         blocks = self.data.reshape(self.shape[0], -1, self.data.shape[-1])[rows]
         return RawTensor(self.name, self.dtype, shape, blocks.reshape(-1, self.data.shape[-1]))
+
+    def cut(self, cut: Cut) -> tuple[RawTensor, slice]:
+        """Rows and columns of a matrix, or rows of a vector. A view; of a block-quantized type with the whole blocks
+        that the columns are in: the slice says which of the answer's columns were asked for.
+        """
+        rows, left, right = slice(cut.top, cut.bottom), cut.left, cut.right
+        if len(self.shape) == 1:
+            return RawTensor(self.name, self.dtype, (cut.bottom - cut.top,), self.data[rows]), slice(None)
+        if self.dtype not in QUANTS:
+            columns = slice(left, right)
+            return RawTensor(
+                self.name, self.dtype, (cut.bottom - cut.top, right - left), self.data[rows, columns]
+            ), slice(None)
+        size = QUANTS[self.dtype].block_size
+        first, last = left // size, -(-right // size)
+        blocks = self.data.reshape(self.shape[0], -1, self.data.shape[-1])[rows, first:last]
+        shape = (cut.bottom - cut.top, (last - first) * size)
+        return (
+            RawTensor(self.name, self.dtype, shape, blocks.reshape(-1, self.data.shape[-1])),
+            slice(left - first * size, right - first * size),
+        )
 
     def part(self, index: int) -> RawTensor:
         """One of the tensors that this one stacks, of its shape without the first dimension. A view."""

@@ -134,21 +134,24 @@ class ModelSpec:
         """The tensors, one below the other, that a product's rows come in: "qkv", "o", "gate_up", "down", and with
         experts "router", "expert_gate_up" and "expert_down".
         """
+        sections = self.sections(product)
+        stacked = product in self.names.layer
+        return (Part(product, sum(section.rows for section in sections)),) if stacked else sections
+
+    def sections(self, product: str) -> tuple[Part, ...]:
+        """What a product's rows are, whether they come in one tensor or in several."""
         q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         inner, experts = self.intermediate_size, self.experts
-        parts: tuple[Part, ...]
         match product:
             case "qkv":
-                parts = (Part("q", q_rows, self.num_heads), Part("k", kv_rows, self.num_kv_heads), Part("v", kv_rows))
+                return (Part("q", q_rows, self.num_heads), Part("k", kv_rows, self.num_kv_heads), Part("v", kv_rows))
             case "gate_up":
-                parts = (Part("gate", inner), Part("up", inner))
+                return (Part("gate", inner), Part("up", inner))
             case "expert_gate_up" if experts:
-                parts = (Part("expert_gate", experts.intermediate_size), Part("expert_up", experts.intermediate_size))
+                return (Part("expert_gate", experts.intermediate_size), Part("expert_up", experts.intermediate_size))
             case "router" if experts:
-                parts = (Part("router", experts.num),)
-            case _:
-                parts = (Part(product, self.hidden_size),)
-        return (Part(product, sum(part.rows for part in parts)),) if product in self.names.layer else parts
+                return (Part("router", experts.num),)
+        return (Part(product, self.hidden_size),)
 
 
 class SpecError(ValueError):
