@@ -65,7 +65,9 @@ class SlotEdits:
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias = np.array([within(-MAX_FLOAT, value, MAX_FLOAT) for value in bias.values()], np.float32)
         self.single_bans = known(tuple(word[0] for word in sampling.bad_words if len(word) == 1))
-        self.long_words = [word for word in sampling.bad_words if len(word) > 1 and 0 <= word[-1] < vocab_size]
+        self.long_words = [
+            word for word in sampling.bad_words if len(word) > 1 and all(0 <= t < vocab_size for t in word)
+        ]
         self.min_tokens = sampling.min_tokens
         self.end_ids = known(sampling.eos_token_ids + sampling.stop_token_ids)
         penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
@@ -84,11 +86,12 @@ class SlotEdits:
             start = len(word) - 1
             if len(output_ids) >= start and tuple(output_ids[-start:].tolist()) == word[:-1]:
                 bans.append(np.array(word[-1:], np.int64))
-        if len(output_ids) < self.min_tokens and not self._must_end(allowed):
+        if len(output_ids) < self.min_tokens and not self.must_end(allowed):
             bans.append(self.end_ids)
         return np.unique(np.concatenate(bans))
 
-    def _must_end(self, allowed: NDArray[np.bool_] | None) -> bool:
+    def must_end(self, allowed: NDArray[np.bool_] | None) -> bool:
+        """Whether a grammar allows nothing but an end."""
         return allowed is not None and int(allowed.sum()) == int(allowed[self.end_ids].sum())
 
 

@@ -26,6 +26,18 @@ def build_results(
     """
     starts = slots.lengths[inputs.slots].tolist()
     slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
+    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs)
+
+
+def row_results(
+    plan: StepPlan,
+    inputs: StepInputs,
+    starts: list[int],
+    token_ids: Ints,
+    logprobs: Sequence[TokenLogprobs | None],
+    prompt_logprobs: Sequence[TokenLogprobs] = (),
+) -> list[RowResult]:
+    """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before."""
     if len(token_ids) == len(starts) and not prompt_logprobs:  # most steps
         return sampled_results(plan.rows, starts, token_ids.tolist(), logprobs)
     results = [RowResult(row.slot, start, []) for row, start in zip(plan.rows, starts, strict=True)]

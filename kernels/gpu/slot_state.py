@@ -4,9 +4,10 @@
     block_tables  [slots + 1, blocks a slot]
     lengths       [slots + 1]                   tokens known
     computed      [slots + 1]                   positions whose KV is written
+    sampling      [slots + 1, SAMPLING_WORDS]   how to choose a token, see `sampling_words`
 
-All four are int32 views of one array of words. A plan reaches it as pairs of address and word, so that admissions, new
-blocks and forced tokens are one copy and one launch, whatever they are. A step that goes on at its slots' own lengths
+All of them are int32 views of one array of words. A plan reaches it as pairs of address and word, so that admissions
+and new blocks are one copy and one launch, whatever they are. A step that goes on at its slots' own lengths
 (`start` −1) needs nothing of the step before it from the host: sampled tokens are appended, and read back, here.
 """
 
@@ -15,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ahead import Ahead
@@ -25,6 +28,7 @@ from kernels.gpu.arguments import expect
 
 PAIRS = 256  # … a program
 TOKENS = 128
+SAMPLING_WORDS = 8
 MAX_ROWS = 1024  # of a step: one program adds them up
 INT32 = (torch.int32,)
 
@@ -38,11 +42,12 @@ class SlotState:
     block_tables: Tensor
     lengths: Tensor
     computed: Tensor
+    sampling: Tensor
 
     @classmethod
     def empty(cls, max_slots: int, max_model_len: int, max_blocks: int, device: torch.device) -> SlotState:
         rows = max_slots + 1
-        shapes = ((rows, max_model_len), (rows, max_blocks), (rows,), (rows,))
+        shapes = ((rows, max_model_len), (rows, max_blocks), (rows,), (rows,), (rows, SAMPLING_WORDS))
         sizes = [torch.Size(shape).numel() for shape in shapes]
         if sum(sizes) >= 1 << 31:
             raise ValueError(f"{max_slots} slots of {max_model_len} tokens are {sum(sizes)} words; below 2^31 can be")
@@ -54,6 +59,15 @@ class SlotState:
     def address(view: Tensor, *index: int) -> int:
         """Of one element of a view of `words`."""
         return int(view.storage_offset()) + sum(i * stride for i, stride in zip(index, view.stride(), strict=True))
+
+
+def sampling_words(seed: int, temperature: float, min_p: float, top_k: int, top_p: float) -> NDArray[np.int32]:
+    """[SAMPLING_WORDS]: seed, low word first; temperature; log of min_p; top_k, 0 is off; top_p, a double's words."""
+    with np.errstate(divide="ignore"):
+        floats = np.array([temperature, np.log(np.float32(min_p))], np.float32)
+    share = np.array([top_p], np.float64).view(np.int32)
+    key = np.array([seed], np.uint64).view(np.int32)
+    return np.concatenate([key, floats.view(np.int32), np.array([top_k], np.int32), share, np.zeros(1, np.int32)])
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from protos.wire import Admit, Epoch, Row, Sampling, StepPlan
 from tests.models.stepping import tokens
@@ -21,6 +22,7 @@ class Stream:
     output: int
     forced: bool
     sampling: Sampling
+    masked: bool = False
     computed: int = 0
     known: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -40,24 +42,28 @@ class Plans:
         rng.shuffle(self._blocks)
         self._running: list[Stream] = []
 
-    def take(self, count: int, streams: int, **sampling: object) -> Iterator[StepPlan]:
-        rng = self._rng
+    def take(
+        self, count: int, streams: int, wishes: Sequence[dict[str, Any]] = (), masked: float = 0.0, **sampling: Any
+    ) -> Iterator[StepPlan]:
+        """`masked`: how many of the streams are structured. `wishes`: sampling parameters that one of them has."""
+        rng, self._masked = self._rng, masked
         for step in range(1, count + 1):
             release = [self._leave(s) for s in list(self._running) if s.known >= len(s.prompt) + s.output]
             admit = []
             while streams and self._slots and rng.random() < self._eager:
                 streams -= 1
-                admit.append(self._enter(sampling))
+                admit.append(self._enter({**sampling, **(rng.choice(wishes) if wishes else {})}))
             rows = [self._row(s) for s in self._running if s.known > s.computed and rng.random() < 0.9]
             rng.shuffle(rows)
             yield StepPlan(EPOCH, step, release, admit, [], rows)
 
-    def _enter(self, sampling: dict[str, object]) -> Admit:
+    def _enter(self, sampling: dict[str, Any]) -> Admit:
         rng = self._rng
         output = rng.randint(*self._outputs)
         prompt = tokens(rng.randint(1, 25), self._vocab, seed=rng.getrandbits(30))
         fields = {"max_tokens": 99, "seed": rng.getrandbits(64), **sampling}
-        stream = Stream(self._slots.pop(0), prompt, output, rng.random() < 0.3, Sampling(**fields))  # type: ignore[arg-type]
+        stream = Stream(self._slots.pop(0), prompt, output, rng.random() < 0.3, Sampling(**fields))
+        stream.masked = rng.random() < self._masked
         stream.known = len(prompt)
         self._running.append(stream)
         blocks = self._grown(stream, rng.randint(0, len(prompt)))
@@ -82,7 +88,16 @@ class Plans:
         samples = count == left
         stream.computed += count
         stream.known += samples
-        return Row(stream.slot, start, count, 0, [new] if new else [], sample=samples, append_token_ids=force)
+        return Row(
+            stream.slot,
+            start,
+            count,
+            0,
+            [new] if new else [],
+            sample=samples,
+            masked=samples and stream.masked,
+            append_token_ids=force,
+        )
 
     def _grown(self, stream: Stream, length: int) -> list[int]:
         need = -(-length // self._block_size) - len(stream.blocks)

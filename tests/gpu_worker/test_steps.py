@@ -6,53 +6,31 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-import torch
-from torch import Tensor
 from transformers import LlamaConfig
 
 from kernels.gpu.slot_state import SlotState
-from protos.wire import Epoch, Row, RowResult, Setup, StepPlan
+from protos.wire import Epoch, Mask, Row, RowResult, Setup, StepPlan
 from tests.device.fake import FakeDevice
-from tests.gpu_worker.plans import Plans
+from tests.gpu_worker.place import NoWatch
+from tests.gpu_worker.plans import EPOCH, Plans
 from tests.gpu_worker.runner import WHERE, GpuRunner
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from worker_svc.backends.torch import TorchBackend
-from worker_svc.device.base import Event
 from worker_svc.gpu.engine import GpuEngine, Room
-from worker_svc.gpu.step_words import StepPacker, StepShape, Words
-from worker_svc.gpu.stepping import Flight, Steps
+from worker_svc.gpu.sample_words import SamplePacker
+from worker_svc.gpu.step_words import StepPacker, StepShape
+from worker_svc.gpu.stepping import Steps
 from worker_svc.kv_cache import KVCache
 from worker_svc.pipeline import Pipeline, Sizes
+from worker_svc.sampling_rules import SamplerError
 from worker_svc.slots import SlotError, SlotTable
 
 SLOTS, BLOCK_SIZE, BLOCKS, LENGTH = 4, 8, 64, 64
-
-
-class Greedy:
-    """The likeliest token, and nothing else that a sampler does."""
-
-    width = 1
-
-    def sample(self, logits: Tensor, slots: Tensor, mask: Tensor | None, results: Tensor) -> Tensor:
-        tokens = logits.argmax(-1, keepdim=True).to(torch.int32)
-        results.copy_(tokens)
-        return tokens
-
-    def read(self, words: Words, flight: Flight) -> list[RowResult]:
-        sampled = dict(zip(flight.packed.inputs.sample_rows.tolist(), words[:, 0].tolist(), strict=False))
-        starts = flight.packed.starts.tolist()
-        rows = enumerate(flight.plan.rows)
-        return [RowResult(row.slot, starts[i], [sampled[i]] if i in sampled else []) for i, row in rows]
-
-
-class NoWatch:
-    def follow(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +47,16 @@ def steps_on(device: FakeDevice, path: Path, captured: tuple[int, ...], depth: i
     table = SlotTable(
         max_slots=SLOTS, max_model_len=LENGTH, block_size=BLOCK_SIZE, num_blocks=BLOCKS, vocab_size=runner.vocab_size
     )
-    sampler, room = Greedy(), Room(SLOTS, 64, BLOCK_SIZE)
-    engine = GpuEngine(device, runner.model, runner.attention, cache.pages, state, sampler, room, captured)
-    pipeline = Pipeline(device, engine, Sizes(plan=1024, mask=64, results=64), depth)
-    return Steps(pipeline, engine, StepPacker(table, state, captured), sampler, sampler.width, NoWatch())
+    room = Room(SLOTS, 64, BLOCK_SIZE)
+    engine = GpuEngine(device, runner.model, runner.attention, cache.pages, state, room, captured)
+    pipeline = Pipeline(device, engine, Sizes(plan=1024, mask=1024, results=1024), depth)
+    return Steps(pipeline, engine, StepPacker(table, state, captured), SamplePacker(table), NoWatch())
 
 
-def on_the_cpu(path: Path, plans: list[StepPlan]) -> list[list[RowResult]]:
+Masks = list[Mask | None]
+
+
+def on_the_cpu(path: Path, plans: list[StepPlan], masks: Masks | None = None) -> list[list[RowResult]]:
     block = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # layers, K and V, kv heads, head_dim, tokens, float32
     backend = TorchBackend(threads=1)
     backend.load(
@@ -86,19 +67,23 @@ def on_the_cpu(path: Path, plans: list[StepPlan]) -> list[list[RowResult]]:
         lambda phase, share: None,
     )  # fmt: skip
     answers = []
-    for plan in plans:
+    for plan, mask in zip(plans, masks or [None] * len(plans), strict=True):
         backend.forward(plan)
-        answers.append(backend.sample(None))
+        answers.append(backend.sample(mask))
     return answers
 
 
 def flown(
-    steps: Steps, plans: list[StepPlan], rng: random.Random, shapes: list[StepShape] | None = None
+    steps: Steps,
+    plans: list[StepPlan],
+    rng: random.Random,
+    shapes: list[StepShape] | None = None,
+    masks: Masks | None = None,
 ) -> list[list[RowResult]]:
     flights, answers = [], []
-    for plan in plans:
+    for plan, mask in zip(plans, masks or [None] * len(plans), strict=True):
         steps.forward(plan)
-        flights.append(steps.sample(None))
+        flights.append(steps.sample(mask))
         if shapes is not None:
             shapes.append(flights[-1].packed.shape)
         while flights and flights[0].has_come() and rng.random() < 0.5:
@@ -126,6 +111,67 @@ def test_steps_of_one_token_a_row_are_replayed(llama: Path, captured: tuple[int,
     filled = [shape.captured - len(plan.rows) for shape, plan in zip(shapes, plans, strict=True) if shape.captured]
     assert len(filled) >= 4
     assert max(filled) > 0, "no null rows"
+
+
+WISHES: list[dict[str, Any]] = [
+    {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "logprobs": 2},
+    {"temperature": 1.3, "min_p": 0.02, "prompt_logprobs": 3, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "logit_bias": ((5, 9.0), (9, -100.0)), "bad_words": ((5,), (9, 5), (5, 9)), "logprobs": 0},
+    {"temperature": 1.0, "min_tokens": 4, "eos_token_ids": tuple(range(3, 140)), "presence_penalty": -1.5},
+]
+
+
+def masks_of(plans: list[StepPlan], rng: random.Random) -> Masks:
+    """Of whole words of bits, so that hardly a row is left with nothing."""
+    masks: Masks = []
+    for plan in plans:
+        rows = [i for i, row in enumerate(plan.rows) if row.masked]
+        bits = bytes(rng.choice((0x00, 0xFF, 0x55)) for _ in range(len(rows) * 4 * -(-151 // 32)))
+        masks.append(Mask(EPOCH, plan.step, rows, bits) if rows else None)
+    return masks
+
+
+@pytest.mark.parametrize("captured", [(), (1, 2, 4)])
+def test_what_requests_wish_for_is_done_on_the_device(llama: Path, captured: tuple[int, ...]) -> None:
+    rng = random.Random(len(captured))
+    some = Plans(rng, vocab=151, slots=SLOTS, chunk=25, outputs=(4, 8))
+    plans = list(some.take(14, streams=6, wishes=WISHES, masked=0.3))
+    masks = masks_of(plans, rng)
+    assert sum(mask is not None for mask in masks) >= 3
+    device = FakeDevice(rng, eager=0.4)
+    ours = flown(steps_on(device, llama, captured, 2), plans, rng, masks=masks)
+    theirs = on_the_cpu(llama, plans, masks)
+    assert [bare(step) for step in ours] == [bare(step) for step in theirs]
+    scores = [[logprob for row in step for logprob in numbers(row)] for step in ours]
+    assert sum(map(len, scores)) > 50
+    for mine, step in zip(scores, theirs, strict=True):
+        assert mine == pytest.approx([logprob for row in step for logprob in numbers(row)], abs=1e-4)
+
+
+def bare(step: list[RowResult]) -> list[object]:
+    """All but the probabilities themselves."""
+    return [
+        (
+            row.slot,
+            row.start,
+            row.token_ids,
+            *((e.token_id, e.rank, e.top_ids) for e in row.logprobs + row.prompt_logprobs),
+        )
+        for row in step
+    ]
+
+
+def numbers(row: RowResult) -> list[float]:
+    return [number for e in row.logprobs + row.prompt_logprobs for number in (e.logprob, *e.top_logprobs)]
+
+
+def test_a_row_that_cannot_be_sampled_is_named(llama: Path) -> None:
+    rng = random.Random(5)
+    plans = list(Plans(rng, vocab=151, chunk=25, eager=1.0).take(1, streams=1, masked=1.0))
+    nothing = Mask(EPOCH, 1, [0], bytes(4 * -(-151 // 32)))
+    steps = steps_on(FakeDevice(rng), llama, (), 2)
+    with pytest.raises(SamplerError, match="slot 1: no token is allowed"):
+        flown(steps, plans, rng, masks=[nothing])
 
 
 def test_what_cannot_be_followed_is_refused_before_it_is_launched(llama: Path) -> None:

@@ -137,13 +137,13 @@ def test_words_of_large_states_are_reached() -> None:
     addresses = torch.randperm(state.words.numel(), generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.int32)
     scatter_words(state, addresses, addresses * 3)
     assert (state.words == torch.arange(state.words.numel(), device=DEVICE) * 3).all()
-    assert state.computed[3] == (state.words.numel() - 1) * 3
+    assert state.sampling[3, -1] == (state.words.numel() - 1) * 3
 
 
 def test_no_address_is_nowhere() -> None:
     around = torch.full((12,), 9, dtype=torch.int32, device=DEVICE)
     words = around[1:-1]
-    state = SlotState(words, words, words, words, words)
+    state = SlotState(words, words, words, words, words, words)
     scatter_words(state, ints([-1, 3, -1]), ints([5, 6, 7]))
     assert around.tolist() == [9, 9, 9, 9, 6, *[9] * 7]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,20 +20,10 @@ from kernels.gpu.slot_state import SlotState, append_tokens, prepare, scatter_wo
 from worker_svc.attention.paged import PagedAttention, Rows
 from worker_svc.device.base import Buffer, Device, Graph, Stream
 from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.sample_words import SampleShape
+from worker_svc.gpu.sampler import Sampler
 from worker_svc.gpu.step_words import StepShape
 from worker_svc.pipeline import WORD
-
-
-class DeviceSampler(Protocol):
-    """From logits to tokens, on the device."""
-
-    width: int  # words that a row takes back
-
-    def sample(self, logits: Tensor, slots: Tensor, mask: Tensor | None, results: Tensor) -> Tensor:
-        """logits [S, vocab] float32 of slots [S], the null slot among them → token ids [S, 1]; results [S, width].
-
-        `mask` [S, words] allows tokens, as kernels/gpu/grammar_mask.py has them.
-        """
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,6 @@ class _Memory:
     positions: Tensor
     slot_mapping: Tensor
     logits: Tensor  # [rows, vocab] float32
-    results: Tensor  # [rows, width]
 
 
 class GpuEngine:
@@ -72,17 +60,20 @@ class GpuEngine:
         attention: Mapping[int, PagedAttention],
         pages: Tensor,
         state: SlotState,
-        sampler: DeviceSampler,
         room: Room,
         captured: Sequence[int] = (),
+        progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._model, self._attention, self._pages, self._state = model, attention, pages, state
-        self._sampler, self._room, self._captured = sampler, room, captured
-        self._memory = _memory(room, state, model.spec.vocab_size, sampler.width)
+        self._progress = progress  # of the captures
+        self._sampler, self._room, self._captured = Sampler(state, room.rows), room, captured
+        self._memory = _memory(room, state, model.spec.vocab_size)
+        self._hidden: tuple[Tensor, Tensor] | None = None  # of the last step, if not captured
         self._everything = device.buffer("all that stays on the device", 1, WORD)  # one name: one stream has it
         self._forwards: dict[int, Graph] = {}
         self._samplers: dict[int, Graph] = {}
         self._shape: StepShape | None = None
+        self._sampling = SampleShape()
 
     def expect(self, shape: StepShape) -> None:
         """Of the next step. Raises ValueError where it has no room."""
@@ -90,17 +81,22 @@ class GpuEngine:
             raise ValueError(f"a step of {shape.rows} rows and {shape.tokens} tokens: there is room for {self._room}")
         self._shape = shape
 
+    def expect_sampling(self, shape: SampleShape) -> None:
+        """Of the step that is sampled next."""
+        self._sampling = shape
+
     def warm_up(self, stream: Stream) -> None:
         """Largest first: the memory of its graph is enough for all the others."""
-        for rows in sorted(self._captured, reverse=True):
+        for done, rows in enumerate(sorted(self._captured, reverse=True), 1):
             self._memory.rows[:, :rows] = torch.tensor([[0], [0], [1]], dtype=torch.int32)
             self._memory.samples[:rows] = torch.arange(rows, dtype=torch.int32)
             shape = StepShape(0, rows, rows, rows, (0, 0), rows, (), ())
-            forward, sample = self._forward(shape), self._sample(shape, None)
+            forward, sample = self._forward(shape), self._sample(shape, SampleShape(), None)
             for work in (forward, sample):  # compiles, and lets libraries choose: none of it can be captured
                 stream.run(work, **self._touches())
             self._forwards[rows] = stream.capture(forward, **self._touches())
             self._samplers[rows] = stream.capture(sample, **self._touches())
+            self._progress(done / len(self._captured))
 
     def prepare(self, stream: Stream, plan: Buffer) -> None:
         shape, memory = self._expected(), self._memory
@@ -125,20 +121,24 @@ class GpuEngine:
             stream.run(self._forward(shape), **self._touches())
 
     def sample(self, stream: Stream, mask: Buffer | None, results: Buffer) -> None:
-        shape = self._expected()
-        if not shape.samples:
-            return
-        if mask is None and (graph := self._samplers.get(shape.captured)):
+        """`mask`: the words of sample_words.py, whatever they are of."""
+        shape, sampling = self._expected(), self._sampling
+        reads = [self._everything, *([mask] if mask else [])]
+        if not sampling.edits and (graph := self._samplers.get(shape.captured)):
             graph.replay()
-        else:
-            touches = {"reads": [self._everything, *([mask] if mask else [])], "writes": [self._everything]}
-            stream.run(self._sample(shape, mask), **touches)
-        count = shape.samples * self._sampler.width
+        elif shape.samples:
+            stream.run(self._sample(shape, sampling, mask), reads=reads, writes=[self._everything])
 
         def take() -> None:
-            _tensor(results)[:count].copy_(self._memory.results[: shape.samples].view(-1))
+            words = None if mask is None else _tensor(mask)[: sum(sampling.sizes)]
+            logits = self._memory.logits[: shape.samples]
+            self._sampler.take(logits, shape.samples, sampling, words, self._score, _tensor(results))
 
-        stream.run(take, reads=[self._everything], writes=[results])
+        stream.run(take, reads=reads, writes=[self._everything, results])
+
+    def _score(self, positions: Tensor, out: Tensor) -> None:
+        assert self._hidden is not None, "captured steps score no prompts"
+        self._model.logits(self._hidden, positions, out)
 
     def _forward(self, shape: StepShape) -> Callable[[], None]:
         def work() -> None:
@@ -158,6 +158,7 @@ class GpuEngine:
             )  # fmt: skip
             torch.index_select(self._state.block_tables, 0, slots, out=step.rows.block_tables)
             hidden = self._model.forward(step, self._pages, self._attention)
+            self._hidden = None if shape.captured else hidden
             if shape.samples:
                 last = step.rows.cu[1:].index_select(0, memory.samples[: shape.samples]) - 1
                 self._model.logits(hidden, last, memory.logits[: shape.samples])
@@ -169,13 +170,17 @@ class GpuEngine:
             return attention.plan_capture(shape.captured)
         return attention.plan(shape.query_lens, shape.context_lens)
 
-    def _sample(self, shape: StepShape, mask: Buffer | None) -> Callable[[], None]:
+    def _sample(self, shape: StepShape, sampling: SampleShape, words: Buffer | None) -> Callable[[], None]:
         def work() -> None:
             memory, count = self._memory, shape.samples
-            slots = memory.rows[0].index_select(0, memory.samples[:count])
-            allowed = None if mask is None else _tensor(mask)
-            tokens = self._sampler.sample(memory.logits[:count], slots, allowed, memory.results[:count])
-            append_tokens(self._state, slots, tokens, torch.ones_like(slots))
+            slots, logits = memory.rows[0].index_select(0, memory.samples[:count]), memory.logits[:count]
+            if sampling.edits:
+                assert words is not None
+                edits = _tensor(words)[: sum(sampling.sizes)]
+                tokens = self._sampler.sample_edited(logits, slots, sampling, edits)
+            else:
+                tokens = self._sampler.sample(logits, slots)
+            append_tokens(self._state, slots, tokens[:, None], torch.ones_like(slots))
 
         return work
 
@@ -187,7 +192,7 @@ class GpuEngine:
         return {"reads": [self._everything], "writes": [self._everything]}
 
 
-def _memory(room: Room, state: SlotState, vocab_size: int, width: int) -> _Memory:
+def _memory(room: Room, state: SlotState, vocab_size: int) -> _Memory:
     where = state.words.device
 
     def words(*shape: int) -> Tensor:
@@ -203,7 +208,6 @@ def _memory(room: Room, state: SlotState, vocab_size: int, width: int) -> _Memor
         words(room.tokens),
         words(room.tokens),
         torch.empty(room.rows, vocab_size, dtype=torch.float32, device=where),
-        words(room.rows, width),
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.gpu.slot_state import SlotState
+from kernels.gpu.slot_state import SlotState, sampling_words
 from protos.wire import StepPlan
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.slots import SlotTable
@@ -90,12 +90,13 @@ class StepPacker:
     def _pairs(self, plan: StepPlan) -> Words:
         """[n, 2] address and value of all that the plan says about slots."""
         at, state, slots = SlotState.address, self._state, self._slots
-        runs: list[tuple[int, Sequence[int]]] = []
+        runs: list[tuple[int, Sequence[int] | Words]] = []
         for admit in plan.admit:
             blocks = admit.block_ids[0]
             runs.append((at(state.token_ids, admit.slot, 0), admit.token_ids))
             runs.append((at(state.block_tables, admit.slot, 0), blocks))
             runs.append((at(state.lengths, admit.slot), [len(admit.token_ids)]))
+            runs.append((at(state.sampling, admit.slot, 0), self._sampling(admit.slot)))
         for row in plan.rows:
             if row.new_block_ids and (new := row.new_block_ids[0]):
                 first = int(slots.block_counts[row.slot]) - len(new)
@@ -104,6 +105,11 @@ class StepPacker:
             return np.zeros((0, 2), np.int32)
         addresses = np.concatenate([np.arange(first, first + len(values)) for first, values in runs])
         return np.stack([addresses, np.concatenate([np.asarray(v, np.int64) for _, v in runs])], 1).astype(np.int32)
+
+    def _sampling(self, slot: int) -> Words:
+        of = self._slots.params[slot]
+        top_k = min(int(of["top_k"]), self._slots.vocab_size)
+        return sampling_words(int(of["seed"]), float(of["temperature"]), float(of["min_p"]), top_k, float(of["top_p"]))
 
     def _forced(self, plan: StepPlan) -> tuple[tuple[int, int], Words]:
         """Tokens that a grammar leaves no choice about: they go to the ends of slots that only the device knows."""

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from protos.wire import Mask, RowResult, StepPlan
 from worker_svc.device.base import Event
 from worker_svc.gpu.engine import GpuEngine
+from worker_svc.gpu.sample_words import PackedSampling, SamplePacker
+from worker_svc.gpu.sampler import read_results
 from worker_svc.gpu.step_words import PackedStep, StepPacker, Words
 from worker_svc.pipeline import Pipeline
 
@@ -55,6 +55,7 @@ class Flight:
     steps: Steps
     plan: StepPlan
     packed: PackedStep
+    sampled: PackedSampling
     event: Event
     words: Words | None = None
 
@@ -64,24 +65,17 @@ class Flight:
     def rows(self) -> list[RowResult]:
         while self.words is None:
             self.steps.land()
-        return self.steps.results(self)
-
-
-class Results(Protocol):
-    """The host's half of a sampler: what the words say that a row takes back."""
-
-    def read(self, words: Words, flight: Flight) -> list[RowResult]: ...
+        return read_results(self.words, self.plan, self.packed, self.sampled)
 
 
 class Steps:
     """Between two epochs everything in flight is dropped, as the slots are."""
 
     def __init__(
-        self, pipeline: Pipeline, engine: GpuEngine, packer: StepPacker, results: Results, width: int, watch: Watch
+        self, pipeline: Pipeline, engine: GpuEngine, packer: StepPacker, sampling: SamplePacker, watch: Watch
     ) -> None:
-        """`width`: words that a sampled row takes back."""
-        self._pipeline, self._engine, self._packer, self._watch = pipeline, engine, packer, watch
-        self._results, self._width = results, width
+        self._pipeline, self._engine, self._packer, self._sampling = pipeline, engine, packer, sampling
+        self._watch = watch
         self._flying: deque[Flight] = deque()
         self._launched: tuple[StepPlan, PackedStep] | None = None
 
@@ -97,9 +91,11 @@ class Steps:
     def sample(self, mask: Mask | None) -> Flight:
         assert self._launched is not None, "forward comes first"
         (plan, packed), self._launched = self._launched, None
-        words = None if mask is None else np.concatenate([np.array(mask.rows, np.int32), _bits(mask)])
-        event = self._pipeline.sample(words, packed.shape.samples * self._width)
-        flight = Flight(self, plan, packed, event)
+        sampled = self._sampling.pack(plan, packed, mask)
+        self._engine.expect_sampling(sampled.shape)
+        num_results = 2 * packed.shape.samples + sampled.shape.extra_results()
+        event = self._pipeline.sample(sampled.words, num_results)
+        flight = Flight(self, plan, packed, sampled, event)
         self._flying.append(flight)
         self._watch.follow(event)
         return flight
@@ -108,16 +104,8 @@ class Steps:
         """The oldest flight has its words."""
         self._flying.popleft().words = self._pipeline.land()
 
-    def results(self, flight: Flight) -> list[RowResult]:
-        assert flight.words is not None
-        return self._results.read(flight.words.reshape(-1, self._width), flight)
-
     def close(self) -> None:
         """Waits for what is in flight: its memory must not go before it."""
         while self._flying:
             self.land()
         self._watch.close()
-
-
-def _bits(mask: Mask) -> Words:
-    return np.frombuffer(mask.bitmask, np.int32)

@@ -1,0 +1,116 @@
+"""Edits and logprobs on the device against the CPU's, from requests and histories at random."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gpu import logit_edits
+from kernels.gpu.logprobs import logprobs
+from kernels.gpu.slot_state import SlotState
+from protos.wire import Admit, Sampling
+from tests.kernels_triton.compare import DEVICE, normal
+from worker_svc.logit_edits import LogitEditor
+from worker_svc.sampler import _apply, token_logprobs
+from worker_svc.slots import SlotTable
+
+VOCAB, LENGTH = 61, 40
+
+
+def words(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def slots_of(sampling: list[Sampling], rng: random.Random) -> tuple[SlotTable, SlotState]:
+    """Histories in which the few tokens of the tests come often."""
+    table = SlotTable(max_slots=len(sampling), max_model_len=LENGTH, block_size=8, num_blocks=8, vocab_size=VOCAB)
+    state = SlotState.empty(len(sampling), LENGTH, 1, torch.device(DEVICE))
+    for slot, each in enumerate(sampling, 1):
+        history = [rng.randrange(9) for _ in range(rng.randint(1, LENGTH))]
+        table._admit(Admit(slot, history, rng.randint(1, len(history)), [[]], each))
+        state.token_ids[slot, : len(history)] = words(history)
+        state.lengths[slot] = len(history)
+    return table, state
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_penalties_biases_and_bans(seed: int) -> None:
+    rng = random.Random(seed)
+    sampling = [
+        Sampling(
+            max_tokens=9,
+            repetition_penalty=rng.choice((1.0, 1.7, 0.5, 1e-30)),
+            presence_penalty=rng.choice((0.0, 1.5, -2.0)),
+            frequency_penalty=rng.choice((0.0, 0.3, -3e38)),
+            logit_bias=tuple((rng.randrange(VOCAB), rng.choice((2.5, -math.inf, 3e38))) for _ in range(4)),
+            bad_words=tuple(tuple(rng.randrange(9) for _ in range(rng.randint(1, 3))) for _ in range(20)),
+        )
+        for _ in range(5)
+    ]
+    table, state = slots_of(sampling, rng)
+    logits = normal(5, VOCAB, seed=seed) * 10
+    logits[1, :5] = -math.inf
+    slots = np.arange(1, 6)
+    edits = LogitEditor(VOCAB).edits(table, slots, None)
+    assert edits is not None
+    expected = logits.cpu().clone()
+    _apply(expected.view(-1), table.params[slots], edits)
+
+    ours = logits.clone()
+    on_device = words(slots.tolist())
+    logit_edits.add_bias(ours, words(edits.bias_at), torch.from_numpy(edits.bias).to(DEVICE))
+    singles = [row * VOCAB + word[0] for row, s in enumerate(sampling) for word in s.bad_words if len(word) == 1]
+    logit_edits.ban(ours, words(singles))
+    long = [(row, word) for row, s in enumerate(sampling) for word in s.bad_words if len(word) > 1]
+    borders = np.cumsum([0, *(len(word) for _, word in long)])
+    prompts = table.prompt_lens[1:]
+    logit_edits.ban_words(
+        ours, on_device, state, words([row for row, _ in long]), words(borders), words([t for _, w in long for t in w]),
+        words([prompts[row] for row, _ in long]),
+    )  # fmt: skip
+    of = table.params[slots]
+    penalties = torch.from_numpy(np.stack([of["repetition"], of["frequency"], of["presence"]])).to(DEVICE)
+    logit_edits.penalize(ours, on_device, state, words(range(5)), words(prompts), penalties)
+    assert torch.equal(ours.cpu(), expected)
+    assert (expected == -math.inf).sum() > 8
+
+
+def test_bans_that_leave_nothing_are_lifted() -> None:
+    logits = normal(4, VOCAB)
+    edited = logits.clone()
+    edited[[0, 2]] = -math.inf
+    edited[1, 1:] = -math.inf
+    bitmask = words([[0b1010, 0]])
+    logit_edits.lift(edited, logits, words([0, 1, 2]), words([-1, -1, 0]), bitmask)
+    assert torch.equal(edited[0], logits[0])
+    assert edited[1, 0] == logits[1, 0]
+    assert (edited[1, 1:] == -math.inf).all()
+    assert edited[2, [1, 3]].equal(logits[2, [1, 3]])
+    assert torch.isfinite(edited[2]).sum() == 2
+
+
+@pytest.mark.parametrize(("vocab", "num_top"), [(5, 5), (61, 0), (1500, 7)])
+def test_logprobs_are_those_of_the_cpu(vocab: int, num_top: int) -> None:
+    logits = (normal(6, vocab, seed=vocab) * 5).round(decimals=1)  # ties
+    logits[2, : vocab // 2] = -math.inf
+    rows, tokens = [0, 2, 2, 5], [0, vocab - 1, 1, 3]
+    out = torch.zeros(4, 2 + 2 * num_top, dtype=torch.int32, device=DEVICE)
+    logprobs(logits, words(rows), words(tokens), num_top, out)
+    right = token_logprobs(logits.cpu()[rows], np.array(tokens), [num_top] * 4)
+    for ours, theirs in zip(out.cpu(), right, strict=True):
+        scores = ours.view(torch.float32)
+        assert ours[1] == theirs.rank
+        assert tuple(ours[2 : 2 + num_top].tolist()) == theirs.top_ids[:num_top]
+        expected = torch.tensor([theirs.logprob, *theirs.top_logprobs], dtype=torch.float32)
+        torch.testing.assert_close(torch.cat([scores[:1], scores[2 + num_top :]]), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_more_alternatives_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_top is 9, and the vocabulary has 4"):
+        logprobs(normal(1, 4), words([0]), words([0]), 9, words([[0] * 20]))

@@ -1,0 +1,168 @@
+"""The sampling kernels against the CPU's torch sampler: the very tokens, whatever is cut and drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import philox
+from kernels.gpu import sampling
+from kernels.gpu.sampling import NONE_ALLOWED, NOT_NUMBERS
+from kernels.gpu.slot_state import SlotState, sampling_words
+from tests.kernels_triton.compare import DEVICE, normal
+from worker_svc.sampler import _draw
+from worker_svc.sampling_rules import GREEDY_BELOW
+from worker_svc.slots import PARAMS
+
+Param = tuple[int, float, float, int, float]  # seed, temperature, min_p, top_k, top_p
+
+
+def state_of(params: list[Param], lengths: list[int]) -> SlotState:
+    """Row i is slot i + 1."""
+    state = SlotState.empty(len(params), 8, 1, torch.device(DEVICE))
+    for slot, (param, length) in enumerate(zip(params, lengths, strict=True), 1):
+        state.sampling[slot] = torch.from_numpy(sampling_words(*param)).to(DEVICE)
+        state.lengths[slot] = length
+    return state
+
+
+def sampled(logits: Tensor, params: list[Param], lengths: list[int]) -> tuple[list[int], list[int]]:
+    rows = len(params)
+    slots = torch.arange(1, rows + 1, dtype=torch.int32, device=DEVICE)
+    out, status = (torch.full((rows,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    sampling.sample(logits, slots, state_of(params, lengths), out, status)
+    return out.tolist(), status.tolist()
+
+
+def by_the_cpu(logits: Tensor, params: list[Param], lengths: list[int]) -> list[int]:
+    array = np.zeros(len(params), PARAMS)
+    for i, (seed, temperature, min_p, top_k, top_p) in enumerate(params):
+        for name, value in (("seed", seed), ("temperature", temperature), ("min_p", min_p), ("top_k", top_k)):
+            array[name][i] = value
+        array["top_p"][i] = top_p
+    greedy = array["temperature"] < GREEDY_BELOW
+    tokens = logits.cpu().argmax(-1).numpy()
+    drawn = np.flatnonzero(~greedy)
+    if len(drawn):
+        tokens[drawn] = _draw(logits.cpu()[torch.from_numpy(drawn)], array[drawn], np.array(lengths)[drawn])
+    return [int(token) for token in tokens]
+
+
+@pytest.mark.parametrize("vocab", [5, 97, 1003, 2048])
+def test_every_kind_of_row_beside_each_other(vocab: int) -> None:
+    logits = 4 * normal(9, vocab, seed=vocab)
+    params: list[Param] = [
+        (1, 0.0, 0.0, 0, 1.0),
+        (2**64 - 1, 1.0, 0.0, 0, 1.0),
+        (3 << 40, 0.7, 0.1, 0, 1.0),
+        (4, 1.3, 0.0, 3, 1.0),
+        (5, 1.0, 0.0, 0, 0.8),
+        (6, 2.0, 0.01, 40, 0.95),
+        (7, 1.0, 0.0, vocab + 9, 1e-9),
+        (8, 1e-6, 0.5, 1, 0.5),
+        (9, 5.0, 0.0, vocab - 1, 0.999),
+    ]
+    lengths = [1, 8191, 3, 4, 5, 6, 7, 8, 9]
+    tokens, status = sampled(logits, params, lengths)
+    assert tokens == by_the_cpu(logits, params, lengths)
+    assert status == [0] * 9
+
+
+LOGITS = st.sampled_from([-math.inf, -1e4, -3.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 3.0, 1e4])  # ties are many
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(LOGITS, min_size=1, max_size=40),
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([0.3, 1.0, 4.0]),
+    st.sampled_from([0.0, 0.05, 0.6, 1.0]),
+    st.integers(0, 41),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    st.integers(0, 2**20),
+)
+def test_ties_and_extremes(
+    values: list[float], seed: int, temperature: float, min_p: float, top_k: int, top_p: float, length: int
+) -> None:
+    logits = torch.tensor([values], dtype=torch.float32, device=DEVICE)
+    params: list[Param] = [(seed, temperature, min_p, top_k, top_p)]
+    tokens, status = sampled(logits, params, [length])
+    if max(values) == -math.inf:
+        assert status == [NONE_ALLOWED]
+    else:
+        assert (tokens, status) == (by_the_cpu(logits, params, [length]), [0])
+
+
+def test_a_vocabulary_of_several_parts() -> None:
+    vocab = 2 * sampling.PART + 77
+    logits = normal(3, vocab, seed=1)
+    logits[0, -1] = logits[0, 5] = 9.0  # the lower id of two equals, in different parts
+    params: list[Param] = [(1, 0.0, 0.0, 0, 1.0), (2, 1.0, 0.0, 0, 1.0), (3, 1.0, 0.0, 50, 0.9)]
+    tokens, _ = sampled(logits, params, [7, 8, 9])
+    assert tokens == by_the_cpu(logits, params, [7, 8, 9])
+    assert tokens[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, math.nan, 1.0], NOT_NUMBERS),
+        ([0.0, math.inf, 1.0], NOT_NUMBERS),
+        ([0.0, 4e33, 1.0], NOT_NUMBERS),
+        ([-math.inf] * 3, NONE_ALLOWED),
+        ([-4e33] * 3, NOT_NUMBERS),
+        ([-math.inf, -math.inf, -2.0], 0),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_by_row(values: list[float], expected: int) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], values, [3.0, 1.0, 2.0]], device=DEVICE)
+    params: list[Param] = [(1, 0.0, 0.0, 0, 1.0), (1, 0.8, 0.0, 2, 0.9), (1, 0.0, 0.0, 0, 1.0)]
+    tokens, status = sampled(logits, params, [1, 1, 1])
+    assert status == [0, expected, 0]
+    assert (tokens[0], tokens[2]) == (2, 0)
+    status_alone = torch.empty(3, dtype=torch.int32, device=DEVICE)
+    sampling.check(logits, status_alone)
+    assert status_alone.tolist() == status
+
+
+def test_more_tokens_than_a_key_can_tell_apart_are_refused() -> None:
+    rows = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="logits has 1048576 columns"):
+        sampling.sample(torch.empty(1, 1 << 20, device=DEVICE), rows, state_of([], []), rows, rows)
+
+
+@triton.jit
+def _log_kernel(x: Any, out: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, sampling.natural_log(tl.load(x + at)))
+
+
+def test_the_logarithm_is_right_to_a_place() -> None:
+    """Near 1 above all, where those of GPUs are not."""
+    near_one = 1 - torch.arange(1, 2049) * 2.0**-24
+    x = torch.cat([near_one, torch.rand(1024) * 2.0**-20 + 2.0**-25, torch.rand(1024) * 17 + 1e-3]).to(DEVICE)
+    out = torch.empty_like(x)
+    _log_kernel[(16,)](x, out, BLOCK=256)
+    right = x.double().log()
+    place = torch.nextafter(right.float().abs(), torch.full_like(x, math.inf)) - right.float().abs()
+    assert ((out.double() - right).abs() / place.double()).max() <= 1.0
+
+
+def test_noise_is_that_of_the_house() -> None:
+    """By way of tokens: with equal logits the greatest noise wins."""
+    logits = torch.zeros(40, 999, device=DEVICE)
+    params: list[Param] = [(i * 0x9E3779B97F4A7C15 % 2**64, 1.0, 0.0, 0, 1.0) for i in range(40)]
+    tokens, _ = sampled(logits, params, list(range(40)))
+    for i, (seed, *_) in enumerate(params):
+        seeds = torch.full((999,), seed - (seed >> 63 << 64))
+        noise = philox.gumbel(seeds, torch.full((999,), i), torch.arange(999))
+        assert tokens[i] == int(noise.argmax())

@@ -1,0 +1,219 @@
+"""A whole worker on one accelerator: loads, measures, captures, steps. What accelerator it is, a Place knows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import triton
+
+from kernels.gpu.attention_plan import AttentionShape
+from kernels.gpu.attention_tuning import Device as Kind
+from kernels.gpu.slot_state import MAX_ROWS, SlotState
+from protos.wire import Mask, Phase, Setup, StepPlan
+from worker_svc.attention.paged import PagedAttention, Rows
+from worker_svc.attention.triton import TritonAttention
+from worker_svc.backends.base import MAX_SLOTS, BackendError, Capacity, Landing, Progress, refuse_unsupported
+from worker_svc.device.base import Device
+from worker_svc.gpu.engine import GpuEngine, Room
+from worker_svc.gpu.memory import DeviceMemory, blocks_that_fit
+from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.sample_words import SamplePacker
+from worker_svc.gpu.step_words import StepPacker
+from worker_svc.gpu.stepping import Steps, Watch
+from worker_svc.kv_cache import KVShape
+from worker_svc.models.checkpoint import CheckpointError
+from worker_svc.models.loader import DType, Model, open_model, weights_digest
+from worker_svc.models.spec import SpecError
+from worker_svc.pipeline import Pipeline, Sizes
+from worker_svc.slots import SlotTable
+
+ARITHMETIC = 1  # of this backend: another number where a change may change bits
+DEPTH = 2  # steps in flight
+STEP_TOKENS = 8192  # positions of a step, where Setup leaves it open
+PLAN_WORDS = 8 << 20  # that a plan may bring: two for each token of what it admits
+SAMPLE_WORDS_A_ROW = 4096  # beside the row's mask
+MAX_TOP = 20  # alternatives beside a token: what the API allows
+
+
+class Place(Protocol):
+    """An accelerator."""
+
+    name: str  # "NVIDIA H100"
+    where: torch.device
+    kind: Kind
+    device: Device
+
+    def memory(self) -> DeviceMemory:
+        """As it stands; the peak since the last `forget_peak`."""
+
+    def forget_peak(self) -> None: ...
+
+    def watch(self, land: Callable[[], None]) -> Watch:
+        """Calls `land`, from any thread, when a step has landed."""
+
+
+class GpuBackend:
+    """`memory_share`: of the device's memory, for everything; `captured`: rows of the steps to capture, none: eager."""
+
+    def __init__(self, place: Place, land: Callable[[], None], memory_share: float, captured: Sequence[int]) -> None:
+        torch.set_grad_enabled(False)
+        self._place, self._land, self._share, self._captured = place, land, memory_share, captured
+        self._steps: Steps | None = None
+
+    def load(self, setup: Setup, progress: Progress) -> Capacity:
+        dtypes = ("auto", "bfloat16", "float32")
+        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=("auto",))
+        dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
+        path, place = Path(setup.model), self._place
+        try:
+            model = _opened(path)
+            self._max_len = _served(setup, model)
+            gpu = self._model = GpuModel(
+                model, dtype, place.where, self._max_len, lambda share: progress(Phase.LOADING, share)
+            )
+            weights = weights_digest(path)
+        except (CheckpointError, SpecError, OSError) as error:
+            raise BackendError(f"{setup.model}: {error}") from error
+        progress(Phase.COMPILING, 0.0)
+        spec = model.spec
+        self._attention = self._attentions(setup.block_size)
+        self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), setup.block_size)
+        shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, gpu.dtype)
+        memory = _measured(place, gpu, self._attention, self._room, self._max_len)
+        block_bytes = shape.block_bytes(setup.block_size)
+        longest = self._max_len if setup.max_model_len else 0
+        self._num_blocks = blocks_that_fit(memory, self._share, block_bytes, setup.block_size, longest, setup.kv_bytes)
+        self._max_len = min(self._max_len, (self._num_blocks - 1) * setup.block_size)
+        size = (spec.num_layers, 2, self._num_blocks, spec.num_kv_heads, setup.block_size, spec.head_dim)
+        self._pages = torch.zeros(size, dtype=gpu.dtype, device=place.where)
+        self._state = SlotState.empty(
+            self._room.rows, self._max_len, -(-self._max_len // setup.block_size), place.where
+        )
+        self._captured = [rows for rows in self._captured if rows <= self._room.rows]
+        self._pipeline = self._piped(progress)
+        self.reset(setup)
+        return Capacity(
+            num_blocks=self._num_blocks,
+            align=1,
+            exact=False,  # a library's products take another kernel for another number of rows
+            device=place.name,
+            dtype=dtype,
+            backend="cuda",
+            max_model_len=self._max_len,
+            vocab_size=spec.vocab_size,
+            fingerprint=_fingerprint(weights, dtype, place.name, self._max_len, setup.block_size),
+            graph_shapes=tuple(self._captured),
+        )
+
+    def reset(self, setup: Setup) -> None:
+        if self._steps is not None:
+            self._steps.close()  # what still flies is of the epoch that has ended
+        slots = SlotTable(
+            max_slots=self._room.rows,
+            max_model_len=self._max_len,
+            block_size=setup.block_size,
+            num_blocks=self._num_blocks,
+            vocab_size=self._model.spec.vocab_size,
+        )
+        packer = StepPacker(slots, self._state, self._captured)
+        watch = self._place.watch(self._land)
+        self._steps = Steps(self._pipeline, self._engine, packer, SamplePacker(slots), watch)
+
+    def forward(self, plan: StepPlan) -> None:
+        assert self._steps is not None, "load comes first"
+        self._steps.forward(plan)
+
+    def sample(self, mask: Mask | None) -> Landing:
+        assert self._steps is not None, "load comes first"
+        return self._steps.sample(mask)
+
+    def close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+    def _attentions(self, block_size: int) -> Mapping[int, PagedAttention]:
+        """By window."""
+        spec, gpu, place = self._model.spec, self._model, self._place
+        return {
+            window: TritonAttention(
+                AttentionShape(
+                    spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, gpu.dtype,
+                    spec.query_scale, self._max_len, window, spec.attention_softcap,
+                ),
+                place.kind,
+                place.where,
+            )
+            for window in gpu.windows()
+        }  # fmt: skip
+
+    def _piped(self, progress: Progress) -> Pipeline:
+        place, room, vocab = self._place, self._room, self._model.spec.vocab_size
+        self._engine = GpuEngine(
+            place.device, self._model, self._attention, self._pages, self._state, room, self._captured,
+            lambda share: progress(Phase.COMPILING, share),
+        )  # fmt: skip
+        sizes = Sizes(
+            plan=min(PLAN_WORDS, 2 * room.rows * self._max_len) + 64 * room.rows,
+            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW),
+            results=2 * room.rows + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
+        )
+        return Pipeline(place.device, self._engine, sizes, DEPTH)
+
+
+def _opened(path: Path) -> Model:
+    model = open_model(path)
+    if model is None:
+        raise SpecError("its architecture is none that runs on this device")
+    return model
+
+
+def _served(setup: Setup, model: Model) -> int:
+    if setup.max_model_len > model.spec.max_positions:
+        raise SpecError(f"max_model_len {setup.max_model_len} is over the model's {model.spec.max_positions}")
+    return setup.max_model_len or model.spec.max_model_len
+
+
+def _rows(setup: Setup) -> int:
+    rows = setup.max_slots or MAX_SLOTS
+    if rows > MAX_ROWS:
+        raise BackendError(f"max_slots {rows} is more than the {MAX_ROWS} rows that a step can have here")
+    return rows
+
+
+def _measured(
+    place: Place, model: GpuModel, attention: Mapping[int, PagedAttention], room: Room, max_len: int
+) -> DeviceMemory:
+    """After a step of the largest size, that writes nothing: one row over the null block, and logits of all rows."""
+    tokens, where = min(room.tokens, max_len), place.where
+    spec = model.spec
+
+    def words(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=where)
+
+    place.forget_peak()
+    blocks = torch.zeros(1, -(-tokens // room.block_size), dtype=torch.int32, device=where)
+    step = StepTensors(
+        torch.zeros(room.tokens, dtype=torch.int32, device=where),
+        torch.arange(room.tokens, dtype=torch.int32, device=where) % tokens,
+        torch.full((room.tokens,), -1, dtype=torch.int32, device=where),
+        Rows(words(0, tokens), words(tokens), blocks),
+        {window: each.plan([tokens], [tokens]) for window, each in attention.items()},
+    )
+    shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
+    hidden = model.forward(step, torch.zeros(shape, dtype=model.dtype, device=where), attention)
+    logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
+    model.logits(hidden, torch.zeros(room.rows, dtype=torch.int32, device=where), logits)
+    logits.clone()  # where requests edit theirs, there are two
+    return place.memory()
+
+
+def _fingerprint(weights: str, dtype: str, device: str, max_len: int, block_size: int) -> str:
+    """Digest of all that decides the arithmetic."""
+    parts = [weights, dtype, "cuda", str(ARITHMETIC), device, str(max_len), str(block_size)]
+    parts += [torch.__version__, str(triton.__version__)]
+    return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
