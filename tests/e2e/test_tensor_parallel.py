@@ -50,6 +50,10 @@ async def test_streams_outlive_the_death_of_either_rank(tmp_path: Path) -> None:
         said = running.log.read_text()
         assert "lost: rank 1: it was killed by SIGKILL" in said
         assert "lost: rank 0: it was killed by SIGKILL" in said
+        ranks = [psutil.Process(await running.worker_pid(rank)) for rank in (0, 1)]
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.wait() == 0
+        assert not any(rank.is_running() for rank in ranks)
 
 
 async def test_streams_outlive_a_rank_that_hangs(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ PROMPTS = (150, 1, 67)  # tokens
 def computed(path: Path, rank: int = 0, size: int = 1, meeting: str = "") -> dict[str, Tensor]:
     """Streams by the backend's seam, and logits [T, vocab] of prompts: "whole" each alone, "cut" all at once."""
     backend: DeviceBackend = TorchBackend(threads=1, patience=60.0)
-    session = Session(setup(path, tp_rank=rank, tp_size=size, tp_address=meeting), backend)
+    asked = setup(path, dtype="float32", kv_bytes=1 << 24, tp_rank=rank, tp_size=size, tp_address=meeting)
+    session = Session(asked, backend)
     runner = session.backend._runner  # type: ignore[attr-defined]
     assert isinstance(runner, ModelRunner)
     prompt = tokens(70, 151, seed=1)

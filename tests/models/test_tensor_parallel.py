@@ -89,6 +89,18 @@ def test_four_ranks_are_exact_as_well(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(of(other, family)["whole"], first["whole"]) for other in results[1:])
 
 
+@pytest.mark.full
+def test_the_real_model_split_by_its_three_kv_heads(model_path: Path, tmp_path: Path) -> None:
+    """A GGUF: rows of q and k in another order, weights in blocks."""
+    alone, results = computed(model_path), split([model_path], 3, tmp_path)
+    first = of(results[0], model_path.name)
+    assert torch.equal(sum((of(each, model_path.name)["held"] for each in results), torch.zeros(3)), alone["held"])
+    assert first["tokens"].tolist() == alone["tokens"].tolist()
+    torch.testing.assert_close(first["whole"], alone["whole"], atol=2e-3, rtol=1e-3)
+    assert bool(first["exact"])
+    assert torch.equal(first["cut"], first["whole"])
+
+
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
