@@ -9,8 +9,8 @@ Tokens stand in one order, by logit down, then by id up, and a `rank key` is tha
 row have the same. So what top_k or top_p leave is all tokens from one key on, which is found by narrowing a range of
 keys: each pass counts, or weighs, what is above eight keys in it (compare FlashInfer's "Sorting-free GPU kernels for
 LLM sampling", 2025). Weights are integers of 2⁻⁴⁰: their sums have no order, so a row's token does not depend on how
-its vocabulary is cut into parts. Noise is that of kernels/philox.py; its logarithms are computed here, since a GPU's
-own are approximations that are worst where noise is greatest.
+its vocabulary is cut into parts. Noise is that of kernels/philox.py, its logarithms taken in float64 as the C++ step
+takes them: a GPU's own are approximations that are worst where noise is greatest.
 """
 
 from __future__ import annotations
@@ -43,17 +43,28 @@ _WORDS = tl.constexpr(SAMPLING_WORDS)
 
 
 @triton.jit
-def natural_log(x):
-    """log x of a normal float32 > 0, to one unit in the last place (the method of FreeBSD's e_logf.c)."""
-    bits = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
-    exponent = ((bits >> 23) - 127).to(tl.float32)
-    f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0  # of a number between √½ and √2
-    s = tl.div_rn(f, 2.0 + f)
-    z = s * s
-    w = z * z
-    tail = w * (0.40000972152 + w * 0.24279078841) + z * (0.66666662693 + w * 0.28498786688)
-    half = 0.5 * f * f
-    return s * (half + tail) + exponent * 9.0580006145e-06 - half + f + exponent * 6.9313812256e-01
+def weight(x):
+    """int64 eˣ in units of 2⁻⁴⁰, cut to an integer; x ≤ 0. Only products and sums: where they are not fused, the same
+    bits on every device. Coefficients: minimax on ±½ ln 2 (Cephes' expf)."""
+    x = tl.where(x > -28.0, x, -28.0)  # which weighs nothing
+    n = tl.floor(x * 1.44269504 + 0.5)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts, the first of nine bits
+    p = 1.9875691500e-4
+    p = p * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    mantissa = p * (r * r) + r + 1.0
+    power = ((n.to(tl.int32) + (127 + 40)) << 23).to(tl.float32, bitcast=True)
+    return (mantissa * power).to(tl.int64)
+
+
+@triton.jit
+def rounded_log(x):
+    """Of float32, taken in float64: of all uniforms that there are, and of their logarithms, none comes so near to the
+    middle of two float32 that 49 places of float64 would matter. So these are the same bits on every device."""
+    return tl.log(x.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -64,7 +75,7 @@ def gumbel(seed, position, first, BLOCK: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(seed, quads, zero + position.to(tl.uint32), zero, zero)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
     uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
-    return -natural_log(-natural_log(uniform))
+    return -rounded_log(-rounded_log(uniform))
 
 
 @triton.jit
@@ -117,7 +128,7 @@ def _above(
         value = tl.load(logits + row * stride + at, mask=at < VOCAB, other=float("-inf"))
         value = tl.div_rn(value, temperature) + 0.0
         inside = (rank_key(value, at)[None, :] >= pivots[:, None]) & (at < VOCAB)[None, :]
-        amount = (tl.exp(value - top) * UNIT).to(tl.int64) if WEIGH else tl.full([BLOCK], 1, tl.int64)
+        amount = weight(value - top) if WEIGH else tl.full([BLOCK], 1, tl.int64)
         total += tl.sum(tl.where(inside, amount[None, :], 0), 1)
     return total
 
@@ -254,7 +265,7 @@ def sample(
     of_parts = {"PARTS": parts, "PARTS_BLOCK": triton.next_power_of_2(parts)}
     cut_kernel[(rows,)](
         logits, slots, state.sampling, maxima, tops, cuts, logits.stride(0),
-        VOCAB=vocab, **of_parts, PIVOTS=PIVOTS, BLOCK=BLOCK, num_warps=WARPS,
+        VOCAB=vocab, **of_parts, PIVOTS=PIVOTS, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     choose_kernel[(rows, parts)](
         logits, slots, state.sampling, state.lengths, cuts, scores, tokens, logits.stride(0),
@@ -308,6 +319,7 @@ def ahead() -> Iterator[Ahead]:
             {"VOCAB": vocab, **of_parts, "PIVOTS": PIVOTS, "BLOCK": BLOCK},
             num_warps=WARPS,
             multiples_of_16=("stride",),
+            fp_fusion=False,
         )
         yield Ahead(
             choose_kernel,

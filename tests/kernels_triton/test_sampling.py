@@ -141,20 +141,42 @@ def test_more_tokens_than_a_key_can_tell_apart_are_refused() -> None:
 
 
 @triton.jit
-def _log_kernel(x: Any, out: Any, BLOCK: tl.constexpr) -> None:
+def _noise_kernel(uniforms: Any, out: Any, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, sampling.natural_log(tl.load(x + at)))
+    tl.store(out + at, -sampling.rounded_log(-sampling.rounded_log(tl.load(uniforms + at))))
 
 
-def test_the_logarithm_is_right_to_a_place() -> None:
-    """Near 1 above all, where those of GPUs are not."""
-    near_one = 1 - torch.arange(1, 2049) * 2.0**-24
-    x = torch.cat([near_one, torch.rand(1024) * 2.0**-20 + 2.0**-25, torch.rand(1024) * 17 + 1e-3]).to(DEVICE)
-    out = torch.empty_like(x)
-    _log_kernel[(16,)](x, out, BLOCK=256)
-    right = x.double().log()
-    place = torch.nextafter(right.float().abs(), torch.full_like(x, math.inf)) - right.float().abs()
-    assert ((out.double() - right).abs() / place.double()).max() <= 1.0
+@triton.jit
+def _weight_kernel(x: Any, out: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, sampling.weight(tl.load(x + at)))
+
+
+def test_all_the_noise_there_is_has_the_same_bits_on_every_device() -> None:
+    """2²³ uniforms. Any logarithm in float64 that is right to 48 places rounds to the same float32."""
+    uniforms = ((np.arange(1 << 23) + 0.5) * 2.0**-23).astype(np.float32)
+    right = uniforms
+    for _ in range(2):
+        exact = -np.log(right.astype(np.float64))
+        right = exact.astype(np.float32)
+        above, below = (np.nextafter(right, np.float32(to)).astype(np.float64) for to in (np.inf, -np.inf))
+        middles = np.abs((right + above) / 2 - exact), np.abs((right + below) / 2 - exact)
+        assert (np.minimum(*middles) > 48 * np.spacing(np.abs(exact))).all()
+    out = torch.empty(1 << 23, device=DEVICE)
+    _noise_kernel[(64,)](torch.from_numpy(uniforms).to(DEVICE), out, BLOCK=1 << 17)
+    assert torch.equal(out.cpu(), torch.from_numpy(right))
+
+
+def test_weights_are_exponentials_to_two_places() -> None:
+    x = -torch.cat(
+        [torch.rand(3000) * 30, torch.rand(1000) * 1e-3, torch.tensor([0.0, 27.7, 28.0, 88.0, 1e4, math.inf])]
+    )
+    x = torch.cat([x, torch.zeros(4096 - len(x))]).to(DEVICE)
+    out = torch.empty(4096, dtype=torch.int64, device=DEVICE)
+    _weight_kernel[(4,)](x, out, BLOCK=1024, enable_fp_fusion=False)
+    right = x.cpu().double().exp() * 2.0**40
+    assert ((out.cpu() - right).abs() <= right * 2.0**-22 + 1).all()
+    assert out[4000:4006].tolist() == [1 << 40, 1, 0, 0, 0, 0]
 
 
 def test_noise_is_that_of_the_house() -> None:
