@@ -1,7 +1,7 @@
 """Log probabilities of tokens, their ranks, and the likeliest tokens beside them, of logits as the model gave them.
 
 A result row is words: logprob | rank | T token ids | T logprobs; logprobs are float32 by their bits. Tokens stand in
-the order of sampling.py. One program a row reads it 2 + T times: rows are few, and mostly T is.
+the order of sampling_values.py. One program a row reads it 2 + T times: rows are few, and mostly T is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import expect
-from kernels.gpu.sampling import LAST_ID, UNIT, rank_key, weight
+from kernels.gpu.sampling_values import LAST_ID, UNIT, rank_key, weight
 
 BLOCK: Final = 1024
 WARPS: Final = 8

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import philox
-from kernels.gpu import sampling
+from kernels.gpu import sampling, sampling_values
 from kernels.gpu.sampling import NONE_ALLOWED, NOT_NUMBERS
 from kernels.gpu.slot_state import SlotState, sampling_words
-from tests.kernels_triton.compare import DEVICE, normal
-from worker_svc.sampler import _draw
+from tests.kernels_triton.compare import DEVICE, beside, normal, padded
+from worker_svc.sampler import _draw, _filter, _floors
 from worker_svc.sampling_rules import GREEDY_BELOW
 from worker_svc.slots import PARAMS
 
@@ -43,18 +44,42 @@ def sampled(logits: Tensor, params: list[Param], lengths: list[int]) -> tuple[li
     return out.tolist(), status.tolist()
 
 
-def by_the_cpu(logits: Tensor, params: list[Param], lengths: list[int]) -> list[int]:
+def as_array(params: list[Param]) -> NDArray[np.void]:
     array = np.zeros(len(params), PARAMS)
     for i, (seed, temperature, min_p, top_k, top_p) in enumerate(params):
         for name, value in (("seed", seed), ("temperature", temperature), ("min_p", min_p), ("top_k", top_k)):
             array[name][i] = value
         array["top_p"][i] = top_p
+    return array
+
+
+def by_the_cpu(logits: Tensor, params: list[Param], lengths: list[int]) -> list[int]:
+    array = as_array(params)
     greedy = array["temperature"] < GREEDY_BELOW
     tokens = logits.cpu().argmax(-1).numpy()
     drawn = np.flatnonzero(~greedy)
     if len(drawn):
         tokens[drawn] = _draw(logits.cpu()[torch.from_numpy(drawn)], array[drawn], np.array(lengths)[drawn])
     return [int(token) for token in tokens]
+
+
+def left(logits: Tensor, params: list[Param]) -> list[set[int]]:
+    """Tokens of each row that may still be drawn."""
+    slots = torch.arange(1, len(params) + 1, dtype=torch.int32, device=DEVICE)
+    tops = torch.empty(len(params), device=DEVICE)
+    cuts = sampling.cut_rows(logits, slots, state_of(params, [1] * len(params)), sampling._maxima(logits)[0], tops)
+    bits = (logits / torch.tensor([[param[1]] for param in params], device=DEVICE) + 0.0).view(torch.int32).long()
+    last = (1 << sampling_values.ID_BITS) - 1
+    keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << sampling_values.ID_BITS) + last
+    keys -= torch.arange(logits.shape[1], device=DEVICE)
+    return [set(row.nonzero()[:, 0].tolist()) for row in keys >= cuts[:, None]]
+
+
+def left_by_the_cpu(logits: Tensor, params: list[Param]) -> list[set[int]]:
+    array = as_array(params)
+    scaled = logits.cpu() / torch.from_numpy(array["temperature"].copy())[:, None] + 0.0
+    survivors = _filter(scaled, _floors(scaled, array), array)
+    return [set(survivors.ids[survivors.rows == row].tolist()) for row in range(len(params))]
 
 
 @pytest.mark.parametrize("vocab", [5, 97, 1003, 2048])
@@ -100,16 +125,72 @@ def test_ties_and_extremes(
         assert status == [NONE_ALLOWED]
     else:
         assert (tokens, status) == (by_the_cpu(logits, params, [length]), [0])
+        assert left(logits, params) == left_by_the_cpu(logits, params)
+
+
+CUT = st.tuples(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([1e-5, 0.2, 1.0, 3.0, 100.0]),
+    st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
+    st.sampled_from([0, 0, 1, 2, 33, 64, 1000, 5000]),
+    st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0, 1.0]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(CUT, min_size=1, max_size=5), st.sampled_from([97, 1003, 2500]), st.integers(0, 2**31), st.data())
+def test_mixes_of_parameters(params: list[Param], vocab: int, seed: int, data: st.DataObject) -> None:
+    """Rows farther apart than they are long, some of them coarse, so that many tokens have one logit."""
+    logits = padded(len(params), vocab, 16, torch.float32)
+    logits.copy_(normal(len(params), vocab, seed=seed) * data.draw(st.sampled_from([0.1, 3.0, 30.0])))
+    for row in data.draw(st.sets(st.integers(0, len(params) - 1))):
+        logits[row].round_()
+        logits[row, data.draw(st.integers(0, vocab - 1)) :] = -math.inf
+        logits[row, 0] = 0.0
+    lengths = [seed % 4096 + row for row in range(len(params))]
+    assert left(logits, params) == left_by_the_cpu(logits, params)
+    assert sampled(logits, params, lengths) == (by_the_cpu(logits, params, lengths), [0] * len(params))
+    assert (beside(logits) == 7).all()
 
 
 def test_a_vocabulary_of_several_parts() -> None:
-    vocab = 2 * sampling.PART + 77
-    logits = normal(3, vocab, seed=1)
-    logits[0, -1] = logits[0, 5] = 9.0  # the lower id of two equals, in different parts
-    params: list[Param] = [(1, 0.0, 0.0, 0, 1.0), (2, 1.0, 0.0, 0, 1.0), (3, 1.0, 0.0, 50, 0.9)]
-    tokens, _ = sampled(logits, params, [7, 8, 9])
-    assert tokens == by_the_cpu(logits, params, [7, 8, 9])
+    """The sixth row's list is all of it."""
+    vocab = 6 * sampling.PART + 77
+    logits = 3 * normal(6, vocab, seed=1)
+    logits[0, -1] = logits[0, 5] = 90.0  # the lower id of two equals, in different parts
+    logits[5] = 1.0
+    params: list[Param] = [
+        (1, 0.0, 0.0, 0, 1.0), (2, 1.0, 0.0, 0, 1.0), (3, 1.0, 0.0, 50, 0.9), (4, 1.0, 0.0, 0, 0.9),
+        (5, 0.7, 1e-4, vocab - 9, 0.99), (6, 1.0, 0.0, 0, 0.3),
+    ]  # fmt: skip
+    lengths = [7, 8, 9, 10, 11, 12]
+    tokens, _ = sampled(logits, params, lengths)
+    assert tokens == by_the_cpu(logits, params, lengths)
     assert tokens[0] == 5
+    assert left(logits[2:], params[2:]) == left_by_the_cpu(logits[2:], params[2:])
+
+
+def test_null_rows_and_rows_beside_change_nothing() -> None:
+    logits = torch.cat([torch.full((2, 300), math.nan, device=DEVICE), 4 * normal(3, 300)])
+    params: list[Param] = [(1, 0.9, 0.0, 0, 0.8), (2, 0.9, 0.0, 7, 1.0), (3, 0.9, 0.1, 0, 1.0)]
+    state = state_of(params, [4, 5, 6])
+    before = state.words.clone()
+    out, status = (torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    sampling.sample(logits, torch.tensor([0, 0, 3, 1, 2], dtype=torch.int32, device=DEVICE), state, out, status)
+    assert torch.equal(state.words, before)
+    assert status.tolist() == [NOT_NUMBERS, NOT_NUMBERS, 0, 0, 0]
+    assert all(0 <= token < 300 for token in out.tolist())
+    alone = [by_the_cpu(logits[[row]], [params[slot - 1]], [slot + 3])[0] for row, slot in ((2, 3), (3, 1), (4, 2))]
+    assert out.tolist()[2:] == alone
+
+
+def test_what_was_wrong_before_edits_is_told_first() -> None:
+    logits = normal(3, 50)
+    logits[2] = -math.inf
+    slots, out, status = (torch.zeros(3, dtype=torch.int32, device=DEVICE) for _ in range(3))
+    before = torch.tensor([0, NONE_ALLOWED, NOT_NUMBERS], dtype=torch.int32, device=DEVICE)
+    sampling.sample(logits, slots, state_of([], []), out, status, before)
+    assert status.tolist() == [0, NONE_ALLOWED, NOT_NUMBERS]
 
 
 @pytest.mark.parametrize(
@@ -143,13 +224,13 @@ def test_more_tokens_than_a_key_can_tell_apart_are_refused() -> None:
 @triton.jit
 def _noise_kernel(uniforms: Any, out: Any, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, -sampling.rounded_log(-sampling.rounded_log(tl.load(uniforms + at))))
+    tl.store(out + at, -sampling_values.rounded_log(-sampling_values.rounded_log(tl.load(uniforms + at))))
 
 
 @triton.jit
 def _weight_kernel(x: Any, out: Any, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, sampling.weight(tl.load(x + at)))
+    tl.store(out + at, sampling_values.weight(tl.load(x + at)))
 
 
 def test_all_the_noise_there_is_has_the_same_bits_on_every_device() -> None:
