@@ -43,7 +43,7 @@ WARPS: Final = 8
 
 def runs_of(vocab: int) -> int:
     """Of a row: those of its blocks, the last one's as well."""
-    return triton.cdiv(vocab, BLOCK) * (BLOCK // RUN)
+    return int(triton.cdiv(vocab, BLOCK)) * (BLOCK // RUN)
 
 
 @triton.jit
@@ -206,7 +206,8 @@ def cut_rows(logits: Tensor, slots: Tensor, state: SlotState, maxima: Tensor, to
     """
     rows, vocab = logits.shape
     parts, runs, sampling = triton.cdiv(vocab, PART), runs_of(vocab), state.sampling
-    lows, cuts = torch.empty(2, rows, dtype=torch.int64, device=logits.device)
+    lows = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    cuts = torch.empty_like(lows)
     totals = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
     found = torch.empty(rows, dtype=torch.int32, device=logits.device)
     listed = torch.empty(rows, vocab, dtype=torch.int32, device=logits.device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import philox
-from kernels.gpu import sampling, sampling_values
+from kernels.gpu import sampling, sampling_cut, sampling_values
 from kernels.gpu.sampling import NONE_ALLOWED, NOT_NUMBERS
 from kernels.gpu.slot_state import SlotState, sampling_words
 from tests.kernels_triton.compare import DEVICE, beside, normal, padded
@@ -67,7 +67,7 @@ def left(logits: Tensor, params: list[Param]) -> list[set[int]]:
     """Tokens of each row that may still be drawn."""
     slots = torch.arange(1, len(params) + 1, dtype=torch.int32, device=DEVICE)
     tops = torch.empty(len(params), device=DEVICE)
-    cuts = sampling.cut_rows(logits, slots, state_of(params, [1] * len(params)), sampling._maxima(logits)[0], tops)
+    cuts = sampling_cut.cut_rows(logits, slots, state_of(params, [1] * len(params)), sampling._maxima(logits)[0], tops)
     bits = (logits / torch.tensor([[param[1]] for param in params], device=DEVICE) + 0.0).view(torch.int32).long()
     last = (1 << sampling_values.ID_BITS) - 1
     keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << sampling_values.ID_BITS) + last
@@ -156,7 +156,7 @@ def test_mixes_of_parameters(params: list[Param], vocab: int, seed: int, data: s
 @pytest.mark.parametrize("parts", [1, pytest.param(6, marks=pytest.mark.full)])
 def test_a_vocabulary_of_several_parts(parts: int) -> None:
     """And more than are whole. The sixth row's list is all of it."""
-    vocab = parts * sampling.PART + 77
+    vocab = parts * sampling_cut.PART + 77
     logits = 3 * normal(6, vocab, seed=1)
     logits[0, -1] = logits[0, 5] = 90.0  # the lower id of two equals, in different parts
     logits[5] = 1.0
