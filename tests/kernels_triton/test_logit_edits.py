@@ -33,7 +33,8 @@ def slots_of(sampling: list[Sampling], rng: random.Random, vocab: int, length: i
     table = SlotTable(max_slots=len(sampling), max_model_len=length, block_size=8, num_blocks=8, vocab_size=vocab)
     state = SlotState.empty(len(sampling), length, 1, torch.device(DEVICE))
     for slot, each in enumerate(sampling, 1):
-        history = [rng.choice((rng.randrange(9), rng.randrange(vocab))) for _ in range(rng.randint(1, length))]
+        known = length if slot == 1 else rng.randint(1, length)
+        history = [rng.choice((rng.randrange(9), rng.randrange(vocab))) for _ in range(known)]
         table._admit(Admit(slot, history, rng.randint(1, len(history)), [[]], each))
         state.token_ids[slot, : len(history)] = words(history)
         state.lengths[slot] = len(history)
@@ -52,8 +53,9 @@ def test_penalties_biases_and_bans(vocab: int, length: int, seed: int) -> None:
             logit_bias=tuple((rng.randrange(vocab), rng.choice((2.5, -math.inf, 3e38))) for _ in range(4)),
             bad_words=tuple(tuple(rng.randrange(9) for _ in range(rng.randint(1, 3))) for _ in range(20)),
         )
-        for _ in range(5)
+        for _ in range(4)
     ]
+    sampling.insert(0, Sampling(max_tokens=9, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.01))
     table, state = slots_of(sampling, rng, vocab, length)
     logits = normal(5, vocab, seed=seed) * 10
     logits[1, :5] = -math.inf

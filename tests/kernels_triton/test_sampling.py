@@ -157,14 +157,14 @@ def test_mixes_of_parameters(params: list[Param], vocab: int, seed: int, data: s
 def test_a_vocabulary_of_several_parts(parts: int) -> None:
     """And more than are whole. The sixth row's list is all of it."""
     vocab = parts * sampling_cut.PART + 77
-    logits = 3 * normal(6, vocab, seed=1)
-    logits[0, -1] = logits[0, 5] = 90.0  # the lower id of two equals, in different parts
+    logits = 3 * normal(7, vocab, seed=1)
+    logits[0, [5, 5 + sampling_cut.BLOCK, -1]] = 90.0  # the lowest id of equals, in different blocks and parts
     logits[5] = 1.0
     params: list[Param] = [
         (1, 0.0, 0.0, 0, 1.0), (2, 1.0, 0.0, 0, 1.0), (3, 1.0, 0.0, 50, 0.9), (4, 1.0, 0.0, 0, 0.9),
-        (5, 0.7, 1e-4, vocab - 9, 0.99), (6, 1.0, 0.0, 0, 0.3),
+        (5, 0.7, 1e-4, vocab - 9, 0.99), (6, 1.0, 0.0, 0, 0.3), (7, 1.0, 0.02, 0, 0.7),
     ]  # fmt: skip
-    lengths = [7, 8, 9, 10, 11, 12]
+    lengths = [7, 8, 9, 10, 11, 12, 13]
     tokens, _ = sampled(logits, params, lengths)
     assert tokens == by_the_cpu(logits, params, lengths)
     assert tokens[0] == 5
