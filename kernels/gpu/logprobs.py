@@ -1,7 +1,7 @@
 """Log probabilities of tokens, their ranks, and the likeliest tokens beside them, of logits as the model gave them.
 
 A result row is words: logprob | rank | T token ids | T logprobs; logprobs are float32 by their bits. Tokens stand in
-the order of sampling.py. One program a row reads it 2 + T times: rows are few, and mostly T is.
+the order of sampling_values.py. One program a row reads it 2 + T times: rows are few, and mostly T is.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from torch import Tensor
 
 from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import expect
-from kernels.gpu.sampling import LAST_ID, UNIT, natural_log, rank_key
+from kernels.gpu.sampling_values import LAST_ID, UNIT, rank_key, weight
 
 BLOCK: Final = 1024
 WARPS: Final = 8
 INT32 = (torch.int32,)
+
+
+@triton.jit
+def float32_bits(x):
+    return x.to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -38,11 +43,11 @@ def logprobs_kernel(logits, rows, tokens, out, stride, out_stride, num_top, VOCA
     for begin in range(0, VOCAB, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         value = tl.load(row + at, mask=at < VOCAB, other=float("-inf")) + 0.0
-        weights += (tl.exp(value - top) * UNIT).to(tl.int64)
+        weights += weight(value - top)
         ahead += ((rank_key(value, at) > its_key) & (at < VOCAB)).to(tl.int32)
-    norm = natural_log((tl.sum(weights, 0).to(tl.float64) / UNIT).to(tl.float32))
+    norm = top.to(tl.float64) + tl.log(tl.sum(weights, 0).to(tl.float64) / UNIT)
     words = out + i * out_stride
-    tl.store(words, (chosen - top - norm).to(tl.int32, bitcast=True))
+    tl.store(words, float32_bits(chosen.to(tl.float64) - norm))
     tl.store(words + 1, 1 + tl.sum(ahead, 0))
     last = tl.full((), 1 << 62, tl.int64)
     for n in range(num_top):
@@ -55,8 +60,8 @@ def logprobs_kernel(logits, rows, tokens, out, stride, out_stride, num_top, VOCA
         token = ((last & LAST_ID) ^ LAST_ID).to(tl.int32)
         inside = token < VOCAB  # else the vocabulary has no more
         tl.store(words + 2 + n, token)
-        score = tl.load(row + token, mask=inside, other=float("-inf")) - top - norm
-        tl.store(words + 2 + num_top + n, score.to(tl.int32, bitcast=True))
+        logit = tl.load(row + token, mask=inside, other=float("-inf"))
+        tl.store(words + 2 + num_top + n, float32_bits(logit.to(tl.float64) - norm))
 
 
 def logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int, out: Tensor) -> None:
@@ -73,7 +78,7 @@ def logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int, out: Te
     if len(rows):
         logprobs_kernel[(len(rows),)](
             logits, rows, tokens, out, logits.stride(0), out.stride(0), num_top,
-            VOCAB=logits.shape[1], BLOCK=BLOCK, num_warps=WARPS,
+            VOCAB=logits.shape[1], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -88,4 +93,5 @@ def ahead() -> Iterator[Ahead]:
             {"VOCAB": model.vocab, "BLOCK": BLOCK},
             num_warps=WARPS,
             multiples_of_16=("stride",),
+            fp_fusion=False,
         )

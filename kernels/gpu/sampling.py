@@ -1,22 +1,18 @@
 """From logits to tokens: min_p, top_k and top_p without a sort, and counter noise; by the rules of the CPU's samplers.
 
-    row_max     [rows, parts]   the greatest logit of each part, and whether all are numbers
-    cut         [rows]          where top_k and top_p end, where a row asks for them
+    row_max     [rows, parts]   the greatest logit of each run of tokens, and whether all are numbers
+    …           sampling_cut.py: from which rank key on the tokens of a row are left
     choose      [rows, parts]   the best of each part: the greatest logit, or logit / temperature + noise
     finish      [rows]          the best of all
 
-Tokens stand in one order, by logit down, then by id up, and a `rank key` is that order as a number: no two tokens of a
-row have the same. So what top_k or top_p leave is all tokens from one key on, which is found by narrowing a range of
-keys: each pass counts, or weighs, what is above eight keys in it (compare FlashInfer's "Sorting-free GPU kernels for
-LLM sampling", 2025). Weights are integers of 2⁻⁴⁰: their sums have no order, so a row's token does not depend on how
-its vocabulary is cut into parts. Noise is that of kernels/philox.py; its logarithms are computed here, since a GPU's
-own are approximations that are worst where noise is greatest.
+Neither a maximum nor a sum of integers has an order, so a row's token does not depend on how its vocabulary is cut into
+parts, nor on the rows beside it. All shapes follow from the logits' own, and the host waits for nothing: the launches
+can be captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 import triton
@@ -25,156 +21,29 @@ from torch import Tensor
 
 from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import expect
-from kernels.gpu.slot_state import SAMPLING_WORDS, SlotState
+from kernels.gpu.sampling_cut import BLOCK, PART, RUN, cut_rows, runs_of
+from kernels.gpu.sampling_values import GREEDY_BELOW, ID_BITS, LIMIT, gumbel, load_float, load_wide, rank_key
+from kernels.gpu.slot_state import SlotState
 
-BLOCK: Final = 1024
-PART: Final = 8192  # tokens of a program of `choose`
-PIVOTS: Final = 8
-WARPS: Final = 8
 NOT_NUMBERS, NONE_ALLOWED = 1, 2  # status of a row; 0 is well
-ID_BITS: Final = 20  # of a rank key: more tokens than any vocabulary has
-
-UNIT = tl.constexpr(2.0**40)
-_LIMIT = tl.constexpr(3e33)  # as worker_svc/sampling_rules.py has it: no sound logit is greater
-_GREEDY_BELOW = tl.constexpr(1e-5)
-_ID_BITS, LAST_ID = tl.constexpr(ID_BITS), tl.constexpr((1 << ID_BITS) - 1)
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-_WORDS = tl.constexpr(SAMPLING_WORDS)
 
 
 @triton.jit
-def natural_log(x):
-    """log x of a normal float32 > 0, to one unit in the last place (the method of FreeBSD's e_logf.c)."""
-    bits = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
-    exponent = ((bits >> 23) - 127).to(tl.float32)
-    f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0  # of a number between √½ and √2
-    s = tl.div_rn(f, 2.0 + f)
-    z = s * s
-    w = z * z
-    tail = w * (0.40000972152 + w * 0.24279078841) + z * (0.66666662693 + w * 0.28498786688)
-    half = 0.5 * f * f
-    return s * (half + tail) + exponent * 9.0580006145e-06 - half + f + exponent * 6.9313812256e-01
-
-
-@triton.jit
-def gumbel(seed, position, first, BLOCK: tl.constexpr):
-    """[BLOCK] noise of the tokens from `first` on, a multiple of four."""
-    quads = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = quads * 0
-    w0, w1, w2, w3 = tl.philox(seed, quads, zero + position.to(tl.uint32), zero, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
-    uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
-    return -natural_log(-natural_log(uniform))
-
-
-@triton.jit
-def load_param(sampling, slot, word: tl.constexpr):
-    return tl.load(sampling + slot * _WORDS + word)
-
-
-@triton.jit
-def load_float(sampling, slot, word: tl.constexpr):
-    return tl.load(sampling + slot * _WORDS + word).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_wide(sampling, slot, word: tl.constexpr):
-    low = tl.load(sampling + slot * _WORDS + word).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(sampling + slot * _WORDS + word + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
-    return low | (high << 32)
-
-
-@triton.jit
-def rank_key(logit, token):
-    """int64, greater for a likelier token: by logit, then by lower id. `logit` is never −0."""
-    bits = logit.to(tl.int32, bitcast=True)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ascending.to(tl.int64) << _ID_BITS) + (LAST_ID - token)
-
-
-@triton.jit
-def row_max_kernel(logits, maxima, broken, stride, VOCAB: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+def row_max_kernel(
+    logits, maxima, broken, stride, VOCAB: tl.constexpr, RUN: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr
+):
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    runs: tl.constexpr = BLOCK // RUN
+    row_maxima = maxima + row * ((VOCAB + BLOCK - 1) // BLOCK * runs)
     nans = tl.zeros([BLOCK], tl.int32)
     for begin in range(part * PART, min(part * PART + PART, VOCAB), BLOCK):
         at = begin + tl.arange(0, BLOCK)
         value = tl.load(logits + row * stride + at, mask=at < VOCAB, other=float("-inf"))
-        nans = nans | (value != value).to(tl.int32)
-        best = tl.maximum(best, value)
-    tl.store(maxima + row * parts + part, tl.max(best, 0))
+        nan = value != value
+        nans = nans | nan.to(tl.int32)
+        value = tl.reshape(tl.where(nan, float("-inf"), value), [runs, RUN])
+        tl.store(row_maxima + begin // RUN + tl.arange(0, runs), tl.max(value, 1))
     tl.store(broken + row * parts + part, tl.max(nans, 0))
-
-
-@triton.jit
-def _above(
-    logits, row, stride, temperature, top, pivots, WEIGH: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many tokens, or how much weight, each of the keys `pivots` [P] has from it on: [P] int64."""
-    total = pivots * 0
-    for begin in range(0, VOCAB, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * stride + at, mask=at < VOCAB, other=float("-inf"))
-        value = tl.div_rn(value, temperature) + 0.0
-        inside = (rank_key(value, at)[None, :] >= pivots[:, None]) & (at < VOCAB)[None, :]
-        amount = (tl.exp(value - top) * UNIT).to(tl.int64) if WEIGH else tl.full([BLOCK], 1, tl.int64)
-        total += tl.sum(tl.where(inside, amount[None, :], 0), 1)
-    return total
-
-
-@triton.jit
-def _narrow(
-    logits, row, stride, temperature, top, low, high, needed, exact,
-    WEIGH: tl.constexpr, VOCAB: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The greatest key in [low, high) from which on there is as much as `needed`; there is from `low` on."""
-    while low + 1 < high:
-        step = (high - low) // (PIVOTS + 1)
-        pivots = low + (high - low) * (tl.arange(0, PIVOTS).to(tl.int64) + 1) // (PIVOTS + 1)
-        if step == 0:
-            pivots = tl.minimum(low + tl.arange(0, PIVOTS).to(tl.int64) + 1, high - 1)
-        amount = _above(logits, row, stride, temperature, top, pivots, WEIGH, VOCAB, BLOCK)
-        enough = amount >= needed
-        low = tl.maximum(low, tl.max(tl.where(enough, pivots, low), 0))
-        high = tl.minimum(high, tl.min(tl.where(enough, high, pivots), 0))
-        # Where exactly as many as were asked for are above a key, any key down to it means the same tokens.
-        if exact & (tl.max((amount == needed).to(tl.int32), 0) == 1):
-            high = low + 1
-    return low
-
-
-@triton.jit
-def cut_kernel(
-    logits, slots, sampling, maxima, tops, cuts, stride,
-    VOCAB: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row).to(tl.int64)
-    part = tl.arange(0, PARTS_BLOCK)
-    raw_top = tl.max(tl.load(maxima + row * PARTS + part, mask=part < PARTS, other=float("-inf")), 0)
-    tl.store(tops + row, raw_top)
-    temperature = load_float(sampling, slot, 2)
-    low = tl.full((), -(1 << 62), tl.int64)
-    if temperature >= _GREEDY_BELOW:
-        top = tl.div_rn(raw_top, temperature) + 0.0
-        floor = tl.maximum(top + load_float(sampling, slot, 3), _LOWEST)  # never −inf, which is banned
-        low = rank_key(floor + 0.0, tl.full((), LAST_ID, tl.int64))
-        high = rank_key(top, tl.zeros((), tl.int64)) + 1
-        top_k = load_param(sampling, slot, 4).to(tl.int64)
-        share = load_wide(sampling, slot, 5).to(tl.float64, bitcast=True)
-        alone = low + tl.zeros([PIVOTS], tl.int64)
-        if (top_k > 0) & (top_k < VOCAB):
-            count = tl.max(_above(logits, row, stride, temperature, top, alone, False, VOCAB, BLOCK), 0)
-            if count > top_k:
-                low = _narrow(
-                    logits, row, stride, temperature, top, low, high, top_k, True, False, VOCAB, PIVOTS, BLOCK
-                )
-        if share < 1.0:
-            alone = low + tl.zeros([PIVOTS], tl.int64)
-            total = tl.max(_above(logits, row, stride, temperature, top, alone, True, VOCAB, BLOCK), 0)
-            needed = tl.maximum(tl.ceil(share * total.to(tl.float64)).to(tl.int64), 1)
-            low = _narrow(logits, row, stride, temperature, top, low, high, needed, False, True, VOCAB, PIVOTS, BLOCK)
-    tl.store(cuts + row, low)
 
 
 @triton.jit
@@ -191,7 +60,7 @@ def choose_kernel(
     for begin in range(part * PART, min(part * PART + PART, VOCAB), BLOCK):
         at = begin + tl.arange(0, BLOCK)
         score = tl.load(logits + row * stride + at, mask=at < VOCAB, other=float("-inf"))
-        if temperature >= _GREEDY_BELOW:
+        if temperature >= GREEDY_BELOW:
             scaled = tl.div_rn(score, temperature) + 0.0
             noisy = scaled + gumbel(seed, position, begin, BLOCK)
             score = tl.where((rank_key(scaled, at) >= cut) & (at < VOCAB), noisy, float("-inf"))
@@ -218,7 +87,7 @@ def finish_kernel(
     top = tl.load(tops + row)
     wrong = tl.max(tl.load(broken + row * PARTS + part, mask=inside, other=0), 0)
     found = tl.where(top == float("-inf"), 2, 0)
-    found = tl.where((wrong > 0) | ((tl.abs(top) <= _LIMIT) == 0) & (found == 0), 1, found)
+    found = tl.where((wrong > 0) | ((tl.abs(top) <= LIMIT) == 0) & (found == 0), 1, found)
     if status_before is not None:
         before = tl.load(status_before + row)
         found = tl.where(before > 0, before, found)
@@ -248,45 +117,40 @@ def sample(
     if not rows:
         return
     parts = triton.cdiv(vocab, PART)
-    scores, tokens, tops = _scratch(rows, parts, logits.device)
-    cuts = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    maxima, broken = _maxima(logits, parts)
-    of_parts = {"PARTS": parts, "PARTS_BLOCK": triton.next_power_of_2(parts)}
-    cut_kernel[(rows,)](
-        logits, slots, state.sampling, maxima, tops, cuts, logits.stride(0),
-        VOCAB=vocab, **of_parts, PIVOTS=PIVOTS, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    maxima, broken = _maxima(logits)
+    tops = torch.empty(rows, device=logits.device)
+    cuts = cut_rows(logits, slots, state, maxima, tops)
+    scores = torch.empty(rows, parts, device=logits.device)
+    tokens = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     choose_kernel[(rows, parts)](
         logits, slots, state.sampling, state.lengths, cuts, scores, tokens, logits.stride(0),
         VOCAB=vocab, PART=PART, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     finish_kernel[(rows,)](
-        scores, tokens, tops, broken, status_before, out, status, VOCAB=vocab, **of_parts, num_warps=1
-    )
+        scores, tokens, tops, broken, status_before, out, status,
+        VOCAB=vocab, PARTS=parts, PARTS_BLOCK=triton.next_power_of_2(parts), num_warps=1,
+    )  # fmt: skip
 
 
 def check(logits: Tensor, status: Tensor) -> None:
     """status [S] int32 of logits [S, V] as they are, see `sample`."""
-    rows, parts = logits.shape[0], triton.cdiv(logits.shape[1], PART)
-    maxima, broken = _maxima(logits, parts)
+    maxima, broken = _maxima(logits)
     top = maxima.amax(1)
-    numbers = (top.abs() <= _LIMIT.value) & (broken.amax(1) == 0)
+    numbers = (top.abs() <= LIMIT.value) & (broken.amax(1) == 0)
     found = torch.where(numbers, 0, NOT_NUMBERS)
-    status.copy_(torch.where((top == -torch.inf) & (broken.amax(1) == 0), NONE_ALLOWED, found).view(rows))
+    status.copy_(torch.where((top == -torch.inf) & (broken.amax(1) == 0), NONE_ALLOWED, found))
 
 
-def _maxima(logits: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    maxima = torch.empty(len(logits), parts, dtype=torch.float32, device=logits.device)
-    broken = torch.empty(len(logits), parts, dtype=torch.int32, device=logits.device)
-    row_max_kernel[(len(logits), parts)](
-        logits, maxima, broken, logits.stride(0), VOCAB=logits.shape[1], PART=PART, BLOCK=BLOCK
+def _maxima(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, runs_of(V)], and [S, parts] int32: 1 where a logit is no number."""
+    rows, vocab = logits.shape
+    parts = triton.cdiv(vocab, PART)
+    maxima = torch.empty(rows, runs_of(vocab), device=logits.device)
+    broken = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    row_max_kernel[(rows, parts)](
+        logits, maxima, broken, logits.stride(0), VOCAB=vocab, RUN=RUN, PART=PART, BLOCK=BLOCK
     )
     return maxima, broken
-
-
-def _scratch(rows: int, parts: int, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    scores = torch.empty(rows, parts, dtype=torch.float32, device=where)
-    return scores, torch.empty(rows, parts, dtype=torch.int32, device=where), torch.empty(rows, device=where)
 
 
 def ahead() -> Iterator[Ahead]:
@@ -298,15 +162,7 @@ def ahead() -> Iterator[Ahead]:
             row_max_kernel,
             model.name,
             {"logits": "*fp32", "maxima": "*fp32", "broken": "*i32", "stride": "i32"},
-            {"VOCAB": vocab, "PART": PART, "BLOCK": BLOCK},
-            multiples_of_16=("stride",),
-        )
-        yield Ahead(
-            cut_kernel,
-            model.name,
-            {**rows, "maxima": "*fp32", "tops": "*fp32", "cuts": "*i64", "stride": "i32"},
-            {"VOCAB": vocab, **of_parts, "PIVOTS": PIVOTS, "BLOCK": BLOCK},
-            num_warps=WARPS,
+            {"VOCAB": vocab, "RUN": RUN, "PART": PART, "BLOCK": BLOCK},
             multiples_of_16=("stride",),
         )
         yield Ahead(
