@@ -6,6 +6,8 @@ is compared with the one of a service that has room for everything and caches no
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from protos.engine_wire import EngineStats, Outputs, Submit
-from protos.wire import Direction, Sampling, StepPlan, StepResult
+from protos.engine_wire import EngineStats, Outputs, Question, Submit
+from protos.wire import Direction, Epoch, Sampling, StepPlan, StepResult
+from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
+from tests.loop.harness import Observer, running
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.stepping import tokens
@@ -27,7 +31,7 @@ from tests.models.test_backend import setup as plain_setup
 from worker_svc import backends
 from worker_svc.backends.torch import TorchBackend
 
-USERS, TURNS, SAID, ANSWER = 4, 3, 45, 15
+USERS, SAID, ANSWER = 4, 45, 15
 FIRST = 13  # blocks of the first tier, null block included: one long conversation, and the beginning of another
 
 # Of one block: 3 layers, K and V, 2 heads of 16.
@@ -102,12 +106,34 @@ class Service:
                     self.answers[delta.request_id] += delta.token_ids
 
 
-def converse(service: Service, together: int = 1) -> dict[str, list[int]]:
+class Killed:
+    """A service of processes, whose worker is killed in the middle of some answers."""
+
+    def __init__(self, observer: Observer, *moments: str) -> None:
+        self.observer, self.moments = observer, moments
+        self.answers: dict[str, list[int]] = {}
+        self.hits: list[int] = []  # tokens from the host, before each of the moments
+
+    def ask(self, *submits: Submit) -> None:
+        seen = self.observer
+        for submit in submits:
+            seen.loop.send(submit)
+            if submit.request_id in self.moments:
+                seen.until_tokens(seen.tokens + 3)
+                self.hits.append(seen.ask(Question.STATS).status.stats.host_cached_tokens)
+                os.kill(seen.status.workers[0].pid, signal.SIGKILL)
+                seen.until(lambda: not seen.status.serving, "the loss")
+        seen.until_finished(list(submits))
+        for submit in submits:
+            self.answers[submit.request_id] = seen.streams[submit.request_id, 0].token_ids
+
+
+def converse(service: Service | Killed, together: int = 1, turns: int = 3) -> dict[str, list[int]]:
     """Every user says something in turn, so many of them at once; each sends all that was said before, too. Half of
     them sample.
     """
     said = [tokens(SAID + 3 * user, 151, seed=user) for user in range(USERS)]
-    for turn in range(TURNS):
+    for turn in range(turns):
         for first in range(0, USERS, together):
             users = range(first, min(first + together, USERS))
             service.ask(*(_submit(f"{turn}.{user}", said[user], user) for user in users))
@@ -146,3 +172,27 @@ def test_a_new_epoch_of_the_same_worker_knows_nothing_of_the_tier(llama: Path, k
     service.backend.reset(plain_setup(llama, block_size=KINDS[kind]["block_size"], max_slots=8))
     with pytest.raises(ValueError, match="nothing was copied there"):
         service.backend.forward(StepPlan(EPOCH, 1, [], [], [(Direction.TO_DEVICE, 1, 0)], []))
+
+
+def test_kill_9_between_copies_changes_no_token(llama: Path) -> None:
+    """A worker process of the cpu backend with an int8 KV cache: its heir begins with both tiers empty."""
+    kind = KINDS["cpu-int8"]
+    engine = EngineConfig(block_size=32, max_num_seqs=4, max_step_tokens=64, depth=2)
+    setup = plain_setup(
+        llama,
+        epoch=Epoch(1, 0),
+        block_size=32,
+        kv_dtype="int8",
+        kv_bytes=FIRST * kind["block_bytes"],
+        kv_host_bytes=64 * kind["block_bytes"],
+        threads=1,
+    )
+    with running(LoopConfig(engine, setup)) as observer:
+        observer.until_serving()
+        service = Killed(observer, "2.3", "3.1")
+        answers = converse(service, turns=5)
+        assert answers == converse(Service(llama, "cpu-int8", 96, 0, caching=False), turns=5)
+        stats = observer.ask(Question.STATS).status.stats
+    assert stats.recoveries == 2
+    assert service.hits[0] > 0
+    assert service.hits[-1] < stats.host_cached_tokens
