@@ -115,9 +115,9 @@ def test_a_prefix_may_be_spread_over_both_tiers() -> None:
 
 
 def test_others_wait_for_a_block_that_comes_from_the_host_and_none_is_loaded_twice() -> None:
-    w = world(num_blocks=13, max_num_seqs=3)
+    w = world(num_blocks=17, max_num_seqs=3)
     ask(w, "first", LONG)
-    ask(w, "other", [*OTHER, *OTHER, *OTHER[:8]])
+    ask(w, "other", (OTHER * 4)[:63])  # takes all blocks there are
     w.submit(request("runs", [29] * 3, 9))  # so that the next two come into one plan
     w.submit(request("one", LONG, 2))
     w.submit(request("two", LONG, 2, seed=1))
