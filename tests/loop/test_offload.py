@@ -17,10 +17,10 @@ from tests.loop.harness import Observer, assert_undisturbed, loop_config, runnin
 BLOCK = 8 * 1024  # bytes of the fake backend's
 
 
-def small(host_blocks: int, ranks: int = 1, **changes: int) -> LoopConfig:
+def small(host_blocks: int, ranks: int = 1, workers: int = 1) -> LoopConfig:
     config = loop_config("fake:delay_ms=1,blocks=40")
     setup = with_fields(config.setup, kv_host_bytes=host_blocks * BLOCK, tp_size=ranks)
-    return replace(config, engine=replace(config.engine, depth=2), setup=setup, **changes)
+    return replace(config, engine=replace(config.engine, depth=2), setup=setup, workers=workers)
 
 
 def stats(observer: Observer) -> EngineStats:
@@ -30,7 +30,7 @@ def stats(observer: Observer) -> EngineStats:
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (2, 1), (1, 2)])
 def test_kill_9_takes_the_tier_along_and_no_token(workers: int, ranks: int) -> None:
     made = submits(30, random.Random(workers))
-    with running(small(400, ranks, workers=workers)) as observer:
+    with running(small(400, ranks, workers)) as observer:
         observer.until_serving()
         for turn in range(4):
             again = [with_fields(submit, request_id=f"{submit.request_id}.{turn}") for submit in made]
