@@ -1,5 +1,6 @@
 # Every target is one call of a tool. What a target needs is set up first, and only when a lock has changed.
 MODEL ?= smollm2-135m
+GPU_MODEL ?= llama8b
 ARGS ?=
 OUT ?= protos
 GO_OUT ?= examples/go
@@ -11,7 +12,7 @@ LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-full nightly kernels bench clients ghz lint stubs go-stubs lock
+.PHONY: help setup setup-dev serve test test-full nightly kernels gpu bench clients ghz lint stubs go-stubs lock
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +36,10 @@ nightly: .venv/dev ## the long profiles: events, fuzz, soak
 kernels: .venv/dev ## Triton kernels: interpreted beside their oracles, and compiled for sm_80, sm_90 and gfx942
 	$(BIN)/pytest -n 2 tests/kernels_triton
 	$(BIN)/python -m kernels.ahead $(ARGS)
+
+gpu: .venv/dev ## on a GPU host: the gpu tests, then a GPU worker by itself on the checkpoint GPU_MODEL
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu_worker tests/kernels_triton
+	$(BIN)/python -m benchmarks.gpu_step $(GPU_MODEL) --json benchmarks/results/$(shell date +%F)-gpu-step.json $(ARGS)
 
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)

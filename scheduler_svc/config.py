@@ -183,6 +183,8 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
 
 def _worker_arguments(args: argparse.Namespace) -> tuple[str, ...]:
     arguments = ("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa)
+    arguments += ("--gpu-memory-utilization", f"{args.gpu_memory_utilization:g}")
+    arguments += ("--enforce-eager",) if args.enforce_eager else ()
     if args.tensor_parallel_size == 1:
         return arguments
     # Who waits for the others in vain is ended by a deadline of ours before this one.

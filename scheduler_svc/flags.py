@@ -171,13 +171,24 @@ def _worker_flags(add: Add) -> None:
         "$PAGEWIRE_HOME/curve",
     )
     add("--threads", type=_whole(0, 1024), default=0, metavar="N", help="compute threads of each worker; 0: it chooses")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N; auto: a GPU where the worker has one"
+    )
     add(
         "--backend",
-        choices=("auto", "cpu", "torch", "fake"),
+        choices=("auto", "cpu", "cuda", "torch", "fake"),
         default="auto",
-        help="auto: cpu (our own kernels) for the families that are ours, torch for float32, experts and all others",
+        help="auto: cuda where there is a GPU; else cpu (our own kernels) for the families that are ours, torch for "
+        "float32, experts and all others",
     )
+    add(
+        "--gpu-memory-utilization",
+        type=_share,
+        default=0.9,
+        metavar="SHARE",
+        help="of a GPU's memory, for weights, steps and KV (default: %(default)s)",
+    )
+    add("--enforce-eager", action="store_true", help="a GPU launches every kernel by itself, and captures no graphs")
     add(
         "--cpu-isa",
         choices=("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic"),
@@ -261,6 +272,20 @@ def _whole(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
 
     convert.__name__ = "whole number"  # argparse calls the type so
     return convert
+
+
+def _device(text: str) -> str:
+    name, colon, index = text.partition(":")
+    if text not in ("auto", "cpu", "cuda") and not (name == "cuda" and colon and index.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+    return value
 
 
 def _number(text: str) -> float:

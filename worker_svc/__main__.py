@@ -16,6 +16,7 @@ import zmq
 from protos import curve
 from protos.wire import PROTOCOL, Hello
 from worker_svc import backends, config
+from worker_svc.backends.base import Options
 from worker_svc.link import Link
 from worker_svc.worker import Worker
 
@@ -39,15 +40,15 @@ def main() -> int:
         print(f"pagewire worker: {error}", file=sys.stderr, flush=True)
         return 1
     link = Link(settings.connect, hello, reconnect=not settings.parent_pid, keys=keys)
-    create = functools.partial(
-        backends.create,
-        settings.backend,
+    options = Options(
+        home=settings.home,
         device=settings.device,
         isa=settings.cpu_isa,
-        home=settings.home,
-        land=link.land,
         patience=settings.rank_deadline,
+        memory_share=settings.gpu_memory_utilization,
+        eager=settings.enforce_eager,
     )
+    create = functools.partial(backends.create, settings.backend, options=options, land=link.land)
     try:
         reason = Worker(link, create, time.monotonic, settings.mask_deadline).run()
     except KeyboardInterrupt:

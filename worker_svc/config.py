@@ -22,6 +22,8 @@ class WorkerConfig:
     cpu_isa: str
     home: Path  # where packed weights go whose model lies where nobody may write
     curve_keys: Path | None  # None: the link needs none
+    gpu_memory_utilization: float
+    enforce_eager: bool
     rank: int  # in its group
     rank_deadline: float  # seconds
 
@@ -31,7 +33,9 @@ def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
     parser = argparse.ArgumentParser(prog="worker_svc", description="Holds weights and KV, and executes step plans.")
     parser.add_argument("--connect", required=True, type=endpoint, help="ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("--backend", choices=NAMES, default="auto")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="of a GPU's memory")
+    parser.add_argument("--enforce-eager", action="store_true", help="a GPU captures no graphs")
     parser.add_argument("--parent-pid", type=int, default=0, metavar="N", help="exit when this parent is gone")
     parser.add_argument(
         "--mask-deadline", type=float, default=30.0, metavar="SECONDS", help="how long a sample waits for its mask"

@@ -21,7 +21,7 @@ from tests.models.test_backend import EPOCH, Session, ids, load
 from tests.models.test_backend import setup as plain_setup
 from worker_svc import backends
 from worker_svc.backends import base, cpu
-from worker_svc.backends.base import BackendError, DeviceBackend, Unsuited
+from worker_svc.backends.base import BackendError, DeviceBackend, Options, Unsuited
 from worker_svc.backends.cpu import CpuBackend
 from worker_svc.sampling_rules import SamplerError
 
@@ -42,7 +42,7 @@ def setup(path: Path, **fields: Any) -> Setup:
 
 
 def create(message: Setup, name: str = "auto", device: str = "auto", isa: str = "auto") -> DeviceBackend:
-    return backends.create(name, message, device=device, isa=isa, home=Path(message.model) / "home")
+    return backends.create(name, message, Options(Path(message.model) / "home", device, isa))
 
 
 def session(path: Path, isa: str = "auto", **fields: Any) -> Session:

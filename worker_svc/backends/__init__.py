@@ -5,64 +5,86 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from protos.wire import Setup
-from worker_svc.backends.base import BackendError, DeviceBackend, Unsuited
+from worker_svc.backends.base import BackendError, DeviceBackend, Options, Unsuited
 from worker_svc.backends.fake import PREFIX, FakeBackend
 
-NAMES = ("auto", "cpu", "torch", "fake")
+NAMES = ("auto", "cpu", "cuda", "torch", "fake")
 ISAS = ("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic")
+_GPUS = ("/dev/nvidiactl", "/dev/kfd")  # what drivers of NVIDIA and AMD make
 
 
-def create(
-    name: str,
-    setup: Setup,
-    *,
-    device: str,
-    isa: str,
-    home: Path,
-    land: Callable[[], None] = lambda: None,
-    patience: float = 600.0,
-) -> DeviceBackend:
-    """`auto` takes the fake backend for a model named `fake:…`, torch for float32, and else the cpu backend, unless
-    that cannot serve this model or cannot be built here: then torch, and says so.
+def create(name: str, setup: Setup, options: Options, land: Callable[[], None] = lambda: None) -> DeviceBackend:
+    """`auto` takes the fake backend for a model named `fake:…`; cuda where there is a GPU, or was asked for; torch for
+    float32; and else the cpu backend. Where one of them cannot serve this model or run here, it takes the next, and
+    says so.
 
-    `isa` and `home` (for packed weights) are the cpu backend's; `land`: see DeviceBackend; `patience`: seconds that a
-    rank waits for the others. Raises BackendError where none can run, or where an instruction set was asked for and
-    another backend would have to serve.
+    `land`: see DeviceBackend. Raises BackendError where none can run, or where a device or an instruction set was asked
+    for and another backend would have to serve.
     """
     if name == "fake" or (name == "auto" and setup.model.startswith(PREFIX)):
         return FakeBackend(land)
-    why = ""
-    if name == "cpu" or (name == "auto" and setup.dtype != "float32"):
+    reasons: list[str] = []
+    for candidate in _candidates(name, setup, options):
+        if options.isa != "auto" and candidate != "cpu":
+            reason = "; ".join(reasons) or (
+                f"dtype {setup.dtype!r} is torch's" if name == "auto" else f"backend {name!r} has none"
+            )
+            raise BackendError(f"cpu_isa {options.isa!r} is the cpu backend's alone: {reason}")
+        try:
+            backend = _made(candidate, setup, options, land)
+        except Unsuited as error:
+            if name == candidate:
+                raise
+            reasons.append(str(error))
+        else:
+            if reasons:
+                why = "; ".join(reasons)
+                print(f"pagewire worker: {why}; {candidate} is asked instead", file=sys.stderr, flush=True)
+            return backend
+    raise BackendError("; ".join(reasons))
+
+
+def _candidates(name: str, setup: Setup, options: Options) -> list[str]:
+    if name != "auto":
+        return [name]
+    if options.device not in ("auto", "cpu"):
+        return ["cuda"]
+    on_cpu = ["torch"] if setup.dtype == "float32" else ["cpu", "torch"]
+    sees_gpu = options.device == options.isa == "auto" and any(map(os.path.exists, _GPUS))
+    return ["cuda", *on_cpu] if sees_gpu else on_cpu
+
+
+def _made(name: str, setup: Setup, options: Options, land: Callable[[], None]) -> DeviceBackend:
+    """Raises Unsuited where another may serve, BackendError where none may."""
+    if name == "cpu":
         from worker_svc.backends.cpu import CpuBackend
 
+        return CpuBackend(setup, options.device, options.isa, options.home)
+    if name == "cuda":
         try:
-            return CpuBackend(setup, device, isa, home)
-        except Unsuited as error:
-            if name == "cpu":
-                raise
-            why = str(error)
-    if isa != "auto":
-        reason = why or (f"dtype {setup.dtype!r} is torch's" if name == "auto" else f"backend {name!r} has none")
-        raise BackendError(f"cpu_isa {isa!r} is the cpu backend's alone: {reason}")
-    backend = _torch(device, setup, why, patience)
-    if why:
-        print(f"pagewire worker: {why}; torch is asked instead", file=sys.stderr, flush=True)
-    return backend
+            from worker_svc.backends.cuda import CAPTURED, cuda_backend
+        except ModuleNotFoundError as error:
+            raise Unsuited(_needs_torch("cuda", error)) from error
+        return cuda_backend(options.device, land, options.memory_share, () if options.eager else CAPTURED)
+    return _torch(setup, options)
 
 
-def _torch(device: str, setup: Setup, why: str, patience: float) -> DeviceBackend:
+def _torch(setup: Setup, options: Options) -> DeviceBackend:
     # libgomp reads this as torch loads it. Its idle threads must sleep: they spin otherwise, and where another process
     # (the scheduler, say) wants a core, a step waits for the member that has none and takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from worker_svc.backends.torch import TorchBackend
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton", "transformers"):
-            raise
-        needs = "the torch backend needs torch, which is not installed: pip install 'pagewire[torch]'"
-        raise BackendError(f"{why}; {needs}" if why else needs) from error
+        raise Unsuited(_needs_torch("torch", error)) from error
     threads = setup.threads or max(1, len(os.sched_getaffinity(0)) // setup.sharing)
-    return TorchBackend(device, threads, patience)
+    return TorchBackend(options.device, threads, options.patience)
+
+
+def _needs_torch(backend: str, error: ModuleNotFoundError) -> str:
+    """Raises what is missing, where that is none of the extra's."""
+    if error.name not in ("torch", "triton", "transformers"):
+        raise error
+    return f"the {backend} backend needs torch, which is not installed: pip install 'pagewire[torch]'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
@@ -33,6 +34,18 @@ class Capacity:
     kv_dtype: str = ""  # empty: as dtype
     graph_shapes: tuple[int, ...] = ()
     num_host_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a worker's own command line says about the backend; everything else is in Setup."""
+
+    home: Path  # for packed weights of the cpu backend
+    device: str = "auto"
+    isa: str = "auto"  # of the cpu backend
+    patience: float = 600.0  # seconds that a rank waits for the others
+    memory_share: float = 0.9  # of a GPU's memory, for everything
+    eager: bool = False  # a GPU captures no graphs
 
 
 class BackendError(Exception):
