@@ -224,7 +224,7 @@ def test_watchers_are_told_of_a_removal_when_both_tiers_have_forgotten() -> None
 loaded = 0  # blocks, over all runs
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.randoms(use_true_random=True),
     st.sampled_from([9, 12, 20]),
@@ -276,7 +276,7 @@ def test_any_conversations_keep_the_invariants() -> None:
     """World looks at them after every event; the FakeWorker knows what each block holds, in both tiers."""
     check_any()
     print(f"\n{loaded} blocks came back from the host")
-    assert loaded > 500
+    assert loaded > 300
 
 
 @pytest.mark.parametrize("num_host_blocks", [0, 40])

@@ -28,7 +28,7 @@ from tests.models.checkpoints import SMALL
 from tests.models.stepping import tokens
 from tests.models.test_backend import EPOCH, load
 from tests.models.test_backend import setup as plain_setup
-from worker_svc import backends
+from tests.models.test_cpu_backend import create
 from worker_svc.backends.torch import TorchBackend
 
 USERS, SAID, ANSWER = 4, 45, 15
@@ -70,7 +70,7 @@ class Service:
         if name == "torch":
             self.backend: Any = TorchBackend(threads=1)
         else:
-            self.backend = backends.create(name, message, device="cpu", isa="auto", home=self.path / "home")
+            self.backend = create(message, name, "cpu")
         can = load(self.backend, message)
         assert (can.num_blocks, can.num_host_blocks) == (self.first, self.second)
         size = message.block_size
