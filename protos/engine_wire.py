@@ -194,6 +194,11 @@ class EngineStats(Wire, frozen=True):
     step_tokens: Histogram = Histogram()
     refused: tuple[tuple[FinishReason, int], ...] = ()  # sequences that never ran
     tenants: list[TenantFigures] = []
+    host_cached_tokens: int = 0  # of cached_tokens: what came from the second tier
+    num_host_blocks: int = 0
+    cached_host_blocks: int = 0
+    copied_to_host: int = 0  # blocks, since the start
+    copied_to_device: int = 0
 
 
 class WorkerStatus(Wire, frozen=True):

@@ -84,7 +84,7 @@ class Setup(Wire, frozen=True):
     tp_rank: int = 0
     tp_size: int = 1
     tp_address: str = ""
-    host_blocks: int = 0
+    kv_host_bytes: int = 0  # memory of the host for a second tier of KV; 0: none
     threads: int = 0  # 0: the worker chooses
     sharing: int = 1  # workers on this host: what each chooses by itself (threads, memory) leaves as much to the others
 
@@ -118,14 +118,28 @@ class Row(Wire, frozen=True):
     append_token_ids: list[int] = []  # forced by a grammar: known tokens added before the forward pass
 
 
+class Direction(IntEnum):
+    """Of a copy between a block of the device and one of the host."""
+
+    TO_HOST = 0
+    TO_DEVICE = 1
+
+
+Copy = tuple[Direction, int, int]  # direction, block, host block
+
+
 class StepPlan(Wire, frozen=True):
-    """One forward pass. Applied in the order of the fields: release, admit, copies, rows."""
+    """One forward pass. Applied in the order of the fields: release, admit, copies, rows.
+
+    A copy is done before anything of the step is written, and behind the copies before it. Its block may be one that
+    the step's own rows are given: what was there goes to the host first, or what they read comes from there.
+    """
 
     epoch: Epoch
     step: int  # 1, 2, 3 … without a gap within an epoch
     release: list[int]
     admit: list[Admit]
-    copies: list[tuple[int, int, int]]  # (direction, block, host_block)
+    copies: list[Copy]
     rows: list[Row]
     num_propose: int = 0
 
@@ -177,7 +191,7 @@ class Ready(Wire, frozen=True):
     epoch: Epoch
     rank: int
     num_blocks: int  # null block included: ids 1..num_blocks−1 are usable
-    num_host_blocks: int = 0
+    num_host_blocks: int = 0  # of the second tier: ids 0..num_host_blocks−1
     groups: int = 1  # KV groups
     align: int = 1  # chunk starts and cache hits fall on multiples of this many tokens, or results may differ in bits
     exact: bool = False  # R2: the same bits whatever the batch, the chunking, the cache
@@ -221,7 +235,7 @@ class StepResult(Wire, frozen=True):
     epoch: Epoch
     step: int
     rows: list[RowResult]
-    copied: list[int] = []
+    copied: list[int] = []  # the host block of each of the plan's copies: they have been done
     timings: Timings = Timings()
 
 

@@ -84,6 +84,10 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
     if args.workers == 0 and args.tensor_parallel_size > 1:
         ranks = f"--tensor-parallel-size {args.tensor_parallel_size}"
         parser.error(f"{ranks} goes with --workers 1 or more: what comes by itself serves a whole model")
+    if args.kv_host_gib and not args.enable_prefix_caching:
+        parser.error(
+            f"--kv-host-gib {args.kv_host_gib:g} holds what prefixes are found in: not with --no-enable-prefix-caching"
+        )
     if args.openai_port and args.frontends > 1:
         parser.error(f"--openai-port {args.openai_port} goes with --frontends 1: more of them start no gateway yet")
     if args.openai_port and args.openai_port == args.port:
@@ -158,6 +162,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         max_model_len=args.max_model_len,
         max_step_tokens=engine.max_step_tokens,
         kv_bytes=int(args.kv_cache_gib * (1 << 30)),
+        kv_host_bytes=int(args.kv_host_gib * (1 << 30)),
         threads=args.threads,
         sharing=max(1, args.workers) * args.tensor_parallel_size,
         tp_size=args.tensor_parallel_size,
@@ -177,9 +182,9 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
 
 
 def _worker_arguments(args: argparse.Namespace) -> tuple[str, ...]:
-    arguments = ("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa)
-    arguments += ("--gpu-memory-utilization", f"{args.gpu_memory_utilization:g}")
-    arguments += ("--enforce-eager",) if args.enforce_eager else ()
+    device = ("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa)
+    gpu = ("--gpu-memory-utilization", f"{args.gpu_memory_utilization:g}")
+    arguments = (*device, *gpu, *(("--enforce-eager",) if args.enforce_eager else ()))
     if args.tensor_parallel_size == 1:
         return arguments
     # Who waits for the others in vain is ended by a deadline of ours before this one.

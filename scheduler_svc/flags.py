@@ -100,6 +100,13 @@ def _batching_flags(add: Add) -> None:
     add("--max-waiting", type=_whole(1), default=1024, metavar="N", help="queued requests before RESOURCE_EXHAUSTED")
     add("--max-waiting-tokens", type=_whole(1), default=4_194_304, metavar="N", help="… and their tokens")
     add("--kv-cache-gib", type=_number, default=0.0, metavar="GIB", help="memory for KV; 0: the worker chooses")
+    add(
+        "--kv-host-gib",
+        type=_number,
+        default=0.0,
+        metavar="GIB",
+        help="memory of each worker's host for cached blocks that those have no room for; 0: none",
+    )
     add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
     add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)

@@ -24,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from protos.engine_wire import FinishReason, Histogram, ServiceStatus
+from protos.engine_wire import EngineStats, FinishReason, Histogram, ServiceStatus
 
 NO_NAME: Final = "(none)"  # the tenant of callers that name none
 STATES: Final = ("starting", "loading", "serving", "lost")
@@ -124,11 +124,31 @@ def _engine(status: ServiceStatus) -> Iterator[Metric]:
     for state in ("free", "cached", "owned", "fenced"):
         blocks.add_metric([state], getattr(stats, f"{state}_blocks"))
     yield blocks
+    yield from _host_tier(stats)
     build = {"version": version("pagewire")}
     if ready:
         build |= {"backend": ready.backend, "dtype": ready.dtype, "quantization": ready.quantization}
         build |= {"fingerprint": ready.fingerprint, "exact": str(ready.exact).lower()}
     yield InfoMetricFamily("pagewire_build", "What serves.", build)
+
+
+def _host_tier(stats: EngineStats) -> Iterator[Metric]:
+    """All zeros where there is none."""
+    tiers: dict[tuple[str, ...], float] = {
+        ("device",): stats.cached_tokens - stats.host_cached_tokens,
+        ("host",): stats.host_cached_tokens,
+    }
+    text = "Prompt tokens that were found in the prefix cache, by where: vllm:prefix_cache_hits_total are both."
+    yield _counter("pagewire_prefix_cache_hits", text, tiers, ("tier",))
+    blocks = GaugeMetricFamily("pagewire_kv_host_blocks", "Blocks of the second tier.", labels=["state"])
+    blocks.add_metric(["free"], stats.num_host_blocks - stats.cached_host_blocks)
+    blocks.add_metric(["cached"], stats.cached_host_blocks)
+    yield blocks
+    copies: dict[tuple[str, ...], float] = {
+        ("to_host",): stats.copied_to_host,
+        ("to_device",): stats.copied_to_device,
+    }
+    yield _counter("pagewire_kv_copied_blocks", "Blocks copied between the tiers.", copies, ("direction",))
 
 
 def _workers(status: ServiceStatus) -> Iterator[Metric]:

@@ -293,6 +293,7 @@ class WorkerLink:
             first.groups,
             first.max_model_len,
             self._group,
+            first.num_host_blocks,
         )
 
     def _blamed(self, rank: Rank, reason: str, now: float) -> tuple[str, float, Rank]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from protos.engine_wire import FinishReason, Submit
-from protos.wire import Admit, Epoch, Row, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
+from protos.wire import Admit, Copy, Direction, Epoch, Row, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 
 _MASK = (1 << 64) - 1
 
@@ -102,6 +102,7 @@ class FakeWorker:
         vocab_size: int = 32,
         max_model_len: int = 1 << 30,
         draft_quality: float = 0.6,
+        num_host_blocks: int = 0,
     ) -> None:
         self.epoch = epoch
         self.num_blocks, self.block_size, self.max_slots, self.align = num_blocks, block_size, max_slots, align
@@ -111,6 +112,9 @@ class FakeWorker:
         self.slots: dict[int, FakeSlot] = {}
         self.kv: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # prefix digest, its token included
         self.written: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # in which step
+        self.host: list[list[int]] = [[] for _ in range(num_host_blocks)]  # as kv; empty: never filled
+        self.host_written = [0] * num_host_blocks  # in which step
+        self.loaded: dict[int, int] = {}  # blocks that this step copies from the host, and the slot that reads each
 
     def run(self, plan: StepPlan) -> StepResult:
         _demand(plan.epoch == self.epoch and plan.step == self.step + 1, f"step {plan.step} after {self.step}")
@@ -120,8 +124,28 @@ class FakeWorker:
             del self.slots[slot]
         for admit in plan.admit:
             self._admit(admit)
+        self.loaded = {}
+        for copy in plan.copies:
+            self._copy(copy)
         _demand(len({row.slot for row in plan.rows}) == len(plan.rows) > 0, "a slot has two rows, or none has one")
-        return StepResult(plan.epoch, plan.step, [self._row(row, plan.num_propose) for row in plan.rows])
+        rows = [self._row(row, plan.num_propose) for row in plan.rows]
+        _demand(all(self.loaded.values()), f"blocks were copied from the host for nobody: {self.loaded}")
+        return StepResult(plan.epoch, plan.step, rows, [host_block for _, _, host_block in plan.copies])
+
+    def _copy(self, copy: Copy) -> None:
+        direction, block, host_block = copy
+        _demand(0 < block < self.num_blocks, f"no block {block}")
+        _demand(0 <= host_block < len(self.host), f"no host block {host_block}")
+        if direction is Direction.TO_HOST:
+            _demand(0 not in self.kv[block] and block not in self.loaded, f"block {block} is copied before it is full")
+            self.host[host_block] = list(self.kv[block])
+            self.host_written[host_block] = self.step
+        else:
+            _demand(bool(self.host[host_block]), f"host block {host_block} was never filled")
+            _demand(self.host_written[host_block] < self.step, f"host block {host_block}: the same step fills it")
+            self.kv[block] = list(self.host[host_block])
+            self.written[block] = [self.step] * self.block_size
+            self.loaded[block] = 0
 
     def _admit(self, admit: Admit) -> None:
         _demand(0 < admit.slot <= self.max_slots, f"no slot {admit.slot}")
@@ -202,6 +226,10 @@ class FakeWorker:
             block, offset = slot.blocks[position // self.block_size], position % self.block_size
             where = f"slot {slot.admit.slot} reads position {position} in block {block}"
             _demand(self.kv[block][offset] == slot.prefixes[position + 1], f"{where}, which holds something else")
+            if block in self.loaded:
+                reader = self.loaded[block] = self.loaded[block] or slot.admit.slot
+                _demand(reader == slot.admit.slot, f"{where}, which the same step copies there for slot {reader}")
+                continue
             _demand(self.written[block][offset] < self.step, f"{where}, which the same step fills")
 
     def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:

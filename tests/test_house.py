@@ -78,9 +78,10 @@ from pathlib import Path
 import worker_svc.__main__
 from protos.wire import Admit, Epoch, Row, Sampling, Setup, StepPlan
 from worker_svc import backends
+from worker_svc.backends.base import Options
 epoch = Epoch(1, 1)
 setup = Setup(epoch, sys.argv[1], quantization="int8", kv_bytes=1 << 20, max_slots=4, threads=1)
-backend = backends.create("auto", setup, device="auto", isa="auto", home=Path(sys.argv[1]))
+backend = backends.create("auto", setup, Options(Path(sys.argv[1])))
 assert backend.load(setup, lambda phase, share: None).backend == "cpu"
 sampling = Sampling(max_tokens=1, logprobs=1, prompt_logprobs=0)
 backend.forward(StepPlan(epoch, 1, [], [Admit(1, [3, 4, 5], 3, [[1]], sampling)], [], [Row(1, 0, 3, sample=True)]))

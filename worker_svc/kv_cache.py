@@ -40,6 +40,8 @@ class KVCache:
             (shape.num_layers, 2, num_blocks, self.num_kv_heads, block_size, self.head_dim), _BITS[shape.dtype]
         )
         self.pages = torch.from_numpy(pages).view(shape.dtype)
+        # Of the same memory: [layer × K or V, block, bytes], a block in as many runs.
+        self.runs = pages.view(np.uint8).reshape(2 * shape.num_layers, num_blocks, -1)
 
     def rows_of(self, slot_mapping: Tensor) -> Tensor:
         """[T] block * block_size + offset → [T * kv_heads] rows of head_dim elements, token by token."""

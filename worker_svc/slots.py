@@ -12,12 +12,12 @@ going on would compute some other sequence's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.wire import Admit, Row, Sampling, StepPlan
+from protos.wire import Admit, Copy, Row, Sampling, StepPlan
 
 # A slot's parameters as a row of an array, so that a step's worth of them is one indexing.
 PARAMS = np.dtype(
@@ -45,9 +45,19 @@ class SlotError(ValueError):
 
 
 class SlotTable:
+    """`copy` does what a plan says of blocks and host blocks; None: this worker keeps none of those."""
+
     def __init__(
-        self, *, max_slots: int, max_model_len: int, block_size: int, num_blocks: int, vocab_size: int
+        self,
+        *,
+        max_slots: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+        copy: Callable[[list[Copy]], None] | None = None,
     ) -> None:
+        self._copy = copy
         self.max_slots, self.max_model_len, self.block_size = max_slots, max_model_len, block_size
         self.num_blocks, self.vocab_size = num_blocks, vocab_size
         self.reset()
@@ -72,7 +82,9 @@ class SlotTable:
             self._release(slot)
         for admit in plan.admit:
             self._admit(admit)
-        if plan.copies:
+        if plan.copies and self._copy:
+            self._copy(plan.copies)
+        elif plan.copies:
             raise SlotError(f"step {plan.step} copies blocks to or from the host, where this worker keeps none")
         seen: set[int] = set()
         for row in plan.rows:

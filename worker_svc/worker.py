@@ -104,6 +104,7 @@ class Worker:
                 epoch=setup.epoch,
                 rank=setup.tp_rank,
                 num_blocks=capacity.num_blocks,
+                num_host_blocks=capacity.num_host_blocks,
                 align=capacity.align,
                 exact=capacity.exact,
                 graph_shapes=capacity.graph_shapes,
@@ -144,7 +145,7 @@ class Worker:
             return
         done = self._clock()
         timings = Timings(computed - arrived, done - computed, arrived - self._idle_since)
-        self._answer(StepResult(plan.epoch, plan.step, answer, [], timings))
+        self._answer(StepResult(plan.epoch, plan.step, answer, _copied(plan), timings))
         self._idle_since = done
 
     def _answer(self, result: StepResult) -> None:
@@ -165,7 +166,7 @@ class Worker:
                 return
             done, begun = self._clock(), max(flight.arrived, self._idle_since)
             timings = Timings(done - begun, 0.0, begun - self._idle_since)
-            self._answer(StepResult(flight.plan.epoch, flight.plan.step, rows, [], timings))
+            self._answer(StepResult(flight.plan.epoch, flight.plan.step, rows, _copied(flight.plan), timings))
             self._idle_since = done
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
@@ -205,6 +206,11 @@ class Worker:
         if self._loaded:
             self._loaded[1].close()
             self._loaded = None
+
+
+def _copied(plan: StepPlan) -> list[int]:
+    """Of a step that has been done: a backend does its copies before its rows, or raises."""
+    return [host_block for _, _, host_block in plan.copies]
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -22,7 +23,7 @@ from kernels.cpu.cpus import usable_cpus, usable_threads
 
 __all__ = ["LibraryError", "load", "source_digest", "usable_cpus", "usable_threads"]
 
-ABI: Final = 2
+ABI: Final = 3
 PANEL: Final = 48  # columns
 GROUP: Final = 32  # weights
 PAGE: Final = 32  # tokens
@@ -238,6 +239,13 @@ class Model:
         name: bytes = self._c.pw_isa(self.handle)
         return name.decode()
 
+    def kv(self) -> Bytes:
+        """Its pages [layer, block, bytes], where they are: no longer to be read once the model is closed."""
+        spec = self._spec
+        shape = spec.num_layers, spec.num_blocks, self._library.kv_block_bytes(spec) // spec.num_layers
+        pages = (ctypes.c_uint8 * math.prod(shape)).from_address(self._c.pw_kv(self.handle))
+        return np.frombuffer(pages, np.uint8).reshape(shape)
+
     def forward(self, batch: Batch) -> None:
         self._library.check(self._c.pw_forward(self.handle, byref(batch)))
 
@@ -303,6 +311,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "pw_close": (None, c_void_p),
     "pw_isa": (c_char_p, c_void_p),
     "pw_kv_block_bytes": (c_int64, POINTER(Spec)),
+    "pw_kv": (c_void_p, c_void_p),
     "pw_forward": (c_int, c_void_p, POINTER(Batch)),
     "pw_sample": (c_int, c_void_p, POINTER(Samples)),
     "pw_step": (c_int, c_void_p, POINTER(Batch), POINTER(Samples)),

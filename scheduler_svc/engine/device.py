@@ -35,7 +35,9 @@ class Device:
         self.running: list[Sequence] = []  # in order of the key
         self.step = 0
         self.align = ready.align
-        self.kv = KVManager(ready.num_blocks, config.block_size, ready.align, config.prefix_caching, journal)
+        self.kv = KVManager(
+            ready.num_blocks, config.block_size, ready.align, config.prefix_caching, journal, ready.num_host_blocks
+        )
         self.num_slots = ready.max_slots
         self.free_slots = list(range(ready.max_slots, 0, -1))  # slot 0 is the null slot
         self.release: list[int] = []  # slots that the next plan tells the worker to forget
@@ -57,6 +59,7 @@ class Device:
     def land(self) -> Flight:
         """The oldest plan has been answered."""
         flight = self.sent.popleft()
+        self.kv.host.land(flight.plan.copies)
         for slot, block_ids in flight.fenced:
             self.give_back(slot, block_ids)
         return flight

@@ -22,6 +22,7 @@ class WorkerReady(Happening, frozen=True):
     groups: int = 1  # KV groups
     max_model_len: int = 0
     group: int = 0  # which of the worker groups behind this scheduler
+    num_host_blocks: int = 0  # of the second tier
 
 
 class WorkerLost(Happening, frozen=True):

@@ -22,6 +22,7 @@ def check(roster: Roster, devices: Iterable[Device]) -> None:
         _demand(all(s.device is device for s in device.running), f"group {device.group} runs what is another's")
         _check_slots(device)
         _check_blocks(device)
+        _check_host(device)
     _demand(sorted(somewhere, key=lambda s: s.key) == roster.running, "who runs does not run in one group each")
 
 
@@ -84,7 +85,22 @@ def _check_blocks(device: Device) -> None:
     published = {digest: block for block, digest in enumerate(pool.hashes) if digest}
     _demand(published == pool.by_hash, "the digests of blocks differ from the index")
     journal = pool.journal.blocks
-    _demand(all(digest in journal for digest in published), "the journal lacks a published block")
+    _demand(all(digest in journal for digest in pool.digests()), "the journal lacks a published block")
+
+
+def _check_host(device: Device) -> None:
+    host = device.kv.host
+    _demand(not host.copies, "copies that no plan has taken")
+    fences = [0] * host.num_blocks
+    for flight in device.sent:
+        for _, _, host_block in flight.plan.copies:
+            fences[host_block] += 1
+    _demand(fences == host.fences, "fences of host blocks differ from the copies in flight")
+    held = {digest: block for block, digest in enumerate(host.hashes) if digest}
+    _demand(held == host.by_hash, "the digests of host blocks differ from the index")
+    forgotten = [b for b in range(host.num_blocks) if fences[b] and not host.hashes[b]]
+    everywhere = sorted([*host.free, *held.values(), *forgotten])
+    _demand(everywhere == list(range(host.num_blocks)), "host blocks are lost or held twice")
 
 
 def _demand(holds: bool, complaint: str) -> None:

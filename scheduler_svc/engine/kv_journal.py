@@ -12,7 +12,7 @@ class KvJournal:
 
     The blocks are kept whether somebody watches or not, since a watcher begins with all of them: one entry a published
     block, under a thousandth of the block's own memory. Pools of several workers may hold copies of one block: told is
-    the first that comes and the last that goes.
+    the first that comes and the last that goes. A pool's two tiers are one to it: what moves to the host stays.
     """
 
     def __init__(self) -> None:

@@ -6,8 +6,9 @@ from math import lcm
 
 from protos.engine_wire import KvBlock
 from scheduler_svc.engine.block_pool import BlockPool
+from scheduler_svc.engine.host_tier import HostTier
 from scheduler_svc.engine.kv_journal import KvJournal
-from scheduler_svc.engine.prefix_cache import PrefixCache
+from scheduler_svc.engine.prefix_cache import NULL, PrefixCache
 from scheduler_svc.engine.sequence import Sequence
 
 
@@ -19,14 +20,24 @@ class KVManager:
     positions   |0 …            hits |          settled |         hi | + drafts |
     block_ids   |  shared, read-only |     its own, covered at admission  |  grown by rows  |
                                      ^ computed starts here, on a multiple of `align`
+
+    A hit in the host takes a block of its own, which the plan copies to before its rows. From there on it is like one
+    that the plan fills: published once that is sent.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, align: int, caching: bool, journal: KvJournal | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        align: int,
+        caching: bool,
+        journal: KvJournal | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self.block_size = block_size
         self.caching = caching
-        self.pool = BlockPool(num_blocks, journal)
+        self.host = HostTier(num_host_blocks)
+        self.pool = BlockPool(num_blocks, journal, self.host)
         self.cache = PrefixCache(self.pool, block_size)
         self._hit_unit = lcm(block_size, align) // block_size  # blocks
 
@@ -34,7 +45,10 @@ class KVManager:
         return -(-num_positions // self.block_size)
 
     def reusable(self, sequence: Sequence) -> list[int] | None:
-        """Published blocks of the sequence's prefix, leaving at least one token to compute; None if it has to hold."""
+        """Published blocks of the sequence's prefix, leaving at least one token to compute; None if it has to hold.
+
+        The null block stands for each that has to come from the host.
+        """
         hashes = self._usable(sequence)
         hits = self.cache.find(hashes)
         if digest := self.cache.being_filled(hashes, len(hits)):
@@ -60,20 +74,31 @@ class KVManager:
 
     def room_for(self, sequence: Sequence, hits: list[int], reserve: int) -> bool:
         """Whether all its known tokens fit, with `reserve` blocks left."""
+        shared = _shared(hits)
         evictable = sum(
-            not self.pool.refs[block] for block in hits
+            not self.pool.refs[block] for block in shared
         )  # hits that count as available until they are shared
-        return self.blocks(sequence.settled) - len(hits) + reserve <= self.pool.available - evictable
+        return self.blocks(sequence.settled) - len(shared) + reserve <= self.pool.available - evictable
 
-    def admit(self, sequence: Sequence, hits: list[int]) -> None:
-        self.pool.share(hits)
-        sequence.block_ids = hits + self.pool.take(self.blocks(sequence.settled) - len(hits))
+    def admit(self, sequence: Sequence, hits: list[int]) -> int:
+        """Gives it blocks for all its known tokens; answers how many tokens of its prompt come from the host."""
+        shared = _shared(hits)
+        self.pool.share(shared)
+        loads = [i for i, block in enumerate(hits) if block == NULL]
+        sources = [self.host.fetch(sequence.hashes[i]) for i in loads]  # fenced before blocks are taken for them
+        own = iter(self.pool.take(self.blocks(sequence.settled) - len(shared)))
+        sequence.block_ids = [next(own) if block == NULL else block for block in hits]
+        sequence.block_ids += own
+        for i, source in zip(loads, sources, strict=True):
+            self.host.load(source, sequence.block_ids[i])
         sequence.computed = len(hits) * self.block_size
-        sequence.published = len(hits)
-        sequence.publish_at = sequence.computed + self.block_size
+        sequence.published = loads[0] if loads else len(hits)
+        sequence.publish_at = (sequence.published + 1) * self.block_size
         if self.caching:
             self.cache.extend_hashes(sequence)
             self.cache.lead(sequence)
+        size, prompt_len = self.block_size, sequence.prompt_len
+        return sum(max(0, min(size, prompt_len - i * size)) for i in loads)
 
     def grow(self, sequence: Sequence, num_positions: int) -> list[int]:
         """New blocks so that the table covers `num_positions`. The caller has looked at `missing`."""
@@ -91,7 +116,7 @@ class KVManager:
         if self.caching:
             hashes = self.cache.extend_hashes(sequence)
             for i in range(sequence.published, full):
-                if hashes[i] not in self.pool.by_hash:
+                if not self.pool.holds(hashes[i]):
                     self.pool.journal.stored(self._as_published(sequence, i))
                 woken += self.cache.publish(sequence.block_ids[i], hashes[i])
         sequence.published = full
@@ -102,3 +127,8 @@ class KVManager:
         hashes, root, size = sequence.hashes, sequence.root, self.block_size
         token_ids = sequence.token_ids[i * size : (i + 1) * size].tobytes()
         return KvBlock(hashes[i], hashes[i - 1] if i else root, root, token_ids)
+
+
+def _shared(hits: list[int]) -> list[int]:
+    """Those that are on the device."""
+    return [block for block in hits if block != NULL]

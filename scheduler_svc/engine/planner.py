@@ -245,7 +245,7 @@ class Planner:
         return hopeless
 
     def _admit(self, step: Step, sequence: Sequence, hits: list[int]) -> None:
-        self.kv.admit(sequence, hits)
+        from_host = self.kv.admit(sequence, hits)
         sequence.slot = self.device.free_slots.pop()
         self.roster.start(sequence, self.device)
         if sequence.cached_tokens < 0:
@@ -254,6 +254,7 @@ class Planner:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
             counters.prompt_tokens += sequence.prompt_len
             counters.cached_tokens += sequence.cached_tokens
+            counters.host_cached_tokens += from_host
             self._observe_wait(sequence)
             self.forecast.learn_hits(sequence.prompt_len, sequence.cached_tokens)
         submit = sequence.submit
@@ -298,7 +299,10 @@ class Planner:
         device.step += 1
         self.roster.counters.steps += 1
         num_propose = self.config.num_drafts if any(row.sample for row in step.rows) else 0
-        plan = StepPlan(device.epoch, device.step, device.release, step.admit, [], step.rows, num_propose)
+        copies = self.kv.host.take_copies()
+        if copies:
+            self.roster.counters.count_copies(copies)
+        plan = StepPlan(device.epoch, device.step, device.release, step.admit, copies, step.rows, num_propose)
         device.release = []
         flight = Flight(plan, step.sequences, self.config.max_step_tokens - step.budget)
         device.sent.append(flight)

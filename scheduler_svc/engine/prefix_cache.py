@@ -9,6 +9,7 @@ from scheduler_svc.engine.block_pool import BlockPool
 from scheduler_svc.engine.sequence import Sequence
 
 DIGEST_SIZE = 16  # bytes
+NULL = 0  # the null block
 _NEXT_PLAN = b""  # no block's digest: who holds on it waits for this group's next plan
 
 
@@ -60,11 +61,14 @@ class PrefixCache:
         return hashes
 
     def find(self, hashes: list[bytes]) -> list[int]:
-        """The blocks of the longest published prefix."""
-        by_hash, blocks = self.pool.by_hash, []
+        """The blocks of the longest published prefix; the null block for each that only the host holds.
+
+        What somebody is about to fill is not loaded a second time.
+        """
+        by_hash, in_host, blocks = self.pool.by_hash, self.pool.host.by_hash, []
         for digest in hashes:
-            block = by_hash.get(digest)
-            if block is None:
+            block = by_hash.get(digest, NULL)
+            if block == NULL and (digest not in in_host or digest in self._leaders):
                 break
             blocks.append(block)
         return blocks

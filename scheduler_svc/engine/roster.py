@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from protos.wire import Copy, Direction
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.fairness import FairQueue, Ledger
@@ -25,9 +26,17 @@ class Counters:
     recoveries: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    host_cached_tokens: int = 0  # of those, what came from the second tier
+    copied_to_host: int = 0  # blocks
+    copied_to_device: int = 0
     finished: int = 0
     aborted: int = 0
     rejected: int = 0
+
+    def count_copies(self, copies: list[Copy]) -> None:
+        to_host = sum(direction is Direction.TO_HOST for direction, _, _ in copies)
+        self.copied_to_host += to_host
+        self.copied_to_device += len(copies) - to_host
 
 
 class Roster:

@@ -245,6 +245,8 @@ class Scheduler:
         rows = flight.plan.rows
         if len(result.rows) != len(rows):
             return self._distrust(device, f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
+        if result.copied != [host_block for _, _, host_block in flight.plan.copies]:
+            return self._distrust(device, f"step {result.step} copied {result.copied}, its plan {flight.plan.copies}")
         for sequence in flight.sequences:
             sequence.flying -= 1
         for row, answer, sequence in zip(rows, result.rows, flight.sequences, strict=True):
@@ -333,6 +335,8 @@ class Scheduler:
                 f"num_blocks is {ready.num_blocks} and max_slots {ready.max_slots}: "
                 f"at least 2, and max_num_seqs {self.config.max_num_seqs}"
             )
+        if ready.num_host_blocks < 0:
+            return f"num_host_blocks is {ready.num_host_blocks}: at least 0"
         return ""
 
     def _distrust(self, device: Device, reason: str) -> None:
@@ -347,7 +351,7 @@ class Scheduler:
             for sequence in suspects:
                 sequence.deaths += 1
         self.roster.end_epoch(device)
-        self.journal.lost(device.kv.pool.by_hash)
+        self.journal.lost(device.kv.pool.digests())
         del self.devices[device.group], self._planners[device.group]
         self.roster.num_groups = max(1, len(self.devices))
         for sequence in list(self.roster):

@@ -41,4 +41,9 @@ def summary(roster: Roster, devices: Sequence[Device], draining: bool) -> Engine
         step_tokens=measures.step_tokens.freeze(),
         refused=tuple(measures.refused.items()),
         tenants=roster.ledger.figures(),
+        host_cached_tokens=counters.host_cached_tokens,
+        num_host_blocks=sum(pool.host.num_blocks for pool in pools),
+        cached_host_blocks=sum(len(pool.host.by_hash) for pool in pools),
+        copied_to_host=counters.copied_to_host,
+        copied_to_device=counters.copied_to_device,
     )

@@ -100,6 +100,11 @@ def stats_message(status: ServiceStatus, uptime: float) -> admin_pb2.GetStatsRes
         step=_histogram(stats.step_seconds),
         serving=status.serving,
         reason=status.reason,
+        host_cached_tokens=stats.host_cached_tokens,
+        total_host_blocks=stats.num_host_blocks,
+        cached_host_blocks=stats.cached_host_blocks,
+        blocks_copied_to_host=stats.copied_to_host,
+        blocks_copied_to_device=stats.copied_to_device,
     )
 
 

@@ -272,6 +272,41 @@ MUTATIONS = [
     Mutation(
         "an abort of another frontend's", "scheduler.py", 'if event.frontend in ("", sequence.frontend):', "if True:"
     ),
+    Mutation(
+        "a host block is reused before its copy has landed",
+        "host_tier.py",
+        "if not self.by_hash or self.fences[next(iter(self.by_hash.values()))]:",
+        "if not self.by_hash:",
+    ),
+    Mutation(
+        "what is read in the host is not fenced",
+        "host_tier.py",
+        "        host_block = self.by_hash[digest]\n        self.fences[host_block] += 1\n",
+        "        host_block = self.by_hash[digest]\n        self.fences[host_block] += 0\n",
+    ),
+    Mutation(
+        "found in the host by the plan that copies there",
+        "host_tier.py",
+        "        self._arriving.append((digest, host_block))\n",
+        "        self.by_hash[digest], self.hashes[host_block] = host_block, digest\n",
+    ),
+    Mutation(
+        "blocks come back in the wrong order",
+        "kv_manager.py",
+        "zip(loads, sources, strict=True)",
+        "zip(loads, reversed(sources), strict=True)",
+    ),
+    Mutation(
+        "a block from the host is found by the plan that brings it",
+        "kv_manager.py",
+        "            self.host.load(source, sequence.block_ids[i])\n",
+        "            self.host.load(source, sequence.block_ids[i])\n"
+        "            self.cache.publish(sequence.block_ids[i], sequence.hashes[i])\n",
+    ),
+    Mutation("loaded twice", "prefix_cache.py", " or digest in self._leaders):", "):"),
+    Mutation("nothing goes to the host", "block_pool.py", "self.host.save(digest, block)", "digest"),
+    Mutation("watchers are told too soon", "block_pool.py", "if digest and not self.holds(digest):", "if digest:"),
+    Mutation("copies are believed", "scheduler.py", "if result.copied != [", "if False and result.copied != ["),
     Mutation("suspects in company", "sequence.py", "return self.deaths >= SUSPECT_DEATHS", "return False"),
     Mutation(
         "prompt logprobs twice",

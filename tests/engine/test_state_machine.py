@@ -23,6 +23,7 @@ from tests.engine.world import Side, World
 
 PREFIXES = [[(7 * i + 3 * f) % 31 for i in range(40)] for f in range(3)]
 events = 0  # over all runs of this process
+copies = [0, 0]  # to the host, and back
 
 
 @st.composite
@@ -64,6 +65,7 @@ class Engine(RuleBasedStateMachine):
                 tenants=data.draw(st.sampled_from([(), (Tenant("a", 3.0, 20.0, 60.0), Tenant("b", 0.5))]), "tenants"),
             ),
             num_blocks=data.draw(st.sampled_from([6, 10, 16, 40]), "num_blocks"),
+            num_host_blocks=data.draw(st.sampled_from([0, 1, 4, 12, 60]), "num_host_blocks"),
             groups=self.groups,
             align=data.draw(st.sampled_from([1, 4, 8]), "align"),
             max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
@@ -157,7 +159,7 @@ class Engine(RuleBasedStateMachine):
         self.world.ready(self._draw_group(data, lambda side: side.worker))
 
     @precondition(lambda self: any(side.results for side in self.world.sides))
-    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows"]), data=st.data())
+    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows", "copied"]), data=st.data())
     def spoil(self, change: str, data: st.DataObject) -> None:
         group = self._draw_group(data, lambda side: side.results)
         if self._first_row_counts(group):
@@ -189,7 +191,9 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.world.send(FlushCache())
-        assert self.world.scheduler.stats().cached_blocks == 0 or any(side.results for side in self.world.sides)
+        stats = self.world.scheduler.stats()
+        assert stats.cached_blocks == 0 or any(side.results for side in self.world.sides)
+        assert stats.cached_host_blocks == 0 or any(side.results for side in self.world.sides)
 
     @rule(frontend=st.sampled_from(["f", "f", "g"]), watches=st.sampled_from([True, True, True, False]))
     def watch(self, frontend: str, watches: bool) -> None:
@@ -218,6 +222,9 @@ class Engine(RuleBasedStateMachine):
         world.run(bound)
         world.check_ends()
         events += len(world.log)
+        stats = world.scheduler.stats()
+        copies[0] += stats.copied_to_host
+        copies[1] += stats.copied_to_device
 
 
 def _reseeded(sampling: Sampling, index: int) -> Sampling:
@@ -229,7 +236,7 @@ PROFILE = os.environ.get("PAGEWIRE_HYPOTHESIS_PROFILE", "ci")
 
 def test_invariants() -> None:
     run_state_machine_as_test(Engine, settings=settings.get_profile(f"engine-{PROFILE}"))
-    print(f"\nstate machine, {PROFILE}: {events} events")
+    print(f"\nstate machine, {PROFILE}: {events} events; {copies[0]} blocks to the host, {copies[1]} back")
 
 
 @pytest.mark.nightly

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from protos.engine_wire import Abort, FinishReason, KvEvents, Outputs, Submit, TokenDelta, WatchKv
-from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult, Timings, TokenLogprobs
+from protos.wire import Copy, Direction, Epoch, RowResult, Sampling, StepPlan, StepResult, Timings, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
 from scheduler_svc.engine.prefix_cache import domain
@@ -67,11 +67,13 @@ class Side:
     worker: FakeWorker | None = None
     results: deque[StepResult] = field(default_factory=deque)
     in_flight: deque[dict[int, Named]] = field(default_factory=deque)  # one for each result, by slot
+    copying: deque[list[Copy]] = field(default_factory=deque)  # one for each result
     owners: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)  # by slot: owner, blocks hit, table
 
     def forget_flights(self) -> None:
         self.results.clear()
         self.in_flight.clear()
+        self.copying.clear()
         self.owners.clear()
 
 
@@ -91,9 +93,11 @@ class World:
         max_model_len: int = 0,
         quality: float = 0.6,
         seconds: Callable[[int], float] | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self.config = config
         self.num_blocks, self.align, self.max_model_len, self.quality = num_blocks, align, max_model_len, quality
+        self.num_host_blocks = num_host_blocks
         self.seconds = seconds  # that a step of so many positions takes; None: no time passes, and none is reported
         self.quotas = {tenant.name: tenant for tenant in config.tenants}
         self.scheduler = Scheduler(config)
@@ -138,9 +142,11 @@ class World:
             vocab_size=VOCAB_SIZE,
             max_model_len=self.limit,
             draft_quality=self.quality,
+            num_host_blocks=self.num_host_blocks,
         )
         side.forget_flights()
-        self.send(WorkerReady(epoch, self.num_blocks, self.config.max_slots, self.align, 1, self.max_model_len, group))
+        slots, longest = self.config.max_slots, self.max_model_len
+        self.send(WorkerReady(epoch, self.num_blocks, slots, self.align, 1, longest, group, self.num_host_blocks))
 
     def ready_all(self) -> None:
         for group, side in enumerate(self.sides):
@@ -190,6 +196,7 @@ class World:
             if not side.results:
                 return
             side.in_flight.popleft()
+            side.copying.popleft()
             result = side.results.popleft()
             if result.timings.forward:
                 self.tick(result.timings.forward)
@@ -199,7 +206,7 @@ class World:
         """Delivers the next result with something wrong in it; the engine must not believe it."""
         side = self.sides[group]
         result = side.results.popleft()
-        rows = list(result.rows)
+        rows, copied = list(result.rows), list(result.copied)
         step = result.step
         match change:
             case "gap":
@@ -214,11 +221,13 @@ class World:
                 rows[0] = RowResult(rows[0].slot, rows[0].start, [-1] * max(1, len(rows[0].token_ids)))
             case "rows":
                 rows.pop()
+            case "copied":
+                copied.append(0)
         side.worker = None
         self.crashes += 1
         side.forget_flights()
         ended = len(self.ended)
-        self.send(StepResult(result.epoch, step, rows))
+        self.send(StepResult(result.epoch, step, rows, copied))
         assert len(self.ended) == ended + 1, f"the engine believed a result with a wrong {change}"
 
     def run(self, max_steps: int = 10_000) -> None:
@@ -270,7 +279,8 @@ class World:
                 assert slot.blocks == sequence.block_ids
 
     def _check_mirrors(self) -> None:
-        published = {digest for device in self.scheduler.devices.values() for digest in device.kv.pool.by_hash}
+        pools = [device.kv.pool for device in self.scheduler.devices.values()]
+        published = {digest for pool in pools for digest in (*pool.by_hash, *pool.host.by_hash)}
         assert self.scheduler.journal.blocks.keys() == published
         for _, mirror in self.mirrors:
             assert mirror.blocks.keys() == published
@@ -371,12 +381,26 @@ class World:
             size = self.config.block_size
             writes = frozenset(table[start // size : -(-end // size)])
             named[row.slot] = Named(owner, writes, frozenset(table[:hits]), frozenset(table))
+        self._check_copies(side, plan)
         self._check_owners(side, named)
         side.in_flight.append(named)
+        side.copying.append(plan.copies)
         result = side.worker.run(plan)
         if self.seconds:
             result = replace(result, timings=Timings(forward=self.seconds(drafts)))
         side.results.append(result)
+
+    def _check_copies(self, side: Side, plan: StepPlan) -> None:
+        """Whatever a plan in flight copies from or to stays as it is until that has landed."""
+        read = {host_block for copies in side.copying for _, _, host_block in copies}
+        for direction, block, host_block in plan.copies:
+            if direction is Direction.TO_HOST:
+                assert host_block not in read, f"host block {host_block} is written while it is copied"
+                tables = [one.table for flight in side.in_flight for one in flight.values()]
+                assert not any(block in table for table in tables), f"block {block} is owned and copied from"
+            read.add(host_block)
+        targets = [block for direction, block, _ in plan.copies if direction is Direction.TO_DEVICE]
+        assert len(set(targets)) == len(targets), "two copies go to one block"
 
     def _check_owners(self, side: Side, newest: dict[int, Named]) -> None:
         """No slot and no block belongs to two owners across the plans in flight, except published read-only blocks."""

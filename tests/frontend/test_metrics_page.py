@@ -99,6 +99,11 @@ async def test_the_engines_numbers_are_those_of_its_stats(seen: Service) -> None
         queue_wait=Histogram((1.0, 2.0), (3, 0, 1), 9.5),
         refused=((FinishReason.QUOTA, 2), (FinishReason.REJECTED, 5)),
         tenants=[TenantFigures("", 1, 0, 1, 0, 10, 20), TenantFigures('a"b\\', 2, 2, 5, 3, 40, 40)],
+        host_cached_tokens=4,
+        num_host_blocks=30,
+        cached_host_blocks=12,
+        copied_to_host=15,
+        copied_to_device=3,
     )
     samples = await scrape(seen)
     for name, value in {
@@ -123,6 +128,10 @@ async def test_the_engines_numbers_are_those_of_its_stats(seen: Service) -> None
     assert samples["pagewire_tenant_tokens_total", (("kind", "output"), ("tenant", 'a"b\\'))] == 40
     assert samples["pagewire_tenant_tokens_total", (("kind", "prompt"), ("tenant", "(none)"))] == 10
     assert samples["pagewire_kv_blocks", (("state", "owned"),)] == 20
+    assert [samples["pagewire_prefix_cache_hits_total", (("tier", tier),)] for tier in ("device", "host")] == [6, 4]
+    assert [samples["pagewire_kv_host_blocks", (("state", state),)] for state in ("free", "cached")] == [18, 12]
+    copied = "pagewire_kv_copied_blocks_total"
+    assert [samples[copied, (("direction", way),)] for way in ("to_host", "to_device")] == [15, 3]
 
 
 async def test_the_clients_numbers_are_those_of_the_calls(seen: Service) -> None:

@@ -51,6 +51,11 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (parsed.log_format, parsed.log_level) == ("json", "warning")
 
 
+def test_memory_of_the_host_reaches_the_worker() -> None:
+    assert config.parse(["fake:", "--kv-host-gib", "1.5"]).loop.setup.kv_host_bytes == 3 << 29
+    assert config.parse(["fake:"]).loop.setup.kv_host_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("path", "name"), [("Qwen2.5-0.5B-Instruct/", "Qwen2.5-0.5B-Instruct"), ("SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1")]
 )
@@ -177,6 +182,8 @@ def test_boot_ids_differ() -> None:
         ("--max-num-seqs 600 --max-step-tokens 512", "max_step_tokens is 512: must be at least"),
         ("--kv-cache-gib -1", "-1 is not in"),
         ("--kv-cache-gib nan", "nan is not in"),
+        ("--kv-host-gib -1", "-1 is not in"),
+        ("--kv-host-gib 2 --no-enable-prefix-caching", "--kv-host-gib 2 holds what prefixes are found in"),
         ("--stream-interval -1", "-1 is not in"),
         ("--step-deadline 0", "0 is not over 0"),
         ("--step-deadline -1", "-1 is not over 0"),

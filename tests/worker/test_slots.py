@@ -14,7 +14,7 @@ EPOCH = Epoch(1, 1)
 
 
 def table(**changes: int) -> SlotTable:
-    sizes = {"max_slots": 3, "max_model_len": 10, "block_size": 4, "num_blocks": 9, "vocab_size": 100}
+    sizes: dict[str, Any] = {"max_slots": 3, "max_model_len": 10, "block_size": 4, "num_blocks": 9, "vocab_size": 100}
     return SlotTable(**(sizes | changes))
 
 

@@ -33,6 +33,7 @@ class Capacity:
     quantization: str = ""
     kv_dtype: str = ""  # empty: as dtype
     graph_shapes: tuple[int, ...] = ()
+    num_host_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def refuse_unsupported(
     quantization: tuple[str, ...],
     kv_dtype: tuple[str, ...],
     splits: bool = False,
+    offloads: bool = False,
 ) -> None:
-    """Every field that asks for what a backend does not do. `splits`: it takes a rank's part of a model.
+    """Every field that asks for what a backend does not do. `splits`: it takes a rank's part of a model; `offloads`: it
+    has a second tier of KV.
 
     Raises BackendError naming it.
     """
@@ -106,7 +109,7 @@ def refuse_unsupported(
         ("speculation", setup.speculation, ("",)),
         ("revision", setup.revision, ("",)),
         ("tp_size", setup.tp_size, (setup.tp_size if splits else 1,)),
-        ("host_blocks", setup.host_blocks, (0,)),
+        ("kv_host_bytes", setup.kv_host_bytes, (setup.kv_host_bytes if offloads else 0,)),
     ]:
         if value not in known:
             names = ", ".join(repr(name) for name in known)
@@ -123,7 +126,7 @@ def refuse_unsupported(
 
 def kv_blocks(setup: Setup, block_bytes: int) -> int:
     """How many blocks the memory for KV holds, null block included. Raises BackendError where it is too little."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _memory()
     size = setup.kv_bytes or min(KV_BYTES, memory // 4 // setup.sharing)
     if size > memory:
         raise BackendError(f"kv_bytes {size} is more than this machine's memory, {memory}")
@@ -132,6 +135,26 @@ def kv_blocks(setup: Setup, block_bytes: int) -> int:
             f"kv_bytes {size} must hold two blocks: one of {setup.block_size} tokens takes {block_bytes}"
         )
     return size // block_bytes
+
+
+def host_blocks(setup: Setup, num_blocks: int, block_bytes: int) -> int:
+    """How many blocks the second tier holds beside the `num_blocks` of the first. Raises BackendError where it holds
+    none, or where both are more than there is.
+    """
+    size, first, memory = setup.kv_host_bytes, num_blocks * block_bytes, _memory()
+    if size + first > memory:
+        raise BackendError(
+            f"kv_host_bytes {size} and the first tier's {first} are more than this machine's memory, {memory}"
+        )
+    if 0 < size < block_bytes:
+        raise BackendError(
+            f"kv_host_bytes {size} must hold a block: one of {setup.block_size} tokens takes {block_bytes}"
+        )
+    return size // block_bytes
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def served_len(setup: Setup, num_blocks: int, longest: int) -> int:

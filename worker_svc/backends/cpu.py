@@ -22,6 +22,7 @@ from worker_svc.backends.base import (
     Capacity,
     Progress,
     Unsuited,
+    host_blocks,
     kv_blocks,
     refuse_unsupported,
     served_len,
@@ -29,6 +30,7 @@ from worker_svc.backends.base import (
 from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, unfit, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
+from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
@@ -76,6 +78,7 @@ class CpuBackend:
         longest, kind = _longest(setup, self._spec), _KV_KINDS[setup.kv_dtype]
         block_bytes = self._library.kv_block_bytes(shape(self._spec, KVForm(kind, setup.block_size), longest))
         kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes))
+        num_host_blocks = host_blocks(setup, kv.num_blocks, block_bytes)
         self._max_len = served_len(setup, kv.num_blocks, longest)
         threads = setup.threads or max(1, usable_threads() // setup.sharing)
         packed = self._packed
@@ -90,10 +93,12 @@ class CpuBackend:
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
+        self._host = HostBlocks(self._model.kv(), num_host_blocks)
         self._sampler = CpuSampler(self._vocab_size)
         self.reset(setup)
         return Capacity(
             num_blocks=kv.num_blocks,
+            num_host_blocks=num_host_blocks,
             align=1,
             exact=True,
             device=f"cpu {self._model.isa}",
@@ -108,12 +113,14 @@ class CpuBackend:
 
     def reset(self, setup: Setup) -> None:
         self._pending = self._last = self._decode = None
+        self._host.forget()
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
             block_size=setup.block_size,
             num_blocks=self._num_blocks,
             vocab_size=self._vocab_size,
+            copy=self._host.copy,
         )
         self._sampler.reset()
 
@@ -198,7 +205,14 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         raise Unsuited(f"block_size {setup.block_size} is no multiple of the cpu backend's {library.PAGE}")
     if setup.tp_size > 1:
         raise Unsuited(f"tp_size {setup.tp_size} is not supported by the cpu backend, which has no part of a model")
-    refuse_unsupported("cpu", setup, dtype=("auto", "bfloat16"), quantization=tuple(MODES), kv_dtype=tuple(_KV_KINDS))
+    refuse_unsupported(
+        "cpu",
+        setup,
+        dtype=("auto", "bfloat16"),
+        quantization=tuple(MODES),
+        kv_dtype=tuple(_KV_KINDS),
+        offloads=True,
+    )
 
 
 def _longest(setup: Setup, spec: ModelSpec) -> int:

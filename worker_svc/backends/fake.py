@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from protos.wire import Admit, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
+from protos.wire import Admit, Copy, Direction, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
 from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"
@@ -136,6 +136,7 @@ class FakeBackend:
         self._options = Options()
         self._block_size = self._max_slots = 0
         self._kv: list[list[int]] = []  # [block][offset] prefix hash, 0 where nothing was written
+        self._host: list[list[int]] = []  # as _kv; empty where nothing was copied to
         self._slots: dict[int, _Slot] = {}
         self._rows: list[Row] = []
         self._starts: list[int] = []  # of the last forward's rows
@@ -159,9 +160,13 @@ class FakeBackend:
         num_blocks = setup.kv_bytes // (setup.block_size * _BYTES_PER_TOKEN) if setup.kv_bytes else options.blocks
         if num_blocks < 2:
             raise BackendError(f"{setup.kv_bytes} bytes of KV hold no block of {setup.block_size} tokens")
+        if 0 < setup.kv_host_bytes < setup.block_size * _BYTES_PER_TOKEN:
+            raise BackendError(f"{setup.kv_host_bytes} bytes of the host hold no block of {setup.block_size} tokens")
         self._kv = [[0] * setup.block_size for _ in range(num_blocks)]
+        self._host = [[] for _ in range(setup.kv_host_bytes // (setup.block_size * _BYTES_PER_TOKEN))]
         return Capacity(
             num_blocks=num_blocks,
+            num_host_blocks=len(self._host),
             align=options.align,
             exact=True,
             device="cpu",
@@ -175,6 +180,7 @@ class FakeBackend:
     def reset(self, setup: Setup) -> None:
         self._slots.clear()
         self._kv = [[0] * self._block_size for _ in self._kv]
+        self._host = [[] for _ in self._host]
 
     def forward(self, plan: StepPlan) -> None:
         for slot in plan.release:
@@ -182,8 +188,10 @@ class FakeBackend:
                 raise ValueError(f"release of slot {slot}, which holds nothing")
         for admit in plan.admit:
             self._admit(admit)
-        if plan.copies or plan.num_propose:
-            raise ValueError("the fake backend has no host blocks and no drafts")
+        if plan.num_propose:
+            raise ValueError("the fake backend has no drafts")
+        for copy in plan.copies:
+            self._copy(copy)
         self._rows, self._starts = plan.rows, []
         if len({row.slot for row in plan.rows}) != len(plan.rows):
             raise ValueError("two rows name one slot")
@@ -224,6 +232,7 @@ class FakeBackend:
     def close(self) -> None:
         self._slots.clear()
         self._kv.clear()
+        self._host.clear()
 
     def _admit(self, admit: Admit) -> None:
         if not 1 <= admit.slot <= self._max_slots or admit.slot in self._slots:
@@ -233,6 +242,17 @@ class FakeBackend:
         slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [])
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
+
+    def _copy(self, copy: Copy) -> None:
+        direction, block, host_block = copy
+        if not (1 <= block < len(self._kv) and 0 <= host_block < len(self._host)):
+            raise ValueError(f"a copy names block {block} and host block {host_block}, which are not both there")
+        if direction is Direction.TO_HOST:
+            self._host[host_block] = list(self._kv[block])
+        elif self._host[host_block]:
+            self._kv[block] = list(self._host[host_block])
+        else:
+            raise ValueError(f"host block {host_block} is read, and nothing was copied there")
 
     def _add_blocks(self, slot: _Slot, block_ids: list[list[int]]) -> None:
         for block in block_ids[0] if block_ids else []:

@@ -18,11 +18,13 @@ from worker_svc.backends.base import (
     BackendError,
     Capacity,
     Progress,
+    host_blocks,
     kv_blocks,
     refuse_unsupported,
     served_len,
 )
 from worker_svc.exactness import ARITHMETIC, exact_steps
+from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import Ints, StepInputs, build_inputs
 from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.model_runner import ModelRunner
@@ -73,6 +75,7 @@ class TorchBackend:
             quantization=("",),
             kv_dtype=("auto", "bf16") if setup.dtype == "bfloat16" else ("auto",),
             splits=True,
+            offloads=True,
         )
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
@@ -83,7 +86,10 @@ class TorchBackend:
             raise BackendError(f"{setup.model}: {error}") from error
         self._runner = runner
         shape, size = runner.kv_shape, setup.block_size
-        self._cache = KVCache(shape, self._ranks.least(kv_blocks(setup, shape.block_bytes(size))), size)
+        block_bytes = shape.block_bytes(size)
+        self._cache = KVCache(shape, self._ranks.least(kv_blocks(setup, block_bytes)), size)
+        num_host_blocks = self._ranks.least(host_blocks(setup, self._cache.num_blocks, block_bytes))
+        self._host = HostBlocks(self._cache.runs, num_host_blocks)
         self._max_len = served_len(setup, self._cache.num_blocks, runner.max_model_len)
         self._sampler = Sampler(runner.vocab_size)
         self.reset(setup)
@@ -92,6 +98,7 @@ class TorchBackend:
         exact = isinstance(runner, ModelRunner) and exact_steps(runner, self._cache) and dtype == "float32"
         return Capacity(
             num_blocks=self._cache.num_blocks,
+            num_host_blocks=num_host_blocks,
             align=1,
             exact=exact,
             device="cpu",
@@ -104,12 +111,14 @@ class TorchBackend:
 
     def reset(self, setup: Setup) -> None:
         self._pending = None
+        self._host.forget()
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
             block_size=setup.block_size,
             num_blocks=self._cache.num_blocks,
             vocab_size=self._runner.vocab_size,
+            copy=self._host.copy,
         )
         self._sampler.reset()
 

@@ -43,6 +43,8 @@ int64_t pw_kv_block_bytes(const pw_spec *spec) {
   return bytes;
 }
 
+void *pw_kv(const pw_model *model) { return model->kv.as<void>(); }
+
 int pw_forward(pw_model *model, const pw_batch *batch) {
   return guarded([&] { model->forward(*batch); });
 }

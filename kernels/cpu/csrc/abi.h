@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define PW_ABI 2
+#define PW_ABI 3
 #define PW_PANEL 48     // columns of a packed panel
 #define PW_GROUP 32     // weights that share a scale in PW_INT4
 #define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
@@ -70,6 +70,7 @@ pw_model *pw_open(const pw_spec *, int32_t threads, int32_t cpus, const char *is
 void pw_close(pw_model *);
 const char *pw_isa(const pw_model *);
 int64_t pw_kv_block_bytes(const pw_spec *);                  // of one block, all layers
+void *pw_kv(const pw_model *);                               // its pages: [layer][block], each block's bytes together
 
 // One step's tokens, as worker_svc.inputs.StepInputs has them. Rows are of distinct sequences.
 typedef struct {

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pagewire/v1/admin.proto\x12\x0bpagewire.v1\"\xda\x01\n\x0bWorkerStats\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.pagewire.v1.WorkerState\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x10\n\x08progress\x18\x05 \x01(\x01\x12\x15\n\rstate_seconds\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x08 \x01(\x01\x12\x17\n\x0fsteps_in_flight\x18\t \x01(\r\x12\x0e\n\x06losses\x18\n \x01(\x04\"\x8e\x01\n\x0bTenantStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\">\n\nWorkerLoss\x12\x13\n\x0bseconds_ago\x18\x01 \x01(\x01\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\xce\x06\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x14\n\x0cowned_blocks\x18\x06 \x01(\r\x12\x15\n\rfenced_blocks\x18\x07 \x01(\r\x12\x12\n\nfree_slots\x18\x08 \x01(\r\x12\x13\n\x0btotal_slots\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x12\n\nrecoveries\x18\x0c \x01(\x04\x12\x15\n\rprompt_tokens\x18\r \x01(\x04\x12\x15\n\rcached_tokens\x18\x0e \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0f \x01(\x04\x12\x10\n\x08\x66inished\x18\x10 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x11 \x01(\x04\x12\x10\n\x08rejected\x18\x12 \x01(\x04\x12\x12\n\nopen_calls\x18\x13 \x01(\r\x12\x10\n\x08\x64raining\x18\x14 \x01(\x08\x12)\n\x07workers\x18\x15 \x03(\x0b\x32\x18.pagewire.v1.WorkerStats\x12\x16\n\x0euptime_seconds\x18\x16 \x01(\x01\x12\x16\n\x0ewaiting_tokens\x18\x17 \x01(\x04\x12)\n\x07tenants\x18\x18 \x03(\x0b\x32\x18.pagewire.v1.TenantStats\x12\'\n\x06losses\x18\x19 \x03(\x0b\x32\x17.pagewire.v1.WorkerLoss\x12+\n\x0b\x66irst_token\x18\x1a \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12.\n\x0e\x62\x65tween_tokens\x18\x1b \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12&\n\x06stream\x18\x1c \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12*\n\nqueue_wait\x18\x1d \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12$\n\x04step\x18\x1e \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12\x0f\n\x07serving\x18\x1f \x01(\x08\x12\x0e\n\x06reason\x18  \x01(\t\"\x12\n\x10GetConfigRequest\"&\n\x07Setting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"L\n\x11GetConfigResponse\x12&\n\x08settings\x18\x01 \x03(\x0b\x32\x14.pagewire.v1.Setting\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x13\n\x11\x46lushCacheRequest\"*\n\x12\x46lushCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\")\n\x14WatchKvEventsRequest\x12\x11\n\ttoken_ids\x18\x01 \x01(\x08\"v\n\x15WatchKvEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x16\n\x0e\x62\x65ginning_left\x18\x03 \x01(\r\x12$\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x14.pagewire.v1.KvEvent\"S\n\x07KvEvent\x12,\n\x06stored\x18\x01 \x01(\x0b\x32\x1a.pagewire.v1.KvBlockStoredH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"Y\n\rKvBlockStored\x12\x12\n\nblock_hash\x18\x01 \x01(\x0c\x12\x13\n\x0bparent_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x03(\r*\x91\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_SERVING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04\x32\x8c\x03\n\x0c\x41\x64minService\x12G\n\x08GetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12J\n\tGetConfig\x12\x1d.pagewire.v1.GetConfigRequest\x1a\x1e.pagewire.v1.GetConfigResponse\x12>\n\x05\x44rain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse\x12M\n\nFlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12X\n\rWatchKvEvents\x12!.pagewire.v1.WatchKvEventsRequest\x1a\".pagewire.v1.WatchKvEventsResponse0\x01\x42<\n\x0f\x64\x65v.pagewire.v1P\x01Z\'pagewire.dev/gen/pagewire/v1;pagewirev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pagewire/v1/admin.proto\x12\x0bpagewire.v1\"\xda\x01\n\x0bWorkerStats\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.pagewire.v1.WorkerState\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x10\n\x08progress\x18\x05 \x01(\x01\x12\x15\n\rstate_seconds\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x08 \x01(\x01\x12\x17\n\x0fsteps_in_flight\x18\t \x01(\r\x12\x0e\n\x06losses\x18\n \x01(\x04\"\x8e\x01\n\x0bTenantStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\">\n\nWorkerLoss\x12\x13\n\x0bseconds_ago\x18\x01 \x01(\x01\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\xe1\x07\n\x10GetStatsResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x14\n\x0cowned_blocks\x18\x06 \x01(\r\x12\x15\n\rfenced_blocks\x18\x07 \x01(\r\x12\x12\n\nfree_slots\x18\x08 \x01(\r\x12\x13\n\x0btotal_slots\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x12\n\nrecoveries\x18\x0c \x01(\x04\x12\x15\n\rprompt_tokens\x18\r \x01(\x04\x12\x15\n\rcached_tokens\x18\x0e \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0f \x01(\x04\x12\x10\n\x08\x66inished\x18\x10 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x11 \x01(\x04\x12\x10\n\x08rejected\x18\x12 \x01(\x04\x12\x12\n\nopen_calls\x18\x13 \x01(\r\x12\x10\n\x08\x64raining\x18\x14 \x01(\x08\x12)\n\x07workers\x18\x15 \x03(\x0b\x32\x18.pagewire.v1.WorkerStats\x12\x16\n\x0euptime_seconds\x18\x16 \x01(\x01\x12\x16\n\x0ewaiting_tokens\x18\x17 \x01(\x04\x12)\n\x07tenants\x18\x18 \x03(\x0b\x32\x18.pagewire.v1.TenantStats\x12\'\n\x06losses\x18\x19 \x03(\x0b\x32\x17.pagewire.v1.WorkerLoss\x12+\n\x0b\x66irst_token\x18\x1a \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12.\n\x0e\x62\x65tween_tokens\x18\x1b \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12&\n\x06stream\x18\x1c \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12*\n\nqueue_wait\x18\x1d \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12$\n\x04step\x18\x1e \x01(\x0b\x32\x16.pagewire.v1.Histogram\x12\x0f\n\x07serving\x18\x1f \x01(\x08\x12\x0e\n\x06reason\x18  \x01(\t\x12\x1a\n\x12host_cached_tokens\x18! \x01(\x04\x12\x19\n\x11total_host_blocks\x18\" \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_host_blocks\x18# \x01(\r\x12\x1d\n\x15\x62locks_copied_to_host\x18$ \x01(\x04\x12\x1f\n\x17\x62locks_copied_to_device\x18% \x01(\x04\"\x12\n\x10GetConfigRequest\"&\n\x07Setting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"L\n\x11GetConfigResponse\x12&\n\x08settings\x18\x01 \x03(\x0b\x32\x14.pagewire.v1.Setting\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x13\n\x11\x46lushCacheRequest\"*\n\x12\x46lushCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r\")\n\x14WatchKvEventsRequest\x12\x11\n\ttoken_ids\x18\x01 \x01(\x08\"v\n\x15WatchKvEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x16\n\x0e\x62\x65ginning_left\x18\x03 \x01(\r\x12$\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x14.pagewire.v1.KvEvent\"S\n\x07KvEvent\x12,\n\x06stored\x18\x01 \x01(\x0b\x32\x1a.pagewire.v1.KvBlockStoredH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"Y\n\rKvBlockStored\x12\x12\n\nblock_hash\x18\x01 \x01(\x0c\x12\x13\n\x0bparent_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04root\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x03(\r*\x91\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_SERVING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04\x32\x8c\x03\n\x0c\x41\x64minService\x12G\n\x08GetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12J\n\tGetConfig\x12\x1d.pagewire.v1.GetConfigRequest\x1a\x1e.pagewire.v1.GetConfigResponse\x12>\n\x05\x44rain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse\x12M\n\nFlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12X\n\rWatchKvEvents\x12!.pagewire.v1.WatchKvEventsRequest\x1a\".pagewire.v1.WatchKvEventsResponse0\x01\x42<\n\x0f\x64\x65v.pagewire.v1P\x01Z\'pagewire.dev/gen/pagewire/v1;pagewirev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,8 +32,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewire.v1.admin_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.pagewire.v1P\001Z\'pagewire.dev/gen/pagewire/v1;pagewirev1'
-  _globals['_WORKERSTATE']._serialized_start=1972
-  _globals['_WORKERSTATE']._serialized_end=2117
+  _globals['_WORKERSTATE']._serialized_start=2119
+  _globals['_WORKERSTATE']._serialized_end=2264
   _globals['_WORKERSTATS']._serialized_start=41
   _globals['_WORKERSTATS']._serialized_end=259
   _globals['_TENANTSTATS']._serialized_start=262
@@ -45,29 +45,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=528
   _globals['_GETSTATSREQUEST']._serialized_end=545
   _globals['_GETSTATSRESPONSE']._serialized_start=548
-  _globals['_GETSTATSRESPONSE']._serialized_end=1394
-  _globals['_GETCONFIGREQUEST']._serialized_start=1396
-  _globals['_GETCONFIGREQUEST']._serialized_end=1414
-  _globals['_SETTING']._serialized_start=1416
-  _globals['_SETTING']._serialized_end=1454
-  _globals['_GETCONFIGRESPONSE']._serialized_start=1456
-  _globals['_GETCONFIGRESPONSE']._serialized_end=1532
-  _globals['_DRAINREQUEST']._serialized_start=1534
-  _globals['_DRAINREQUEST']._serialized_end=1548
-  _globals['_DRAINRESPONSE']._serialized_start=1550
-  _globals['_DRAINRESPONSE']._serialized_end=1565
-  _globals['_FLUSHCACHEREQUEST']._serialized_start=1567
-  _globals['_FLUSHCACHEREQUEST']._serialized_end=1586
-  _globals['_FLUSHCACHERESPONSE']._serialized_start=1588
-  _globals['_FLUSHCACHERESPONSE']._serialized_end=1630
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1632
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1673
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1675
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1793
-  _globals['_KVEVENT']._serialized_start=1795
-  _globals['_KVEVENT']._serialized_end=1878
-  _globals['_KVBLOCKSTORED']._serialized_start=1880
-  _globals['_KVBLOCKSTORED']._serialized_end=1969
-  _globals['_ADMINSERVICE']._serialized_start=2120
-  _globals['_ADMINSERVICE']._serialized_end=2516
+  _globals['_GETSTATSRESPONSE']._serialized_end=1541
+  _globals['_GETCONFIGREQUEST']._serialized_start=1543
+  _globals['_GETCONFIGREQUEST']._serialized_end=1561
+  _globals['_SETTING']._serialized_start=1563
+  _globals['_SETTING']._serialized_end=1601
+  _globals['_GETCONFIGRESPONSE']._serialized_start=1603
+  _globals['_GETCONFIGRESPONSE']._serialized_end=1679
+  _globals['_DRAINREQUEST']._serialized_start=1681
+  _globals['_DRAINREQUEST']._serialized_end=1695
+  _globals['_DRAINRESPONSE']._serialized_start=1697
+  _globals['_DRAINRESPONSE']._serialized_end=1712
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=1714
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=1733
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=1735
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=1777
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1779
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1820
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1822
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1940
+  _globals['_KVEVENT']._serialized_start=1942
+  _globals['_KVEVENT']._serialized_end=2025
+  _globals['_KVBLOCKSTORED']._serialized_start=2027
+  _globals['_KVBLOCKSTORED']._serialized_end=2116
+  _globals['_ADMINSERVICE']._serialized_start=2267
+  _globals['_ADMINSERVICE']._serialized_end=2663
 # @@protoc_insertion_point(module_scope)

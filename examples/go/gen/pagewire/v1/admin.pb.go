@@ -488,10 +488,17 @@ type GetStatsResponse struct {
 	QueueWait     *Histogram `protobuf:"bytes,29,opt,name=queue_wait,json=queueWait,proto3" json:"queue_wait,omitempty"`
 	Step          *Histogram `protobuf:"bytes,30,opt,name=step,proto3" json:"step,omitempty"`
 	// Whether the service takes requests; if not, why.
-	Serving       bool   `protobuf:"varint,31,opt,name=serving,proto3" json:"serving,omitempty"`
-	Reason        string `protobuf:"bytes,32,opt,name=reason,proto3" json:"reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Serving bool   `protobuf:"varint,31,opt,name=serving,proto3" json:"serving,omitempty"`
+	Reason  string `protobuf:"bytes,32,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Of cached_tokens: what was found in the second tier, the host's memory (--kv-host-gib).
+	HostCachedTokens uint64 `protobuf:"varint,33,opt,name=host_cached_tokens,json=hostCachedTokens,proto3" json:"host_cached_tokens,omitempty"`
+	TotalHostBlocks  uint32 `protobuf:"varint,34,opt,name=total_host_blocks,json=totalHostBlocks,proto3" json:"total_host_blocks,omitempty"`
+	CachedHostBlocks uint32 `protobuf:"varint,35,opt,name=cached_host_blocks,json=cachedHostBlocks,proto3" json:"cached_host_blocks,omitempty"`
+	// Between the tiers, since the start.
+	BlocksCopiedToHost   uint64 `protobuf:"varint,36,opt,name=blocks_copied_to_host,json=blocksCopiedToHost,proto3" json:"blocks_copied_to_host,omitempty"`
+	BlocksCopiedToDevice uint64 `protobuf:"varint,37,opt,name=blocks_copied_to_device,json=blocksCopiedToDevice,proto3" json:"blocks_copied_to_device,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *GetStatsResponse) Reset() {
@@ -746,6 +753,41 @@ func (x *GetStatsResponse) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *GetStatsResponse) GetHostCachedTokens() uint64 {
+	if x != nil {
+		return x.HostCachedTokens
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetTotalHostBlocks() uint32 {
+	if x != nil {
+		return x.TotalHostBlocks
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetCachedHostBlocks() uint32 {
+	if x != nil {
+		return x.CachedHostBlocks
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetBlocksCopiedToHost() uint64 {
+	if x != nil {
+		return x.BlocksCopiedToHost
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetBlocksCopiedToDevice() uint64 {
+	if x != nil {
+		return x.BlocksCopiedToDevice
+	}
+	return 0
 }
 
 type GetConfigRequest struct {
@@ -1351,7 +1393,7 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\x06bounds\x18\x01 \x03(\x01R\x06bounds\x12\x16\n" +
 	"\x06counts\x18\x02 \x03(\x04R\x06counts\x12\x10\n" +
 	"\x03sum\x18\x03 \x01(\x01R\x03sum\"\x11\n" +
-	"\x0fGetStatsRequest\"\xb5\t\n" +
+	"\x0fGetStatsRequest\"\xa7\v\n" +
 	"\x10GetStatsResponse\x12\x18\n" +
 	"\arunning\x18\x01 \x01(\rR\arunning\x12\x18\n" +
 	"\awaiting\x18\x02 \x01(\rR\awaiting\x12!\n" +
@@ -1393,7 +1435,12 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"queue_wait\x18\x1d \x01(\v2\x16.pagewire.v1.HistogramR\tqueueWait\x12*\n" +
 	"\x04step\x18\x1e \x01(\v2\x16.pagewire.v1.HistogramR\x04step\x12\x18\n" +
 	"\aserving\x18\x1f \x01(\bR\aserving\x12\x16\n" +
-	"\x06reason\x18  \x01(\tR\x06reason\"\x12\n" +
+	"\x06reason\x18  \x01(\tR\x06reason\x12,\n" +
+	"\x12host_cached_tokens\x18! \x01(\x04R\x10hostCachedTokens\x12*\n" +
+	"\x11total_host_blocks\x18\" \x01(\rR\x0ftotalHostBlocks\x12,\n" +
+	"\x12cached_host_blocks\x18# \x01(\rR\x10cachedHostBlocks\x121\n" +
+	"\x15blocks_copied_to_host\x18$ \x01(\x04R\x12blocksCopiedToHost\x125\n" +
+	"\x17blocks_copied_to_device\x18% \x01(\x04R\x14blocksCopiedToDevice\"\x12\n" +
 	"\x10GetConfigRequest\"3\n" +
 	"\aSetting\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
