@@ -109,17 +109,12 @@ def test_the_context_is_cut_to_the_memory(llama: tuple[Path, Any]) -> None:
         ({"kv_dtype": "fp8"}, "kv_dtype 'fp8' is not supported"),
         ({"speculation": "ngram"}, "speculation 'ngram' is not supported"),
         ({"revision": "main"}, "revision 'main' is not supported"),
-<<<<<<< HEAD
         ({"tp_size": 2}, "tp_size 2 needs a tp_address"),
         ({"tp_size": 2, "tp_rank": 2, "tp_address": "/nowhere"}, r"tp_rank 2 is not in 0\.\.1"),
         ({"tp_rank": -1}, r"tp_rank -1 is not in 0\.\.0"),
         ({"tp_size": 0}, r"tp_rank 0 is not in 0\.\.-1"),
-        ({"host_blocks": 3}, "host_blocks 3 is not supported"),
-=======
-        ({"tp_size": 2}, "tp_size 2 is not supported"),
         ({"kv_host_bytes": 3}, "kv_host_bytes 3 must hold a block"),
         ({"kv_host_bytes": 1 << 60}, "kv_host_bytes 1152921504606846976 and the first tier's"),
->>>>>>> offload
         ({"block_size": 0}, "block_size 0 must be at least 1"),
         ({"kv_bytes": 100}, "kv_bytes 100 must hold two blocks"),
         ({"kv_bytes": 1 << 60}, "more than this machine's memory"),

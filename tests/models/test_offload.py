@@ -25,9 +25,9 @@ from scheduler_svc.engine.scheduler import Scheduler
 from tests.loop.harness import Observer, running
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.session import EPOCH, load
+from tests.models.session import setup as plain_setup
 from tests.models.stepping import tokens
-from tests.models.test_backend import EPOCH, load
-from tests.models.test_backend import setup as plain_setup
 from tests.models.test_cpu_backend import create
 from worker_svc.backends.torch import TorchBackend
 
