@@ -14,7 +14,7 @@ from worker_svc.trial_step import TrialRow, trial_step
 
 # Part of the fingerprint: raised when our own arithmetic gives other bits than before for the same weights (noise,
 # order of sampling, tiles of attention or of a product, rope tables).
-ARITHMETIC = 1
+ARITHMETIC = 2
 
 
 def exact_steps(runner: ModelRunner, cache: KVCache) -> bool:

@@ -14,7 +14,7 @@ from client import store
 from client.commands.model import pull
 
 # The flags that take no value.
-SWITCHES = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--record-private"}
+SWITCHES = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--enforce-eager", "--record-private"}
 
 
 def main(prog: str, argv: Sequence[str]) -> int:

@@ -100,7 +100,7 @@ def test_tokens_are_those_of_the_cpu(llama: Path) -> None:
     assert flown(steps_on(device, llama, (), 2), plans, rng) == on_the_cpu(llama, plans)
 
 
-@pytest.mark.parametrize(("captured", "depth"), [((1, 2, 4), 2), ((4,), 3)])
+@pytest.mark.parametrize(("captured", "depth"), [((1, 2, 4), 2), pytest.param((4,), 3, marks=pytest.mark.full)])
 def test_steps_of_one_token_a_row_are_replayed(llama: Path, captured: tuple[int, ...], depth: int) -> None:
     rng = random.Random(depth)
     some = Plans(rng, vocab=151, slots=SLOTS, chunk=25, eager=1.0, outputs=(3, 6))
@@ -131,7 +131,7 @@ def masks_of(plans: list[StepPlan], rng: random.Random) -> Masks:
     return masks
 
 
-@pytest.mark.parametrize("captured", [(), (1, 2, 4)])
+@pytest.mark.parametrize("captured", [pytest.param((), marks=pytest.mark.full), (1, 2, 4)])
 def test_what_requests_wish_for_is_done_on_the_device(llama: Path, captured: tuple[int, ...]) -> None:
     rng = random.Random(len(captured))
     some = Plans(rng, vocab=151, slots=SLOTS, chunk=25, outputs=(4, 8))

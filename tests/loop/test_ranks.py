@@ -74,7 +74,8 @@ def test_kill_9_of_any_rank_loses_and_repeats_no_token(workers: int, overlap: in
         assert_undisturbed(observer, made)
         answer = observer.ask(Question.STATS).status
         assert answer.stats.recoveries >= 2
-        assert {loss.reason for loss in answer.losses} <= {f"rank {n}: it was killed by SIGKILL" for n in (0, 1)}
+        ends = ("it was killed by SIGKILL", "its connection broke")  # the latter where the kernel is slow to tell
+        assert {loss.reason for loss in answer.losses} <= {f"rank {n}: {end}" for n in (0, 1) for end in ends}
         steps = [figures.steps for figures in answer.figures]
         assert sum(steps[::2]) > 0
         assert sum(steps[1::2]) == 0, "rank 0 answers"

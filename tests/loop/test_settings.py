@@ -20,7 +20,7 @@ def test_every_setting_is_told_as_it_came_to_be(tmp_path: Path) -> None:
     assert told["loop.engine.max_step_tokens"] == "256", "what 0 came to"
     assert (told["loop.engine.tenants[0].name"], told["loop.engine.tenants[0].weight"]) == ("a", "2")
     assert told["loop.setup.model"] == "fake:"
-    assert told["loop.worker_arguments"] == "--backend auto --device auto --cpu-isa auto"
+    assert told["loop.worker_arguments"] == "--backend auto --device auto --cpu-isa auto --gpu-memory-utilization 0.9"
     assert (told["loop.record.file"], told["loop.workers"], told["stream_interval"]) == ("", "1", "0.025")
 
 
@@ -28,6 +28,7 @@ def test_every_flag_can_be_seen_in_it() -> None:
     """A flag that changes nothing here changes nothing anywhere, or the dump is not whole."""
     values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
     values |= {"--depth": "3", "--max-step-tokens": "512", "--frontends": "2", "--workers": "2"}
+    values |= {"--tensor-parallel-size": "2", "--device": "cuda:1", "--gpu-memory-utilization": "0.5"}
     values |= {"--vllm-listen": "127.0.0.1:7"}
     needs = {
         "--tls-cert": ["--tls-key", "k"],

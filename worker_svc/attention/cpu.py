@@ -15,13 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache
 
 KV_TILE = 128  # positions, rounded up to whole blocks
 QUERY_TILES = (4, 16, 64)  # tokens of one row taken together
-ROW_MULTIPLE = 4  # MKL's batched product treats rows past a multiple of 4 by another kernel
+# MKL's batched product has another kernel, which adds in another order, for rows past a multiple of 4, and on some CPUs
+# for few rows of a long product: seen with AMX for up to 5 rows of 128, 10 of 256 and 15 of 512 factors.
+ROW_MULTIPLE, FACTORS_PER_ROW = 4, 16
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,9 @@ def attend(q: Tensor, layout: Layout, cache: KVCache, layer: int, scale: float, 
         size = rows.tokens.shape[0] * kv_heads
         keys, values = (cache.gather(layer, which, rows.runs, size) for which in (0, 1))
         queries = q.index_select(0, rows.tokens).view(size, group, head_dim)
-        padding = -group % ROW_MULTIPLE
-        if padding:
-            queries = torch.cat([queries, queries.new_zeros(size, padding, head_dim)], 1)
         bias = rows.bias[:, None].expand(-1, kv_heads, -1, -1).reshape(size, 1, -1)
         result = _tiled_attention(queries, keys, values, bias, kv_tile(cache.block_size), softcap)
-        out.index_copy_(0, rows.tokens, result[:, :group].reshape(-1, num_heads * head_dim))
+        out.index_copy_(0, rows.tokens, result.reshape(-1, num_heads * head_dim))
     for row in layout.long:
         keys, values = (cache.gather(layer, which, row.runs, kv_heads) for which in (0, 1))
         for tile in row.tiles:
@@ -127,6 +127,12 @@ def attend(q: Tensor, layout: Layout, cache: KVCache, layer: int, scale: float, 
 
 def _tiled_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, tile: int, softcap: float) -> Tensor:
     """q [N, M, D], keys and values [N, L, D], bias [N or 1, M or 1, L] → [N, M, D]; L a multiple of `tile`."""
+    num_rows, head_dim = q.shape[1:]
+    enough = max(num_rows, head_dim // FACTORS_PER_ROW)
+    padding = -(-enough // ROW_MULTIPLE) * ROW_MULTIPLE - num_rows
+    if padding:
+        q = functional.pad(q, (0, 0, 0, padding))
+        bias = functional.pad(bias, (0, 0, 0, padding)) if bias.shape[1] > 1 else bias
     scores = torch.bmm(q, keys.transpose(1, 2))
     if softcap:
         scores = torch.tanh(scores / softcap).mul_(softcap)
@@ -139,7 +145,7 @@ def _tiled_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, tile
         total += sums[..., i : i + 1]
         part = slice(i * tile, (i + 1) * tile)
         out.baddbmm_(weights[..., part], values[:, part])
-    return out.div_(total)
+    return out.div_(total)[:, :num_rows]
 
 
 def _query_tiles(inputs: StepInputs, row: int, tile: int, window: int) -> list[QueryTile]:
