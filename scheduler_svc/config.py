@@ -183,7 +183,12 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
 
 def _worker_arguments(args: argparse.Namespace) -> tuple[str, ...]:
     device = ("--backend", args.backend, "--device", args.device, "--cpu-isa", args.cpu_isa)
-    gpu = ("--gpu-memory-utilization", f"{args.gpu_memory_utilization:g}")
+    gpu = (
+        "--gpu-memory-utilization",
+        f"{args.gpu_memory_utilization:g}",
+        "--attention-backend",
+        args.attention_backend,
+    )
     arguments = (*device, *gpu, *(("--enforce-eager",) if args.enforce_eager else ()))
     if args.tensor_parallel_size == 1:
         return arguments

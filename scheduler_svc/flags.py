@@ -190,6 +190,13 @@ def _worker_flags(add: Add) -> None:
     )
     add("--enforce-eager", action="store_true", help="a GPU launches every kernel by itself, and captures no graphs")
     add(
+        "--attention-backend",
+        choices=("auto", "flash_attn", "flashinfer", "triton", "torch"),
+        default="auto",
+        help="what computes attention on a GPU; auto: FlashAttention 3 where it is installed and suits, else our own "
+        "Triton kernels",
+    )
+    add(
         "--cpu-isa",
         choices=("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic"),
         default="auto",

@@ -47,6 +47,7 @@ def main() -> int:
         patience=settings.rank_deadline,
         memory_share=settings.gpu_memory_utilization,
         eager=settings.enforce_eager,
+        attention=settings.attention_backend,
     )
     create = functools.partial(backends.create, settings.backend, options=options, land=link.land)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos import curve, model_cache
-from worker_svc.backends import ISAS, NAMES
+from worker_svc.backends import ATTENTION, ISAS, NAMES
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class WorkerConfig:
     curve_keys: Path | None  # None: the link needs none
     gpu_memory_utilization: float
     enforce_eager: bool
+    attention_backend: str
     rank: int  # in its group
     rank_deadline: float  # seconds
 
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> WorkerConfig:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="of a GPU's memory")
     parser.add_argument("--enforce-eager", action="store_true", help="a GPU captures no graphs")
+    parser.add_argument("--attention-backend", choices=ATTENTION, default="auto", help="of a GPU")
     parser.add_argument("--parent-pid", type=int, default=0, metavar="N", help="exit when this parent is gone")
     parser.add_argument(
         "--mask-deadline", type=float, default=30.0, metavar="SECONDS", help="how long a sample waits for its mask"

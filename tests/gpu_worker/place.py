@@ -31,6 +31,7 @@ class FakePlace:
     name: str = "a device of the tests"
     where: torch.device = WHERE
     kind: Kind = KIND
+    capability: tuple[int, int] = (0, 0)
     device: Device = field(init=False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from tests.gpu_worker.test_backend import setup
 from tests.gpu_worker.test_steps import WISHES, bare, on_the_cpu
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
-from worker_svc.backends.base import Landing
+from worker_svc.backends.base import BackendError, Landing
 from worker_svc.backends.cuda import cuda_backend
 
 pytestmark = pytest.mark.gpu
@@ -43,3 +43,31 @@ def test_tokens_are_those_of_the_cpu(captured: tuple[int, ...], llama: Path) -> 
     answers = [landing.rows() for landing in landings]
     assert [bare(step) for step in answers] == [bare(step) for step in on_the_cpu(llama, plans)]
     backend.close()
+
+
+@pytest.mark.parametrize("library", ["flash_attn", "flashinfer", "triton"])
+def test_every_library_that_is_there_has_the_tokens_of_torch(library: str, tmp_path: Path) -> None:
+    """In bfloat16, greedy, for as long as they agree: most of a stream, since one rounding may turn a token."""
+    checkpoints.save(tmp_path, LlamaConfig(**{**SMALL, "num_hidden_layers": 2, "head_dim": 64}))
+    same = total = 0
+    for ours, expected in zip(_greedy(tmp_path, library), _greedy(tmp_path, "torch"), strict=True):
+        same += sum(a == b for a, b in zip(ours, expected, strict=True))
+        total += len(expected)
+    assert same >= 0.9 * total > 0
+
+
+def _greedy(path: Path, library: str) -> list[list[object]]:
+    backend = cuda_backend("cuda", lambda: None, 0.2, (1, 2, 4), library)
+    try:
+        backend.load(setup(path, dtype="auto", block_size=16), lambda phase, share: None)
+    except BackendError as error:
+        pytest.skip(str(error))
+    plans = Plans(random.Random(3), vocab=151, block_size=16, chunk=25, outputs=(4, 8)).take(
+        30, streams=16, temperature=0.0
+    )
+    answers = []
+    for plan in plans:
+        backend.forward(plan)
+        answers.append(bare(backend.sample(None).rows()))
+    backend.close()
+    return answers

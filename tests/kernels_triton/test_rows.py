@@ -1,4 +1,4 @@
-"""Gated activations, embedding rows and grammar masks."""
+"""Gated activations, embedding rows, grammar masks and flat block tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.gpu.activation import ACTIVATIONS, gated
 from kernels.gpu.embedding import embed
+from kernels.gpu.flat_tables import flatten_tables
 from kernels.gpu.grammar_mask import mask_logits
 from tests.kernels_triton.compare import DEVICE, PLACE, beside, near, normal, padded
 
@@ -117,3 +118,15 @@ def test_nothing_to_do() -> None:
     gated(normal(0, 8), "silu", normal(0, 4))
     embed(integers(0), normal(5, 4), normal(0, 4))
     mask_logits(normal(4, 64), integers(0, 2), integers(0))
+
+
+@settings(max_examples=20)
+@given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=5), spare=st.integers(0, 3))
+def test_flat_tables(counts: list[int], spare: int) -> None:
+    tables = torch.arange(len(counts) * (max(counts) + spare), dtype=torch.int32, device=DEVICE).view(len(counts), -1)
+    borders = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    blocks = torch.full((sum(counts) + 2,), -7, dtype=torch.int32, device=DEVICE)
+    flatten_tables(tables, borders, blocks)
+    expected = torch.cat([table[:count] for table, count in zip(tables, counts, strict=True)])
+    assert blocks[:-2].equal(expected)
+    assert (blocks[-2:] == -7).all()

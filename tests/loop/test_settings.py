@@ -20,7 +20,8 @@ def test_every_setting_is_told_as_it_came_to_be(tmp_path: Path) -> None:
     assert told["loop.engine.max_step_tokens"] == "256", "what 0 came to"
     assert (told["loop.engine.tenants[0].name"], told["loop.engine.tenants[0].weight"]) == ("a", "2")
     assert told["loop.setup.model"] == "fake:"
-    assert told["loop.worker_arguments"] == "--backend auto --device auto --cpu-isa auto --gpu-memory-utilization 0.9"
+    gpu = "--gpu-memory-utilization 0.9 --attention-backend auto"
+    assert told["loop.worker_arguments"] == f"--backend auto --device auto --cpu-isa auto {gpu}"
     assert (told["loop.record.file"], told["loop.workers"], told["stream_interval"]) == ("", "1", "0.025")
 
 

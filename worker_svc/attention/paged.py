@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+class UnsuitedAttention(Exception):
+    """This library cannot compute this attention here, in words that follow its name."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """A step's rows as its attention reads them, all int32 and on the device."""
@@ -19,15 +23,37 @@ class Rows:
 
 
 class PagedAttention(Protocol):
-    """Causal attention of one shape (heads, window, softcap): layers of equal shapes share it, and a step's plan."""
+    """Causal attention of one shape (heads, window, softcap): layers of equal shapes share it, and a step's plan.
+
+    Of one step: `plan`, or for a captured one `plan_capture` once and `replan` ahead of each replay; then `begin`, then
+    `run` for each layer, the last two captured where the step is.
+    """
 
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Any:
         """For a step whose rows have exactly `query_lens` queries and at most `context_lens` positions."""
 
     def plan_capture(self, num_rows: int) -> Any:
-        """For a graph of steps of `num_rows` rows with one query each, whatever their lengths. May be called while it
-        is captured, and then its memory is the graph's.
+        """For a graph of steps of `num_rows` rows with one query each, whatever their lengths. Is called once outside
+        the capture and once within it, where memory that it takes is the graph's.
         """
+
+    def replan(self, num_rows: int, context_lens: Sequence[int]) -> None:
+        """Ahead of a replay of the graph of `num_rows` rows, on its stream. `context_lens` are those of the first rows,
+        the others are null rows of one position.
+        """
+
+    def begin(self, plan: Any, rows: Rows) -> None:
+        """What `run` needs of the rows, as they are on the device by now."""
 
     def run(self, plan: Any, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
         """q [T, heads, dim] over pages [2, blocks, kv heads, block_size, dim] of one layer, into `out`, like q."""
+
+
+class PlanOnDevice:
+    """Of a library that reads all lengths on the device."""
+
+    def replan(self, num_rows: int, context_lens: Sequence[int]) -> None:
+        """Nothing of it depends on the host."""
+
+    def begin(self, plan: Any, rows: Rows) -> None:
+        """It reads the rows as they are."""

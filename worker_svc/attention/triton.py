@@ -10,10 +10,10 @@ from torch import Tensor
 from kernels.gpu.attention import paged_attention
 from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, plan_capture, plan_step
 from kernels.gpu.attention_tuning import Device
-from worker_svc.attention.paged import Rows
+from worker_svc.attention.paged import PlanOnDevice, Rows
 
 
-class TritonAttention:
+class TritonAttention(PlanOnDevice):
     def __init__(self, shape: AttentionShape, kind: Device, where: torch.device) -> None:
         self._shape, self._kind, self._where = shape, kind, where
 

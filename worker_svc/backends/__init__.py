@@ -12,6 +12,7 @@ from worker_svc.backends.fake import PREFIX, FakeBackend
 
 NAMES = ("auto", "cpu", "cuda", "torch", "fake")
 ISAS = ("auto", "avx512_bf16", "avx512_vnni", "avx2", "generic")
+ATTENTION = ("auto", "flash_attn", "flashinfer", "triton", "torch")
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")  # what drivers of NVIDIA and AMD make
 
 
@@ -32,6 +33,9 @@ def create(name: str, setup: Setup, options: Options, land: Callable[[], None] =
                 f"dtype {setup.dtype!r} is torch's" if name == "auto" else f"backend {name!r} has none"
             )
             raise BackendError(f"cpu_isa {options.isa!r} is the cpu backend's alone: {reason}")
+        if options.attention != "auto" and candidate != "cuda":
+            why = "; ".join(reasons) or f"the {candidate} backend has its own"
+            raise BackendError(f"attention_backend {options.attention!r} is the cuda backend's alone: {why}")
         try:
             backend = _made(candidate, setup, options, land)
         except Unsuited as error:
@@ -67,7 +71,8 @@ def _made(name: str, setup: Setup, options: Options, land: Callable[[], None]) -
             from worker_svc.backends.cuda import CAPTURED, cuda_backend
         except ModuleNotFoundError as error:
             raise Unsuited(_needs_torch("cuda", error)) from error
-        return cuda_backend(options.device, land, options.memory_share, () if options.eager else CAPTURED)
+        captured = () if options.eager else CAPTURED
+        return cuda_backend(options.device, land, options.memory_share, captured, options.attention)
     return _torch(setup, options)
 
 

@@ -46,6 +46,7 @@ class Options:
     patience: float = 600.0  # seconds that a rank waits for the others
     memory_share: float = 0.9  # of a GPU's memory, for everything
     eager: bool = False  # a GPU captures no graphs
+    attention: str = "auto"  # the library that computes it on a GPU
 
 
 class BackendError(Exception):

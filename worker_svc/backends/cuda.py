@@ -35,6 +35,7 @@ class CudaPlace:
         except ValueError as error:
             raise Unsuited(str(error)) from error
         self.device: Device = CudaDevice(self.where.index)
+        self.capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(self.where)
 
     def memory(self) -> DeviceMemory:
         torch.cuda.synchronize(self.where)
@@ -52,7 +53,11 @@ class CudaPlace:
 
 
 def cuda_backend(
-    device: str, land: Callable[[], None], memory_share: float, captured: Sequence[int] = CAPTURED
+    device: str,
+    land: Callable[[], None],
+    memory_share: float,
+    captured: Sequence[int] = CAPTURED,
+    attention: str = "auto",
 ) -> GpuBackend:
     """Raises BackendError, or Unsuited where another backend may serve."""
-    return GpuBackend(CudaPlace(device), land, memory_share, captured)
+    return GpuBackend(CudaPlace(device), land, memory_share, captured, attention)

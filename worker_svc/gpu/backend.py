@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +15,8 @@ from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.attention_tuning import Device as Kind
 from kernels.gpu.slot_state import MAX_ROWS, SlotState
 from protos.wire import Mask, Phase, Setup, StepPlan
-from worker_svc.attention.paged import PagedAttention, Rows
-from worker_svc.attention.triton import TritonAttention
+from worker_svc.attention.choice import Choice, Where, choose
+from worker_svc.attention.paged import PagedAttention, Rows, UnsuitedAttention
 from worker_svc.backends.base import MAX_SLOTS, BackendError, Capacity, Landing, Progress, refuse_unsupported
 from worker_svc.device.base import Device
 from worker_svc.gpu.engine import GpuEngine, Room
@@ -45,6 +46,7 @@ class Place(Protocol):
     name: str  # "NVIDIA H100"
     where: torch.device
     kind: Kind
+    capability: tuple[int, int]  # NVIDIA's; (0, 0): it is another's
     device: Device
 
     def memory(self) -> DeviceMemory:
@@ -57,11 +59,21 @@ class Place(Protocol):
 
 
 class GpuBackend:
-    """`memory_share`: of the device's memory, for everything; `captured`: rows of the steps to capture, none: eager."""
+    """`memory_share`: of the device's memory, for everything; `captured`: rows of the steps to capture, none: eager;
+    `attention`: "auto" or a library's name.
+    """
 
-    def __init__(self, place: Place, land: Callable[[], None], memory_share: float, captured: Sequence[int]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        land: Callable[[], None],
+        memory_share: float,
+        captured: Sequence[int],
+        attention: str = "auto",
+    ) -> None:
         torch.set_grad_enabled(False)
         self._place, self._land, self._share, self._captured = place, land, memory_share, captured
+        self._asked = attention
         self._steps: Steps | None = None
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
@@ -80,8 +92,9 @@ class GpuBackend:
             raise BackendError(f"{setup.model}: {error}") from error
         progress(Phase.COMPILING, 0.0)
         spec = model.spec
-        self._attention = self._attentions(setup.block_size)
         self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), setup.block_size)
+        choice = self._chosen(setup.block_size)
+        self._attention = choice.attention
         shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, gpu.dtype)
         memory = _measured(place, gpu, self._attention, self._room, self._max_len)
         block_bytes = shape.block_bytes(setup.block_size)
@@ -105,7 +118,7 @@ class GpuBackend:
             backend="cuda",
             max_model_len=self._max_len,
             vocab_size=spec.vocab_size,
-            fingerprint=_fingerprint(weights, dtype, place.name, self._max_len, setup.block_size),
+            fingerprint=_fingerprint(weights, dtype, place.name, choice.name, self._max_len, setup.block_size),
             graph_shapes=tuple(self._captured),
         )
 
@@ -136,20 +149,24 @@ class GpuBackend:
             self._steps.close()
             self._steps = None
 
-    def _attentions(self, block_size: int) -> Mapping[int, PagedAttention]:
-        """By window."""
+    def _chosen(self, block_size: int) -> Choice:
+        """Raises BackendError where what was asked for cannot serve this model."""
         spec, gpu, place = self._model.spec, self._model, self._place
-        return {
-            window: TritonAttention(
-                AttentionShape(
-                    spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, gpu.dtype,
-                    spec.query_scale, self._max_len, window, spec.attention_softcap,
-                ),
-                place.kind,
-                place.where,
+        shapes = [
+            AttentionShape(
+                spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, gpu.dtype,
+                spec.query_scale, self._max_len, window, spec.attention_softcap,
             )
             for window in gpu.windows()
-        }  # fmt: skip
+        ]  # fmt: skip
+        try:
+            choice = choose(
+                self._asked, shapes, Where(place.kind, place.where, place.capability, DEPTH, self._room.rows)
+            )
+        except UnsuitedAttention as error:
+            raise BackendError(f"attention_backend {self._asked!r}: {error}") from error
+        print(f"pagewire worker: attention by {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
+        return choice
 
     def _piped(self, progress: Progress) -> Pipeline:
         place, room, vocab = self._place, self._room, self._model.spec.vocab_size
@@ -204,6 +221,8 @@ def _measured(
         Rows(words(0, tokens), words(tokens), blocks),
         {window: each.plan([tokens], [tokens]) for window, each in attention.items()},
     )
+    for window, each in attention.items():
+        each.begin(step.plans[window], step.rows)
     shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
     hidden = model.forward(step, torch.zeros(shape, dtype=model.dtype, device=where), attention)
     logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
@@ -212,8 +231,8 @@ def _measured(
     return place.memory()
 
 
-def _fingerprint(weights: str, dtype: str, device: str, max_len: int, block_size: int) -> str:
+def _fingerprint(weights: str, dtype: str, device: str, attention: str, max_len: int, block_size: int) -> str:
     """Digest of all that decides the arithmetic."""
-    parts = [weights, dtype, "cuda", str(ARITHMETIC), device, str(max_len), str(block_size)]
+    parts = [weights, dtype, "cuda", str(ARITHMETIC), device, attention, str(max_len), str(block_size)]
     parts += [torch.__version__, str(triton.__version__)]
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()

@@ -116,6 +116,7 @@ class GpuEngine:
     def forward(self, stream: Stream) -> None:
         shape = self._expected()
         if graph := self._forwards.get(shape.captured):
+            stream.run(lambda: self._replan(shape), **self._touches())
             graph.replay()
         elif shape.rows:
             stream.run(self._forward(shape), **self._touches())
@@ -157,6 +158,8 @@ class GpuEngine:
                 slot_mapping=step.slot_mapping,
             )  # fmt: skip
             torch.index_select(self._state.block_tables, 0, slots, out=step.rows.block_tables)
+            for window, attention in self._attention.items():
+                attention.begin(step.plans[window], step.rows)
             hidden = self._model.forward(step, self._pages, self._attention)
             self._hidden = None if shape.captured else hidden
             if shape.samples:
@@ -164,6 +167,10 @@ class GpuEngine:
                 self._model.logits(hidden, last, memory.logits[: shape.samples])
 
         return work
+
+    def _replan(self, shape: StepShape) -> None:
+        for attention in self._attention.values():
+            attention.replan(shape.captured, shape.context_lens)
 
     def _plan(self, attention: PagedAttention, shape: StepShape) -> object:
         if shape.captured:
