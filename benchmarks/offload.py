@@ -133,7 +133,8 @@ async def _main(arguments: argparse.Namespace) -> int:
     print("\n".join(lines(heard, same)))
     if arguments.json:
         record = {**machine.describe(), "seed": seed, "ratio": ratio(heard), "same_tokens": same}
-        record |= {"arguments": {name: value for name, value in vars(arguments).items() if name != "json"}}
+        told = {name: value for name, value in vars(arguments).items() if name not in ("json", "model")}
+        record |= {"model": Path(arguments.model).name, "arguments": told}
         record |= {"heard": {name: asdict(each) for name, each in heard.items()}}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(not same)
