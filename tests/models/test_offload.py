@@ -7,6 +7,7 @@ is compared with the one of a service that has room for everything and caches no
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections import deque
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
+from tests.gpu_worker.place import FakePlace
 from tests.loop.harness import Observer, running
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
@@ -30,6 +32,7 @@ from tests.models.session import setup as plain_setup
 from tests.models.stepping import tokens
 from tests.models.test_cpu_backend import create
 from worker_svc.backends.torch import TorchBackend
+from worker_svc.gpu.backend import GpuBackend
 
 USERS, SAID, ANSWER = 4, 45, 15
 FIRST = 13  # blocks of the first tier, null block included: one long conversation, and the beginning of another
@@ -40,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cpu-int8": {"backend": "cpu", "block_size": 32, "block_bytes": 3 * 2 * (2 * 16 + 8) * 32, "kv_dtype": "int8"},
     "torch-float32": {"backend": "torch", "block_size": 16, "block_bytes": 3 * 2 * 2 * 16 * 16 * 4},
 }
+DEVICE = {**KINDS["torch-float32"], "backend": "device", "dtype": "float32", "max_step_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +67,14 @@ class Service:
     answers: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fields = dict(KINDS[self.kind])
+        fields = dict(DEVICE if self.kind == "device" else KINDS[self.kind])
         name, block_bytes = fields.pop("backend"), fields.pop("block_bytes")
         memory = {"kv_bytes": self.first * block_bytes, "kv_host_bytes": self.second * block_bytes}
         message = plain_setup(self.path, **fields, **memory, threads=1, max_slots=8)
         if name == "torch":
             self.backend: Any = TorchBackend(threads=1)
+        elif name == "device":
+            self.backend = GpuBackend(FakePlace(random.Random(self.second), total=1 << 26), lambda: None, 0.9, (1,), "torch")
         else:
             self.backend = create(message, name, "cpu")
         can = load(self.backend, message)
@@ -92,7 +98,9 @@ class Service:
             plan = self.waiting.popleft()
             self.backend.forward(plan)
             copied = [host_block for _, _, host_block in plan.copies]
-            self._take(self.engine.handle(StepResult(plan.epoch, plan.step, self.backend.sample(None), copied)))
+            rows = self.backend.sample(None)
+            answered = rows if isinstance(rows, list) else rows.rows()
+            self._take(self.engine.handle(StepResult(plan.epoch, plan.step, answered, copied)))
             self.engine.check_integrity()
 
     def _take(self, instructions: Any) -> None:
@@ -163,13 +171,29 @@ def test_the_same_tokens_and_more_of_them_from_the_cache(llama: Path, kind: str,
     assert {direction for plan in with_tier.plans for direction, _, _ in plan.copies} == set(Direction)
 
 
-@pytest.mark.parametrize("kind", ["cpu-bf16", "torch-float32"])
+def test_a_device_copies_within_its_steps(llama: Path) -> None:
+    """The device of the tests, with steps of one token replayed; copies both ways, in the order of the plans."""
+
+    def talk(service: Service) -> dict[str, list[int]]:
+        for turn, user in enumerate((0, 1, 0, 1)):
+            prompt = tokens(50 + turn, 151, seed=user)
+            service.ask(Submit(f"{turn}", prompt, len(prompt), Sampling(3, seed=user, temperature=float(user))))
+        return service.answers
+
+    service = Service(llama, "device", 6, 16, depth=2)
+    assert talk(service) == talk(Service(llama, "torch-float32", 64, 0, caching=False))
+    assert service.stats.host_cached_tokens > 0
+    assert {direction for plan in service.plans for direction, _, _ in plan.copies} == set(Direction)
+    service.backend.close()
+
+
+@pytest.mark.parametrize("kind", ["cpu-bf16", "torch-float32", pytest.param("device", marks=pytest.mark.full)])
 def test_a_new_epoch_of_the_same_worker_knows_nothing_of_the_tier(llama: Path, kind: str) -> None:
     service = Service(llama, kind, FIRST, 8)
     service.ask(_submit("a", tokens(90, 151, seed=1), 0), _submit("b", tokens(90, 151, seed=2), 0))
     service.ask(*(_submit(f"c{i}", tokens(90, 151, seed=3 + i), 0) for i in range(3)))
     assert service.stats.copied_to_host
-    service.backend.reset(plain_setup(llama, block_size=KINDS[kind]["block_size"], max_slots=8))
+    service.backend.reset(plain_setup(llama, block_size=32 if kind == "cpu-bf16" else 16, max_slots=8))
     with pytest.raises(ValueError, match="nothing was copied there"):
         service.backend.forward(StepPlan(EPOCH, 1, [], [], [(Direction.TO_DEVICE, 1, 0)], []))
 

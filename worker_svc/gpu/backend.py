@@ -17,7 +17,15 @@ from kernels.gpu.slot_state import MAX_ROWS, SlotState
 from protos.wire import Mask, Phase, Setup, StepPlan
 from worker_svc.attention.choice import Choice, Where, choose
 from worker_svc.attention.paged import PagedAttention, Rows, UnsuitedAttention
-from worker_svc.backends.base import MAX_SLOTS, BackendError, Capacity, Landing, Progress, refuse_unsupported
+from worker_svc.backends.base import (
+    MAX_SLOTS,
+    BackendError,
+    Capacity,
+    Landing,
+    Progress,
+    host_blocks,
+    refuse_unsupported,
+)
 from worker_svc.device.base import Device
 from worker_svc.gpu.engine import GpuEngine, Room
 from worker_svc.gpu.memory import DeviceMemory, blocks_that_fit
@@ -25,6 +33,7 @@ from worker_svc.gpu.model import GpuModel, StepTensors
 from worker_svc.gpu.sample_words import SamplePacker
 from worker_svc.gpu.step_words import StepPacker
 from worker_svc.gpu.stepping import Steps, Watch
+from worker_svc.host_blocks import HostLedger
 from worker_svc.kv_cache import KVShape
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
@@ -78,7 +87,7 @@ class GpuBackend:
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         dtypes = ("auto", "bfloat16", "float32")
-        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=("auto",))
+        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=("auto",), offloads=True)
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
         try:
@@ -91,22 +100,7 @@ class GpuBackend:
         except (CheckpointError, SpecError, OSError) as error:
             raise BackendError(f"{setup.model}: {error}") from error
         progress(Phase.COMPILING, 0.0)
-        spec = model.spec
-        self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), setup.block_size)
-        choice = self._chosen(setup.block_size)
-        self._attention = choice.attention
-        shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, gpu.dtype)
-        memory = _measured(place, gpu, self._attention, self._room, self._max_len)
-        block_bytes = shape.block_bytes(setup.block_size)
-        longest = self._max_len if setup.max_model_len else 0
-        self._num_blocks = blocks_that_fit(memory, self._share, block_bytes, setup.block_size, longest, setup.kv_bytes)
-        self._max_len = min(self._max_len, (self._num_blocks - 1) * setup.block_size)
-        size = (spec.num_layers, 2, self._num_blocks, spec.num_kv_heads, setup.block_size, spec.head_dim)
-        self._pages = torch.zeros(size, dtype=gpu.dtype, device=place.where)
-        self._state = SlotState.empty(
-            self._room.rows, self._max_len, -(-self._max_len // setup.block_size), place.where
-        )
-        self._captured = [rows for rows in self._captured if rows <= self._room.rows]
+        choice = self._allocate(setup)
         self._pipeline = self._piped(progress)
         self.reset(setup)
         return Capacity(
@@ -117,20 +111,43 @@ class GpuBackend:
             dtype=dtype,
             backend="cuda",
             max_model_len=self._max_len,
-            vocab_size=spec.vocab_size,
+            vocab_size=model.spec.vocab_size,
             fingerprint=_fingerprint(weights, dtype, place.name, choice.name, self._max_len, setup.block_size),
             graph_shapes=tuple(self._captured),
+            num_host_blocks=len(self._host),
         )
+
+    def _allocate(self, setup: Setup) -> Choice:
+        """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""
+        spec, gpu, where, size = self._model.spec, self._model, self._place.where, setup.block_size
+        self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), size)
+        choice = self._chosen(size)
+        self._attention = choice.attention
+        memory = _measured(self._place, gpu, self._attention, self._room, self._max_len)
+        block_bytes = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, gpu.dtype).block_bytes(size)
+        longest = self._max_len if setup.max_model_len else 0
+        self._num_blocks = blocks_that_fit(memory, self._share, block_bytes, size, longest, setup.kv_bytes)
+        self._max_len = min(self._max_len, (self._num_blocks - 1) * size)
+        layers, block = spec.num_layers, (spec.num_kv_heads, size, spec.head_dim)
+        self._pages = torch.zeros((layers, 2, self._num_blocks, *block), dtype=gpu.dtype, device=where)
+        # Only the host's memory limits them: the first tier is not there.
+        num_host_blocks, pinned = host_blocks(setup, 0, block_bytes), where.type == "cuda"
+        self._host = torch.empty((num_host_blocks, layers, 2, *block), dtype=gpu.dtype, pin_memory=pinned)
+        self._state = SlotState.empty(self._room.rows, self._max_len, -(-self._max_len // size), where)
+        self._captured = [rows for rows in self._captured if rows <= self._room.rows]
+        return choice
 
     def reset(self, setup: Setup) -> None:
         if self._steps is not None:
             self._steps.close()  # what still flies is of the epoch that has ended
+        ledger = HostLedger(self._num_blocks, len(self._host))
         slots = SlotTable(
             max_slots=self._room.rows,
             max_model_len=self._max_len,
             block_size=setup.block_size,
             num_blocks=self._num_blocks,
             vocab_size=self._model.spec.vocab_size,
+            copy=ledger.enter if len(ledger) else None,
         )
         packer = StepPacker(slots, self._state, self._captured)
         watch = self._place.watch(self._land)
@@ -171,7 +188,7 @@ class GpuBackend:
     def _piped(self, progress: Progress) -> Pipeline:
         place, room, vocab = self._place, self._room, self._model.spec.vocab_size
         self._engine = GpuEngine(
-            place.device, self._model, self._attention, self._pages, self._state, room, self._captured,
+            place.device, self._model, self._attention, self._pages, self._state, room, self._captured, self._host,
             lambda share: progress(Phase.COMPILING, share),
         )  # fmt: skip
         sizes = Sizes(

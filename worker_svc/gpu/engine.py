@@ -1,7 +1,7 @@
 """What a step is on the device: slots, inputs, forward pass and sampling, launched one behind the other.
 
-    plan ─► scatter words ─► rows ─► cu, positions, token ids … ─► forward ─► logits ─► sampler ─► tokens, results
-            (slot state)             └────────── a graph, or eager ──────────────────┘└ a graph, or eager ┘
+    plan ─► copies, words ─► rows ─► cu, positions, token ids … ─► forward ─► logits ─► sampler ─► tokens, results
+            (slot state)     └────────── a graph, or eager ──────────────────┘└ a graph, or eager ┘
 
 All memory between is allocated once and stays where it is. Rows that all sample from one position each are replayed as
 a graph of the next larger number of rows, the rest of them null rows.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.slot_state import SlotState, append_tokens, prepare, scatter_words
+from protos.wire import Copy, Direction
 from worker_svc.attention.paged import PagedAttention, Rows
 from worker_svc.device.base import Buffer, Device, Graph, Stream
 from worker_svc.gpu.model import GpuModel, StepTensors
@@ -62,10 +63,12 @@ class GpuEngine:
         state: SlotState,
         room: Room,
         captured: Sequence[int] = (),
+        host: Tensor | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._model, self._attention, self._pages, self._state = model, attention, pages, state
         self._progress = progress  # of the captures
+        self._host = host  # [host blocks, layers, 2, kv heads, block_size, dim], pinned: the second tier of KV
         self._sampler, self._room, self._captured = Sampler(state, room.rows), room, captured
         self._memory = _memory(room, state, model.spec.vocab_size)
         self._hidden: tuple[Tensor, Tensor] | None = None  # of the last step, if not captured
@@ -102,6 +105,7 @@ class GpuEngine:
         shape, memory = self._expected(), self._memory
 
         def work() -> None:
+            self._copy(shape.copies)
             words = _tensor(plan)
             sizes = (shape.pairs, shape.pairs, 3 * shape.rows, shape.samples, *_forced_sizes(shape))
             addresses, values, rows, samples, slots, counts, tokens = words[: sum(sizes)].split(sizes)
@@ -136,6 +140,16 @@ class GpuEngine:
             self._sampler.take(logits, shape.samples, sampling, words, self._score, _tensor(results))
 
         stream.run(take, reads=reads, writes=[self._everything, results])
+
+    def _copy(self, copies: Sequence[Copy]) -> None:
+        """Behind all that was launched before, so that nothing of an earlier step is missing or overwritten."""
+        for direction, block, host_block in copies:
+            assert self._host is not None, "the packer has refused them"
+            here, there = self._pages[:, :, block], self._host[host_block]
+            if direction is Direction.TO_HOST:
+                there.copy_(here, non_blocking=True)
+            else:
+                here.copy_(there, non_blocking=True)
 
     def _score(self, positions: Tensor, out: Tensor) -> None:
         assert self._hidden is not None, "captured steps score no prompts"

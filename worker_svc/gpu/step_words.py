@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.gpu.slot_state import SlotState, sampling_words
-from protos.wire import StepPlan
+from protos.wire import Copy, StepPlan
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.slots import SlotTable
 
@@ -36,6 +36,7 @@ class StepShape:
     captured: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+    copies: tuple[Copy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class StepPacker:
             captured=shape_rows,
             query_lens=tuple(np.diff(inputs.cu).tolist()),
             context_lens=tuple(inputs.context_lens.tolist()),
+            copies=tuple(plan.copies),
         )
         return PackedStep(np.concatenate(parts), shape, inputs, starts)
 
