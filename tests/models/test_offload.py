@@ -74,7 +74,8 @@ class Service:
         if name == "torch":
             self.backend: Any = TorchBackend(threads=1)
         elif name == "device":
-            self.backend = GpuBackend(FakePlace(random.Random(self.second), total=1 << 26), lambda: None, 0.9, (1,), "torch")
+            place = FakePlace(random.Random(self.second), total=1 << 26)
+            self.backend = GpuBackend(place, lambda: None, 0.9, (1,), "torch")
         else:
             self.backend = create(message, name, "cpu")
         can = load(self.backend, message)

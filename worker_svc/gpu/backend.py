@@ -93,7 +93,7 @@ class GpuBackend:
         try:
             model = _opened(path)
             self._max_len = _served(setup, model)
-            gpu = self._model = GpuModel(
+            self._model = GpuModel(
                 model, dtype, place.where, self._max_len, lambda share: progress(Phase.LOADING, share)
             )
             weights = weights_digest(path)
