@@ -58,9 +58,7 @@ def test_nobody_serves_in_its_place_where_a_gpu_was_asked_for(llama: Path) -> No
         create(llama, "cuda")
     with pytest.raises(BackendError, match=r"^torch sees no GPU$"):
         create(llama, device="cuda:1")
-    with pytest.raises(
-        BackendError, match="attention_backend 'triton' is the cuda backend's alone"
-    ):
+    with pytest.raises(BackendError, match="attention_backend 'triton' is the cuda backend's alone"):
         create(llama, attention="triton")
     with pytest.raises(BackendError, match="cpu_isa 'avx2' is the cpu backend's alone: backend 'cuda' has none"):
         create(llama, "cuda", isa="avx2")
