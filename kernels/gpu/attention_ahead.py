@@ -1,4 +1,4 @@
-"""The compilations of paged attention that models ask for, by kind of device. Not registered as `ahead`: unmeasured."""
+"""The compilations of paged attention that models ask for, by kind of device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALARS: Final = {"scale": "fp32", "softcap": "fp32", "split_tiles": "i32"}
 PARTS: Final = {"sums_ptr": "*fp32", "parts_ptr": "*fp32", "num_splits": "i32"}
 
 
-def of_models() -> Iterator[Ahead]:
+def ahead() -> Iterator[Ahead]:
     """Decode, combine and prefill of each model in bfloat16, on bfloat16 and float8 pages, blocks of 16 and 32."""
     names: dict[tuple[int, int, int], str] = {}  # some models agree in their attention
     for model in MODELS:

@@ -17,8 +17,6 @@ from kernels.gpu.attention_tile import load_kv
 from kernels.gpu.attention_tuning import Device
 from tests.kernels_triton.paged import FP8, GFX942, SM80, SM90, WHERE, Batch, Row, a_shape, this_device
 
-pytestmark = pytest.mark.full  # they take minutes; a cross-section for every run is to be chosen
-
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, plan_capture
 from tests.kernels_triton.paged import FP8, SM90, WHERE, Batch, Row, a_shape, this_device
 
-pytestmark = pytest.mark.full  # they take minutes; a cross-section for every run is to be chosen
-
 LENGTH = 1300  # two borders of splits and a half
 
 SHAPES = {
@@ -36,7 +34,7 @@ def attend(shape: AttentionShape, rows: list[Row], shuffle: int = 0, plan: Atten
 
 @pytest.fixture(
     scope="module",
-    params=["float8 and softcap", *(pytest.param(n, marks=pytest.mark.full) for n in SHAPES if "softcap" not in n)],
+    params=["window", *(pytest.param(n, marks=pytest.mark.full) for n in SHAPES if n != "window")],
 )
 def whole(request: pytest.FixtureRequest) -> tuple[AttentionShape, Tensor]:
     """A shape, and the answers to a sequence that came in one piece."""
@@ -72,6 +70,7 @@ def test_a_captured_decode(whole: tuple[AttentionShape, Tensor], queries: int) -
         assert torch.equal(answer, expected[context - queries : context])
 
 
+@pytest.mark.full
 def test_without_it_the_bits_differ() -> None:
     """Else the tests above would show nothing."""
     shape = a_shape(2, 1)
@@ -92,6 +91,7 @@ def test_the_last_token_of_any_chunk(context: int, queries: int, window: int, ot
     assert torch.equal(chunk[-1], attend(shape, [Row(context, 1)])[0][0])
 
 
+@pytest.mark.full
 def test_both_kernels_multiply_and_add_in_the_same_layouts() -> None:
     """What the interpreter cannot show: how a device's threads share a tile decides the order in which they add."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

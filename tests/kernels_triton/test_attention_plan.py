@@ -11,8 +11,6 @@ from kernels.gpu.attention_plan import LONG_SPLIT, MAX_SPLITS, AttentionShape, p
 from kernels.gpu.attention_tuning import TILES, Device, tile_for
 from tests.kernels_triton.paged import FP8, GFX942, SM80, SM90, a_shape
 
-pytestmark = pytest.mark.full  # they take minutes; a cross-section for every run is to be chosen
-
 META = torch.device("meta")
 CPU = torch.device("cpu")
 LLAMA = a_shape(32, 8, 128, 16, torch.bfloat16, max_context=1 << 15)
