@@ -78,7 +78,12 @@ def _model_flags(add: Add) -> None:
         default="",
         help="weights in integers, made on load: int8 by channel; int4 by groups of 32 (a 4-bit GGUF keeps its own)",
     )
-    add("--kv-cache-dtype", choices=("auto", "bf16", "int8"), default="auto", help="auto: as the backend computes")
+    add(
+        "--kv-cache-dtype",
+        choices=("auto", "bf16", "int8", "fp8"),
+        default="auto",
+        help="auto: as the backend computes; int8 on a CPU, fp8 on a GPU: half the memory",
+    )
     add(
         "--max-model-len",
         type=_whole(0),

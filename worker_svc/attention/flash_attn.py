@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionShape
-from worker_svc.attention.paged import PlanOnDevice, Rows, UnsuitedAttention
+from worker_svc.attention.paged import PlanOnDevice, Rows, Scales, UnsuitedAttention
 
 BLOCK_MULTIPLE = 256  # positions: what version 2 reads pages in
 
@@ -49,7 +49,8 @@ class FlashAttention(PlanOnDevice):
     def plan_capture(self, num_rows: int) -> Plan:
         return Plan(1, self._shape.max_context)
 
-    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
+    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
+        assert scales is None, "the shape said so"
         keys, values = pages.transpose(2, 3)  # [blocks, block_size, kv heads, dim], as both count
         common = {
             "softmax_scale": self._shape.scale,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.flat_tables import flatten_tables
-from worker_svc.attention.paged import Rows, UnsuitedAttention
+from worker_svc.attention.paged import Rows, Scales, UnsuitedAttention
 
 WORKSPACE = 256 << 20  # bytes, of partial answers: one for all layers, since they run one after the other
 TENSOR_CORES_FROM = 4  # heads of a kv head: fewer leave most of the instructions' 16 rows empty
@@ -91,7 +91,8 @@ class FlashInferAttention:
     def begin(self, plan: Plan, rows: Rows) -> None:
         flatten_tables(rows.block_tables, plan.borders, plan.blocks)
 
-    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
+    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
+        assert scales is None, "the shape said so"
         # Tokens behind the last row's belong to nobody.
         plan.wrapper.run(q[: plan.tokens], (pages[0], pages[1]), out=out[: plan.tokens])
 

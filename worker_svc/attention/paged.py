@@ -22,6 +22,10 @@ class Rows:
     block_tables: Tensor  # [R, B] in position order
 
 
+# Of one layer's keys and of its values: what float8 pages hold is to be multiplied by. Of one float32 on the device.
+Scales = tuple[Tensor, Tensor]
+
+
 class PagedAttention(Protocol):
     """Causal attention of one shape (heads, window, softcap): layers of equal shapes share it, and a step's plan.
 
@@ -45,7 +49,7 @@ class PagedAttention(Protocol):
     def begin(self, plan: Any, rows: Rows) -> None:
         """What `run` needs of the rows, as they are on the device by now."""
 
-    def run(self, plan: Any, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
+    def run(self, plan: Any, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
         """q [T, heads, dim] over pages [2, blocks, kv heads, block_size, dim] of one layer, into `out`, like q."""
 
 

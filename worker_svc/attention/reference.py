@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionShape
-from worker_svc.attention.paged import PlanOnDevice, Rows
+from worker_svc.attention.paged import PlanOnDevice, Rows, Scales
 
 Plan = list[tuple[int, int]]  # queries, and the most positions, of each row
 
@@ -25,18 +25,21 @@ class TorchAttention(PlanOnDevice):
     def plan_capture(self, num_rows: int) -> Plan:
         return [(1, self._shape.max_context)] * num_rows
 
-    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
+    def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
         first = 0
         for i, (queries, most) in enumerate(plan):
             part = slice(first, first + queries)
             blocks = rows.block_tables[i, : -(-most // self._shape.block_size)]
-            out[part] = self._row(q[part], pages[:, blocks], rows.context_lens[i])
+            kv = pages[:, blocks].float()
+            if scales:
+                kv *= torch.stack(scales).view(2, 1, 1, 1, 1)
+            out[part] = self._row(q[part], kv, rows.context_lens[i])
             first += queries
 
     def _row(self, q: Tensor, pages: Tensor, context: Tensor) -> Tensor:
-        """q [Q, heads, dim]; pages [2, blocks, kv heads, block_size, dim], of the row alone and in order."""
+        """q [Q, heads, dim]; float32 pages [2, blocks, kv heads, block_size, dim], of the row alone and in order."""
         shape, (queries, heads, dim) = self._shape, q.shape
-        keys, values = pages.float().transpose(1, 2).reshape(2, shape.num_kv_heads, -1, dim)
+        keys, values = pages.transpose(1, 2).reshape(2, shape.num_kv_heads, -1, dim)
         grouped = q.float().view(queries, shape.num_kv_heads, shape.group, dim)
         scores = torch.einsum("qhgd,hkd->hgqk", grouped, keys) * shape.scale
         if shape.softcap:

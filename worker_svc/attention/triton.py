@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.gpu.attention import paged_attention
 from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, plan_capture, plan_step
 from kernels.gpu.attention_tuning import Device
-from worker_svc.attention.paged import PlanOnDevice, Rows
+from worker_svc.attention.paged import PlanOnDevice, Rows, Scales
 
 
 class TritonAttention(PlanOnDevice):
@@ -23,5 +23,7 @@ class TritonAttention(PlanOnDevice):
     def plan_capture(self, num_rows: int) -> AttentionPlan:
         return plan_capture(self._shape, self._kind, num_rows, 1, self._where)
 
-    def run(self, plan: AttentionPlan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor) -> None:
-        paged_attention(plan, q, pages, rows.block_tables, rows.cu, rows.context_lens, out)
+    def run(
+        self, plan: AttentionPlan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None
+    ) -> None:
+        paged_attention(plan, q, pages, rows.block_tables, rows.cu, rows.context_lens, out, *(scales or ()))

@@ -87,7 +87,7 @@ class GpuBackend:
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         dtypes = ("auto", "bfloat16", "float32")
-        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=("auto",), offloads=True)
+        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=_kv_dtypes(setup), offloads=True)
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
         try:
@@ -99,6 +99,7 @@ class GpuBackend:
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
             raise BackendError(f"{setup.model}: {error}") from error
+        self._kv_dtype = torch.float8_e4m3fn if setup.kv_dtype == "fp8" else self._model.dtype
         progress(Phase.COMPILING, 0.0)
         choice = self._allocate(setup)
         self._pipeline = self._piped(progress)
@@ -112,27 +113,31 @@ class GpuBackend:
             backend="cuda",
             max_model_len=self._max_len,
             vocab_size=model.spec.vocab_size,
-            fingerprint=_fingerprint(weights, dtype, place.name, choice.name, self._max_len, setup.block_size),
+            fingerprint=_fingerprint(
+                weights, dtype, choice.name, self._kv_dtype, self._max_len, setup.block_size, place.name
+            ),
+            kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
         )
 
     def _allocate(self, setup: Setup) -> Choice:
         """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""
-        spec, gpu, where, size = self._model.spec, self._model, self._place.where, setup.block_size
+        spec, where, size = self._model.spec, self._place.where, setup.block_size
         self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), size)
         choice = self._chosen(size)
         self._attention = choice.attention
-        memory = _measured(self._place, gpu, self._attention, self._room, self._max_len)
-        block_bytes = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, gpu.dtype).block_bytes(size)
+        shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self._kv_dtype)
+        memory = _measured(self._place, self._model, shape, self._attention, self._room, self._max_len)
+        block_bytes = shape.block_bytes(size)
         longest = self._max_len if setup.max_model_len else 0
         self._num_blocks = blocks_that_fit(memory, self._share, block_bytes, size, longest, setup.kv_bytes)
         self._max_len = min(self._max_len, (self._num_blocks - 1) * size)
         layers, block = spec.num_layers, (spec.num_kv_heads, size, spec.head_dim)
-        self._pages = torch.zeros((layers, 2, self._num_blocks, *block), dtype=gpu.dtype, device=where)
+        self._pages = torch.zeros((layers, 2, self._num_blocks, *block), dtype=self._kv_dtype, device=where)
         # Only the host's memory limits them: the first tier is not there.
         num_host_blocks, pinned = host_blocks(setup, 0, block_bytes), where.type == "cuda"
-        self._host = torch.empty((num_host_blocks, layers, 2, *block), dtype=gpu.dtype, pin_memory=pinned)
+        self._host = torch.empty((num_host_blocks, layers, 2, *block), dtype=self._kv_dtype, pin_memory=pinned)
         self._state = SlotState.empty(self._room.rows, self._max_len, -(-self._max_len // size), where)
         self._captured = [rows for rows in self._captured if rows <= self._room.rows]
         return choice
@@ -171,7 +176,7 @@ class GpuBackend:
         spec, gpu, place = self._model.spec, self._model, self._place
         shapes = [
             AttentionShape(
-                spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, gpu.dtype,
+                spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, self._kv_dtype,
                 spec.query_scale, self._max_len, window, spec.attention_softcap,
             )
             for window in gpu.windows()
@@ -212,6 +217,10 @@ def _served(setup: Setup, model: Model) -> int:
     return setup.max_model_len or model.spec.max_model_len
 
 
+def _kv_dtypes(setup: Setup) -> tuple[str, ...]:
+    return ("auto", "fp8") if setup.dtype == "float32" else ("auto", "bf16", "fp8")
+
+
 def _rows(setup: Setup) -> int:
     rows = setup.max_slots or MAX_SLOTS
     if rows > MAX_ROWS:
@@ -220,7 +229,12 @@ def _rows(setup: Setup) -> int:
 
 
 def _measured(
-    place: Place, model: GpuModel, attention: Mapping[int, PagedAttention], room: Room, max_len: int
+    place: Place,
+    model: GpuModel,
+    kv: KVShape,
+    attention: Mapping[int, PagedAttention],
+    room: Room,
+    max_len: int,
 ) -> DeviceMemory:
     """After a step of the largest size, that writes nothing: one row over the null block, and logits of all rows."""
     tokens, where = min(room.tokens, max_len), place.where
@@ -241,15 +255,14 @@ def _measured(
     for window, each in attention.items():
         each.begin(step.plans[window], step.rows)
     shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
-    hidden = model.forward(step, torch.zeros(shape, dtype=model.dtype, device=where), attention)
+    hidden = model.forward(step, torch.zeros(shape, dtype=kv.dtype, device=where), attention)
     logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
     model.logits(hidden, torch.zeros(room.rows, dtype=torch.int32, device=where), logits)
     logits.clone()  # where requests edit theirs, there are two
     return place.memory()
 
 
-def _fingerprint(weights: str, dtype: str, device: str, attention: str, max_len: int, block_size: int) -> str:
-    """Digest of all that decides the arithmetic."""
-    parts = [weights, dtype, "cuda", str(ARITHMETIC), device, attention, str(max_len), str(block_size)]
-    parts += [torch.__version__, str(triton.__version__)]
-    return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
+def _fingerprint(*parts: object) -> str:
+    """Digest of all that decides the arithmetic: `parts` and what computes."""
+    computing = "cuda", ARITHMETIC, torch.__version__, triton.__version__
+    return hashlib.blake2b("|".join(map(str, (*computing, *parts))).encode(), digest_size=16).hexdigest()

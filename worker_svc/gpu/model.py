@@ -83,6 +83,9 @@ class GpuModel:
         self._reader = _Reader(model, dtype, where)
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
         self._embed = self._reader.read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
+        # Nothing in a plain checkpoint says how large keys and values become. Those of known models are far below the
+        # 448 that float8 e4m3 holds, and one scale for all loses no bits of them: it only moves their exponents.
+        self._kv_scales = torch.ones(1, device=where), torch.ones(1, device=where)
         self.layers: list[Layer] = []
         for i in range(spec.num_layers):
             self.layers.append(self._layer(i))
@@ -131,12 +134,14 @@ class GpuModel:
     def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
         spec = self.spec
         q = x.new_empty(len(x), spec.num_heads, spec.head_dim)
+        scales = self._kv_scales if pages.dtype == torch.float8_e4m3fn else None
+        k_scale, v_scale = scales or (None, None)
         rope_kv_write(
             layer.qkv(x), step.positions, layer.rope, step.slot_mapping, q, pages,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.norm_eps,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.norm_eps, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         out = torch.empty_like(q)
-        attention.run(step.plans[layer.window], q, pages, step.rows, out)
+        attention.run(step.plans[layer.window], q, pages, step.rows, out, scales)
         return out.view(len(x), -1)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
