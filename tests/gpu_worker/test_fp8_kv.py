@@ -59,9 +59,7 @@ def prefill(
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.25, 2.0)])
-def test_pages_hold_rounded_keys_and_values_and_attention_reads_them_so(
-    qwen: Path, scales: tuple[float, float]
-) -> None:
+def test_pages_hold_rounded_keys_and_attention_reads_them_so(qwen: Path, scales: tuple[float, float]) -> None:
     runner = GpuRunner(qwen, block_size=BLOCK_SIZE)
     exact, expected = prefill(runner, torch.float32, "triton", (1.0, 1.0))
     pages, logits = prefill(runner, FP8, "triton", scales)
@@ -100,9 +98,7 @@ def test_what_computes_it_and_what_does_not(qwen: Path) -> None:
             setup(qwen, kv_dtype="bf16"), lambda phase, share: None
         )
     place = FakePlace(random.Random(0), capability=(9, 0))
-    with pytest.raises(
-        BackendError, match="attention_backend 'flash_attn': flash_attn would want queries of float8_e4m3"
-    ):
+    with pytest.raises(BackendError, match="attention_backend 'flash_attn': flash_attn would want queries of float8"):
         GpuBackend(place, lambda: None, 0.5, (), "flash_attn").load(
             setup(qwen, dtype="auto", kv_dtype="fp8"), lambda phase, share: None
         )

@@ -170,7 +170,7 @@ def test_boot_ids_differ() -> None:
     ("flags", "words"),
     [
         ("--quantization int5", "--quantization: invalid choice: 'int5'"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype: invalid choice: 'fp8'"),
+        ("--kv-cache-dtype int3", "--kv-cache-dtype: invalid choice: 'int3'"),
         ("--tensor-parallel-size 0", "0 is not in 1..64"),
         ("--tensor-parallel-size 2 --workers 0 --listen ipc:///here", "--tensor-parallel-size 2 goes with --workers 1"),
         ("--frontends 0", "0 is not in 1..64"),
