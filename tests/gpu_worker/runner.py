@@ -30,7 +30,7 @@ class GpuRunner:
         opened = open_model(path)
         assert opened is not None
         spec, self.max_model_len = opened.spec, opened.spec.max_model_len
-        self.model = GpuModel(opened, dtype, WHERE, self.max_model_len, lambda share: None)
+        self.model = GpuModel(opened, dtype, WHERE, KIND.kind, self.max_model_len, lambda share: None)
         self.vocab_size = spec.vocab_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.model.dtype)
         self.attention = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from protos.wire import Phase, Setup
 from tests.gpu_worker.place import FakePlace
@@ -91,7 +91,6 @@ def test_what_it_refuses(fields: dict[str, Any], message: str, llama: Path) -> N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MixtralConfig(**SMALL, num_local_experts=4), "experts are not executed on this device"),
         (GPTNeoXConfig(**{**SMALL, "num_key_value_heads": None}), "its architecture is none that runs on this device"),
     ],
 )

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig
 
-from tests.gpu_worker.runner import WHERE, GpuRunner
+from tests.gpu_worker.runner import GpuRunner
 from tests.models import checkpoints
-from tests.models.checkpoints import SMALL
 from tests.models.stepping import Sequence, cuts, run, tokens
 from tests.models.test_families import CONFIGS
-from worker_svc.gpu.model import GpuModel
-from worker_svc.models.loader import open_model
-from worker_svc.models.spec import SpecError
 
-OURS = [name for name, config in CONFIGS.items() if not hasattr(config, "num_experts_per_tok") and name != "llama-odd"]
+OURS = [name for name in CONFIGS if name != "llama-odd"]
 IN_EVERY_RUN = {"llama-tied-biases", "qwen3-windows-biases", "gemma2-capped-biases", "gemma3", "phi3-partial-longrope"}
+IN_EVERY_RUN |= {"mixtral", "qwen3moe"}
 
 
 @pytest.mark.parametrize(
@@ -39,11 +35,3 @@ def test_bfloat16_stays_near(tmp_path: Path) -> None:
     (ours,) = run(GpuRunner(tmp_path, "bfloat16"), [Sequence(prompt, cuts(len(prompt), seed=3))])
     expected = checkpoints.logits(theirs, prompt)
     assert (ours - expected).abs().mean() < 0.05 * expected.std()
-
-
-def test_experts_are_refused(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, MixtralConfig(**SMALL, num_local_experts=4))
-    opened = open_model(tmp_path)
-    assert opened is not None
-    with pytest.raises(SpecError, match="experts are not executed on this device"):
-        GpuModel(opened, "float32", WHERE, 64, lambda share: None)

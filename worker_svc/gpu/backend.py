@@ -94,7 +94,7 @@ class GpuBackend:
             model = _opened(path)
             self._max_len = _served(setup, model)
             self._model = GpuModel(
-                model, dtype, place.where, self._max_len, lambda share: progress(Phase.LOADING, share)
+                model, dtype, place.where, place.kind.kind, self._max_len, lambda share: progress(Phase.LOADING, share)
             )
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:

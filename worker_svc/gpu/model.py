@@ -1,4 +1,4 @@
-"""Executes any ModelSpec without experts on a device: one forward pass over a step's tokens, by our Triton kernels.
+"""Executes any ModelSpec on a device: one forward pass over a step's tokens, by our Triton kernels.
 
 Nothing here waits for the device, looks at a value on it, or has a shape that depends on one: the same calls are
 launched one by one or captured as a graph.
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from kernels.gpu.activation import gated
 from kernels.gpu.embedding import embed
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.rope import rope_kv_write
 from worker_svc.attention.paged import PagedAttention, Rows
+from worker_svc.gpu.mlp import DenseMLP, ExpertMLP, Product
 from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
-from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,6 @@ class StepTensors:
 
 
 @dataclass(frozen=True)
-class Product:
-    """Weight [N, K] and bias [N]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
 class Layer:
     attn_norm: Tensor
     qkv: Product  # rows: all q heads, then all k, then all v
@@ -58,8 +47,7 @@ class Layer:
     o: Product
     attn_post_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Product
-    down: Product
+    mlp: DenseMLP | ExpertMLP
     mlp_post_norm: Tensor | None
     window: int
     rope: Tensor  # [positions, rotary dim] float32: cosines, then sines
@@ -71,14 +59,19 @@ class GpuModel:
     """
 
     def __init__(
-        self, model: Model, dtype: DType, where: torch.device, max_model_len: int, progress: Callable[[float], None]
+        self,
+        model: Model,
+        dtype: DType,
+        where: torch.device,
+        kind: str,
+        max_model_len: int,
+        progress: Callable[[float], None],
     ) -> None:
-        """Reads all weights onto the device. Raises CheckpointError where one is missing or misshapen, SpecError for
-        a model that no kernel executes.
+        """Reads all weights onto the device, which is one of `kind`. Raises CheckpointError where one is missing or
+        misshapen.
         """
-        spec = self.spec = model.spec
-        if spec.experts:
-            raise SpecError(f"{spec.architecture}: experts are not executed on this device yet")
+        spec, self._kind = model.spec, kind
+        self.spec = spec
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._reader = _Reader(model, dtype, where)
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
@@ -114,10 +107,7 @@ class GpuModel:
             attended = self._attend(layer, step, normed, pages[i], attention[layer.window])
             out = self._normed(layer.o(attended), layer.attn_post_norm)
             add_rms_norm(out, residual, layer.mlp_norm, spec.norm_eps, normed)
-            gate_up = layer.gate_up(normed)
-            inner = gate_up.new_empty(len(gate_up), spec.intermediate_size)
-            gated(gate_up, spec.activation, inner)
-            out = self._normed(layer.down(inner), layer.mlp_post_norm)
+            out = self._normed(layer.mlp(normed), layer.mlp_post_norm)
             if i + 1 < len(self.layers):
                 add_rms_norm(out, residual, self.layers[i + 1].attn_norm, spec.norm_eps, normed)
         return out, residual
@@ -164,11 +154,27 @@ class GpuModel:
             o=reader.product(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
             attn_post_norm=norm("attn_post_norm") if spec.post_norms else None,
             mlp_norm=norm("mlp_norm"),
-            gate_up=reader.product(i, "gate_up", hidden, spec.mlp_bias),
-            down=reader.product(i, "down", spec.intermediate_size, spec.mlp_bias),
+            mlp=self._mlp(i),
             mlp_post_norm=norm("mlp_post_norm") if spec.post_norms else None,
             window=spec.window(i),
             rope=self._tables[spec.layer_rope(i)],
+        )
+
+    def _mlp(self, i: int) -> DenseMLP | ExpertMLP:
+        spec, reader = self.spec, self._reader
+        if not (spec.experts and spec.sparse(i)):
+            return DenseMLP(
+                reader.product(i, "gate_up", spec.hidden_size, spec.mlp_bias),
+                reader.product(i, "down", spec.intermediate_size, spec.mlp_bias),
+                spec.activation,
+            )
+        return ExpertMLP(
+            reader.router(i, (spec.experts.num, spec.hidden_size)),
+            reader.experts(i, "expert_gate_up", spec.experts.num, spec.hidden_size),
+            reader.experts(i, "expert_down", spec.experts.num, spec.experts.intermediate_size),
+            spec.experts,
+            spec.activation,
+            self._kind,
         )
 
 
@@ -180,10 +186,7 @@ class _Reader:
         self._dtype: torch.dtype = getattr(torch, dtype)
 
     def read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
-        array = self.model.read(name, shape, self._name, heads)
-        # What is read-only is a view of the file, of which torch wants a copy.
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-        return tensor.view(self._dtype).to(self._where)
+        return _tensor(self.model.read(name, shape, self._name, heads)).view(self._dtype).to(self._where)
 
     def norm(self, name: str, size: int) -> Tensor:
         """float32, whatever the dtype: the kernels round once, behind the weight."""
@@ -197,6 +200,24 @@ class _Reader:
         if not bias:
             return Product(weight)
         return Product(weight, torch.cat([self.read(names(i, role, "bias"), (rows,), h) for role, rows, h in parts]))
+
+    def router(self, i: int, shape: tuple[int, int]) -> Tensor:
+        return _tensor(self.model.read(self.model.layer(i, "router"), shape, "float32")).to(self._where)
+
+    def experts(self, i: int, product: str, num: int, columns: int) -> Tensor:
+        """[num, rows, columns]"""
+        parts = self.model.spec.parts(product)
+        rows = sum(part.rows for part in parts)
+        weight = torch.empty(num, rows, columns, dtype=self._dtype, device=self._where)
+        for expert in range(num):
+            arrays = [self.model.read_expert(i, expert, p.role, (p.rows, columns), self._name) for p in parts]
+            weight[expert].copy_(torch.cat([_tensor(array).view(self._dtype) for array in arrays]))
+        return weight
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """What is read-only is a view of the file, of which torch wants a copy."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _table(rope: Rope, max_model_len: int, where: torch.device) -> Tensor:

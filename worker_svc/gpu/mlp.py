@@ -1,0 +1,58 @@
+"""What follows attention in a layer: one gated MLP, or the experts that a router chooses for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.gpu.activation import gated
+from kernels.gpu.moe import experts
+from worker_svc.models.spec import Experts
+
+
+@dataclass(frozen=True)
+class Product:
+    """Weight [N, K] and bias [N]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class DenseMLP:
+    gate_up: Product  # rows: all gates, then all ups
+    down: Product
+    activation: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        both = self.gate_up(x)
+        inner = both.new_empty(len(both), both.shape[1] // 2)
+        gated(both, self.activation, inner)
+        return self.down(inner)
+
+
+@dataclass(frozen=True)
+class ExpertMLP:
+    """The router decides, and near decisions are many: it is float32 whatever the rest is."""
+
+    router: Tensor  # [experts, hidden] float32
+    gate_up: Tensor  # [experts, 2 · inner, hidden]
+    down: Tensor  # [experts, hidden, inner]
+    experts: Experts
+    activation: str
+    kind: str  # of device
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        logits = functional.linear(x.float(), self.router)
+        experts(
+            x, logits, self.gate_up, self.down, self.activation, self.experts.top_k, out,
+            normalized=self.experts.normalized, kind=self.kind,
+        )  # fmt: skip
+        return out
