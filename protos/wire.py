@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL = 2  # raised when a peer of the previous version could misread a message
+PROTOCOL = 3  # raised when a peer of the previous version could misread a message
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
@@ -87,6 +87,7 @@ class Setup(Wire, frozen=True):
     kv_host_bytes: int = 0  # memory of the host for a second tier of KV; 0: none
     threads: int = 0  # 0: the worker chooses
     sharing: int = 1  # workers on this host: what each chooses by itself (threads, memory) leaves as much to the others
+    batch_invariant: bool = False  # a worker that is not exact is refused
 
 
 class Admit(Wire, frozen=True):

@@ -193,6 +193,12 @@ def _worker_flags(add: Add) -> None:
         metavar="SHARE",
         help="of a GPU's memory, for weights, steps and KV (default: %(default)s)",
     )
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="the same tokens whatever else is in a step; a GPU takes slower kernels for it, CPUs are so anyway, and a "
+        "worker that cannot is refused",
+    )
     add("--enforce-eager", action="store_true", help="a GPU launches every kernel by itself, and captures no graphs")
     add(
         "--attention-backend",

@@ -93,6 +93,8 @@ class Worker:
                 self._unload()
                 backend = self._create(setup)
                 capacity = backend.load(setup, self._progress)
+                if setup.batch_invariant and not capacity.exact:
+                    raise BackendError(f"batch_invariant: the {capacity.backend} backend is not exact here")
                 self._loaded = same, backend, capacity
         except Exception as error:
             self._unload()

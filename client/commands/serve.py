@@ -14,7 +14,13 @@ from client import store
 from client.commands.model import pull
 
 # The flags that take no value.
-SWITCHES = {"--enable-prefix-caching", "--no-enable-prefix-caching", "--enforce-eager", "--record-private"}
+SWITCHES = {
+    "--batch-invariant",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--enforce-eager",
+    "--record-private",
+}
 
 
 def main(prog: str, argv: Sequence[str]) -> int:

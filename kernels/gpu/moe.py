@@ -46,11 +46,13 @@ TILES: Final = {
 FLOAT32_TILE: Final = Tile(16, 32, 32, 4, 1)  # multiplies without tensor cores, for checks
 
 
-def tile_for(kind: str, dtype: torch.dtype, pairs: int, experts: int) -> Tile:
-    """The smallest whose rows are not fewer than an expert gets on the mean."""
+def tile_for(kind: str, dtype: torch.dtype, pairs: int, experts: int, *, batch_invariant: bool = False) -> Tile:
+    """The smallest whose rows are not fewer than an expert gets on the mean; batch-invariant, one for all."""
     if dtype == torch.float32:
         return FLOAT32_TILE
     tiles = TILES[kind]
+    if batch_invariant:
+        return tiles[2]
     return next((tile for tile in tiles if tile.rows * experts >= pairs), tiles[-1])
 
 
@@ -105,12 +107,13 @@ def experts(
     *,
     normalized: bool,
     kind: str,
+    batch_invariant: bool = False,
 ) -> None:
     """out [T, D] = Σ over a token's experts of weight · down(gated(gate_up(x))).
 
     x [T, D] and out bfloat16, float16 or float32, as gate_up [E, 2 · inner, D] (all gates, then all ups) and down
     [E, D, inner]; logits [T, E] float32, of the router. `kind` is a key of TILES. Products are float32 and rounded once
-    each. Raises ValueError naming the argument.
+    each; batch-invariant, a token's bits are its own. Raises ValueError naming the argument.
     """
     expect("x", x, (None, None), FLOATS, x)
     tokens, hidden = x.shape
@@ -122,7 +125,7 @@ def experts(
     if tokens == 0:
         return
     chosen, weights = route(logits, top_k, normalized=normalized)
-    tile = tile_for(kind, x.dtype, tokens * top_k, num)
+    tile = tile_for(kind, x.dtype, tokens * top_k, num, batch_invariant=batch_invariant)
     pairs = sort_pairs(chosen, num, tile.rows)
     both = x.new_empty(tokens * top_k, double)
     _product(x, gate_up, pairs, tile, both, shared_by=top_k)

@@ -26,18 +26,22 @@ KIND = Device("sm_90", 4, native_fp8=True) if compare.INTERPRETED else Device.of
 
 
 class GpuRunner:
-    def __init__(self, path: Path, dtype: DType = "float32", block_size: int = 8) -> None:
+    def __init__(
+        self, path: Path, dtype: DType = "float32", block_size: int = 8, *, batch_invariant: bool = False
+    ) -> None:
         opened = open_model(path)
         assert opened is not None
         spec, self.max_model_len = opened.spec, opened.spec.max_model_len
-        self.model = GpuModel(opened, dtype, WHERE, KIND.kind, self.max_model_len, lambda share: None)
+        self.model = GpuModel(
+            opened, dtype, WHERE, KIND.kind, self.max_model_len, lambda share: None, batch_invariant=batch_invariant
+        )
         self.vocab_size = spec.vocab_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.model.dtype)
         self.attention = {
             window: TritonAttention(
                 AttentionShape(
                     spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, self.model.dtype, self.model.dtype,
-                    spec.query_scale, self.max_model_len, window, spec.attention_softcap,
+                    spec.query_scale, self.max_model_len, window, spec.attention_softcap, batch_invariant,
                 ),
                 KIND,
                 WHERE,

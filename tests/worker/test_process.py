@@ -98,11 +98,12 @@ def test_a_plan_that_the_backend_cannot_do_is_a_fault(bad: StepPlan, words: str)
 
 def test_a_model_that_cannot_be_served_is_fatal() -> None:
     with worker() as (end, _):
-        for model, words in (
-            ("fake:load_fails=0", "cannot be read"),
-            ("fake:nonsense=1", "nonsense"),
+        for model, words, fields in (
+            ("fake:load_fails=0", "cannot be read", {}),
+            ("fake:nonsense=1", "nonsense", {}),
+            ("fake:exact=0", "batch_invariant: the fake backend is not exact here", {"batch_invariant": True}),
         ):
-            end.send(setup(model=model))
+            end.send(setup(model=model, **fields))
             fault = end.receive(Fault)
             assert fault.fatal
             assert words in fault.reason

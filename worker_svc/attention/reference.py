@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionShape
-from worker_svc.attention.paged import PlanOnDevice, Rows, Scales
+from worker_svc.attention.paged import PlanOnDevice, Rows, Scales, UnsuitedAttention
 
 Plan = list[tuple[int, int]]  # queries, and the most positions, of each row
 
@@ -17,6 +17,9 @@ class TorchAttention(PlanOnDevice):
     """Scores, softmax and sums in float32."""
 
     def __init__(self, shape: AttentionShape) -> None:
+        """Raises UnsuitedAttention."""
+        if shape.batch_invariant:
+            raise UnsuitedAttention("has its library's products, which depend on what they are made beside")
         self._shape = shape
 
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Plan:

@@ -38,6 +38,7 @@ class Options:
     load_fails: int = -1  # 0: a BackendError; 1: an exception that another try might survive; 2: death
     poison: int = -1  # a step over a prompt with this token kills the process …
     fault: int = -1  # … or raises …
+    exact: int = 1  # 0: it says that it is not
     hang: int = -1  # … or never ends
 
     @classmethod
@@ -168,7 +169,7 @@ class FakeBackend:
             num_blocks=num_blocks,
             num_host_blocks=len(self._host),
             align=options.align,
-            exact=True,
+            exact=bool(options.exact),
             device="cpu",
             dtype="float32" if setup.dtype == "auto" else setup.dtype,
             backend="fake",

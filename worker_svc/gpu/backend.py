@@ -94,7 +94,13 @@ class GpuBackend:
             model = _opened(path)
             self._max_len = _served(setup, model)
             self._model = GpuModel(
-                model, dtype, place.where, place.kind.kind, self._max_len, lambda share: progress(Phase.LOADING, share)
+                model,
+                dtype,
+                place.where,
+                place.kind.kind,
+                self._max_len,
+                lambda share: progress(Phase.LOADING, share),
+                batch_invariant=setup.batch_invariant,
             )
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
@@ -107,14 +113,15 @@ class GpuBackend:
         return Capacity(
             num_blocks=self._num_blocks,
             align=1,
-            exact=False,  # a library's products take another kernel for another number of rows
+            exact=setup.batch_invariant,  # else products take another kernel for another number of rows
             device=place.name,
             dtype=dtype,
             backend="cuda",
             max_model_len=self._max_len,
             vocab_size=model.spec.vocab_size,
             fingerprint=_fingerprint(
-                weights, dtype, choice.name, self._kv_dtype, self._max_len, setup.block_size, place.name
+                *(weights, dtype, self._kv_dtype, choice.name, setup.batch_invariant),
+                *(self._max_len, setup.block_size, place.name),
             ),
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
@@ -125,7 +132,7 @@ class GpuBackend:
         """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""
         spec, where, size = self._model.spec, self._place.where, setup.block_size
         self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), size)
-        choice = self._chosen(size)
+        choice = self._chosen(size, setup.batch_invariant)
         self._attention = choice.attention
         shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self._kv_dtype)
         memory = _measured(self._place, self._model, shape, self._attention, self._room, self._max_len)
@@ -171,13 +178,13 @@ class GpuBackend:
             self._steps.close()
             self._steps = None
 
-    def _chosen(self, block_size: int) -> Choice:
+    def _chosen(self, block_size: int, batch_invariant: bool) -> Choice:
         """Raises BackendError where what was asked for cannot serve this model."""
         spec, gpu, place = self._model.spec, self._model, self._place
         shapes = [
             AttentionShape(
                 spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size, gpu.dtype, self._kv_dtype,
-                spec.query_scale, self._max_len, window, spec.attention_softcap,
+                spec.query_scale, self._max_len, window, spec.attention_softcap, batch_invariant,
             )
             for window in gpu.windows()
         ]  # fmt: skip

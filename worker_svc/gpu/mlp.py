@@ -9,18 +9,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.gpu.activation import gated
+from kernels.gpu.linear import linear
 from kernels.gpu.moe import experts
 from worker_svc.models.spec import Experts
 
 
 @dataclass(frozen=True)
 class Product:
-    """Weight [N, K] and bias [N]."""
+    """Weight [N, K] and bias [N]. `kind`: of device, for our own kernel, whose rows do not feel each other; empty: the
+    library's.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    kind: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.kind:
+            return linear(x, self.weight, self.bias, self.kind)
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -41,18 +47,18 @@ class DenseMLP:
 class ExpertMLP:
     """The router decides, and near decisions are many: it is float32 whatever the rest is."""
 
-    router: Tensor  # [experts, hidden] float32
+    router: Product  # [experts, hidden] float32
     gate_up: Tensor  # [experts, 2 · inner, hidden]
     down: Tensor  # [experts, hidden, inner]
     experts: Experts
     activation: str
     kind: str  # of device
+    batch_invariant: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        logits = functional.linear(x.float(), self.router)
         experts(
-            x, logits, self.gate_up, self.down, self.activation, self.experts.top_k, out,
-            normalized=self.experts.normalized, kind=self.kind,
+            x, self.router(x.float()), self.gate_up, self.down, self.activation, self.experts.top_k, out,
+            normalized=self.experts.normalized, kind=self.kind, batch_invariant=self.batch_invariant,
         )  # fmt: skip
         return out

@@ -66,14 +66,17 @@ class GpuModel:
         kind: str,
         max_model_len: int,
         progress: Callable[[float], None],
+        *,
+        batch_invariant: bool = False,
     ) -> None:
-        """Reads all weights onto the device, which is one of `kind`. Raises CheckpointError where one is missing or
+        """Reads all weights onto the device, which is one of `kind`. `batch_invariant`: a token's bits do not depend on
+        the others of its step, if those of its attention do not. Raises CheckpointError where a weight is missing or
         misshapen.
         """
-        spec, self._kind = model.spec, kind
+        spec, self._kind, self._invariant = model.spec, kind, batch_invariant
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._reader = _Reader(model, dtype, where)
+        self._reader = _Reader(model, dtype, where, kind if batch_invariant else "")
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
         self._embed = self._reader.read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
         # Nothing in a plain checkpoint says how large keys and values become. Those of known models are far below the
@@ -85,7 +88,8 @@ class GpuModel:
             progress((i + 1) / (spec.num_layers + 1))
         self._final_norm = self._reader.norm(model.top("final_norm"), spec.hidden_size)
         head = (spec.vocab_size, spec.hidden_size)
-        self._lm_head = Product(self._embed if spec.tied else self._reader.read(model.top("lm_head"), head))
+        lm_head = self._embed if spec.tied else self._reader.read(model.top("lm_head"), head)
+        self._lm_head = Product(lm_head, kind=self._reader.kind)
 
     def windows(self) -> list[int]:
         """Each that some layer has: a step's attention is planned once for each."""
@@ -175,14 +179,16 @@ class GpuModel:
             spec.experts,
             spec.activation,
             self._kind,
+            self._invariant,
         )
 
 
 class _Reader:
     """From a checkpoint to the device, one tensor at a time: no second copy of the model in the host's memory."""
 
-    def __init__(self, model: Model, dtype: DType, where: torch.device) -> None:
-        self.model, self._name, self._where = model, dtype, where
+    def __init__(self, model: Model, dtype: DType, where: torch.device, kind: str) -> None:
+        """`kind`: of the products, see Product."""
+        self.model, self._name, self._where, self.kind = model, dtype, where, kind
         self._dtype: torch.dtype = getattr(torch, dtype)
 
     def read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
@@ -198,11 +204,13 @@ class _Reader:
         names, parts = self.model.layer, spec.parts(product)
         weight = torch.cat([self.read(names(i, role), (rows, columns), heads) for role, rows, heads in parts])
         if not bias:
-            return Product(weight)
-        return Product(weight, torch.cat([self.read(names(i, role, "bias"), (rows,), h) for role, rows, h in parts]))
+            return Product(weight, kind=self.kind)
+        biases = [self.read(names(i, role, "bias"), (rows,), heads) for role, rows, heads in parts]
+        return Product(weight, torch.cat(biases), self.kind)
 
-    def router(self, i: int, shape: tuple[int, int]) -> Tensor:
-        return _tensor(self.model.read(self.model.layer(i, "router"), shape, "float32")).to(self._where)
+    def router(self, i: int, shape: tuple[int, int]) -> Product:
+        weight = _tensor(self.model.read(self.model.layer(i, "router"), shape, "float32"))
+        return Product(weight.to(self._where), kind=self.kind)
 
     def experts(self, i: int, product: str, num: int, columns: int) -> Tensor:
         """[num, rows, columns]"""
