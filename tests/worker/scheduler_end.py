@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import zmq
 
@@ -108,8 +108,8 @@ def worker(
         end.close()
 
 
-def setup(counter: int = 1, model: str = "fake:", boot: int = 7) -> Setup:
-    return Setup(Epoch(boot, counter), model, block_size=4, max_slots=8, max_step_tokens=64)
+def setup(counter: int = 1, model: str = "fake:", boot: int = 7, **fields: Any) -> Setup:
+    return Setup(Epoch(boot, counter), model, block_size=4, max_slots=8, max_step_tokens=64, **fields)
 
 
 def plan(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,11 +99,12 @@ def test_a_plan_that_the_backend_cannot_do_is_a_fault(bad: StepPlan, words: str)
 
 def test_a_model_that_cannot_be_served_is_fatal() -> None:
     with worker() as (end, _):
-        for model, words, fields in (
+        cases: list[tuple[str, str, dict[str, Any]]] = [
             ("fake:load_fails=0", "cannot be read", {}),
             ("fake:nonsense=1", "nonsense", {}),
             ("fake:exact=0", "batch_invariant: the fake backend is not exact here", {"batch_invariant": True}),
-        ):
+        ]
+        for model, words, fields in cases:
             end.send(setup(model=model, **fields))
             fault = end.receive(Fault)
             assert fault.fatal
