@@ -7,11 +7,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from protos.wire import Admit, Epoch, Fault, FromWorker, Hello, Mask, Row, Sampling, Shutdown, StepPlan, StepResult
+from protos.wire import (
+    Admit,
+    Epoch,
+    Fault,
+    FromWorker,
+    Hello,
+    Mask,
+    Row,
+    Sampling,
+    Shutdown,
+    Status,
+    StepPlan,
+    StepResult,
+)
 from tests.worker.scheduler_end import ROOT, SchedulerEnd, first_plan, next_plan, plan, setup, worker
 from worker_svc.backends.fake import expected
 
@@ -99,17 +111,25 @@ def test_a_plan_that_the_backend_cannot_do_is_a_fault(bad: StepPlan, words: str)
 
 def test_a_model_that_cannot_be_served_is_fatal() -> None:
     with worker() as (end, _):
-        cases: list[tuple[str, str, dict[str, Any]]] = [
-            ("fake:load_fails=0", "cannot be read", {}),
-            ("fake:nonsense=1", "nonsense", {}),
-            ("fake:exact=0", "batch_invariant: the fake backend is not exact here", {"batch_invariant": True}),
-        ]
-        for model, words, fields in cases:
-            end.send(setup(model=model, **fields))
+        for model, words in (
+            ("fake:load_fails=0", "cannot be read"),
+            ("fake:nonsense=1", "nonsense"),
+        ):
+            end.send(setup(model=model))
             fault = end.receive(Fault)
             assert fault.fatal
             assert words in fault.reason
             assert "\n" not in fault.reason
+
+
+def test_a_backend_that_is_not_exact_is_refused_where_it_has_to_be() -> None:
+    with worker() as (end, _):
+        assert not end.until_ready(setup(model="fake:exact=0"))[0].exact
+        end.send(setup(model="fake:exact=0", batch_invariant=True))
+        while isinstance(fault := end.receive_any(), Status):
+            pass
+        assert isinstance(fault, Fault)
+        assert (fault.fatal, fault.reason) == (True, "batch_invariant: the fake backend is not exact here")
 
 
 def test_another_failure_of_loading_is_not() -> None:
