@@ -165,7 +165,7 @@ def _worker_flags(add: Add) -> None:
         type=_whole(1, 64),
         default=1,
         metavar="N",
-        help="processes that each worker splits the model among (torch backend); memory for KV is of each",
+        help="processes that each worker splits the model among (torch and cuda backends); memory for KV is of each",
     )
     add("--listen", type=_endpoint, metavar="tcp://HOST:PORT", help="where workers connect; or ipc:///PATH")
     add(

@@ -72,7 +72,9 @@ def _made(name: str, setup: Setup, options: Options, land: Callable[[], None]) -
         except ModuleNotFoundError as error:
             raise Unsuited(_needs_torch("cuda", error)) from error
         captured = () if options.eager else CAPTURED
-        return cuda_backend(options.device, land, options.memory_share, captured, options.attention)
+        return cuda_backend(
+            options.device, land, options.memory_share, captured, options.attention, setup.tp_rank, options.patience
+        )
     return _torch(setup, options)
 
 

@@ -20,14 +20,17 @@ CAPTURED = (1, 2, 4, *range(8, 257, 8))  # rows
 class CudaPlace:
     """Raises BackendError for a device that is not there, Unsuited for one that the kernels do not know."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, rank: int = 0) -> None:
         if not torch.cuda.is_available():
             raise Unsuited("torch sees no GPU")
         name, _, index = device.partition(":")
         count = torch.cuda.device_count()
         if name not in ("auto", "cuda") or (index and not index.isdigit()) or int(index or 0) >= count:
             raise BackendError(f"device {device!r} is none of this host's: it has cuda:0 to cuda:{count - 1}")
-        self.where = torch.device("cuda", int(index or 0))
+        mine = int(index or 0) + rank
+        if mine >= count:
+            raise BackendError(f"rank {rank} would have cuda:{mine}, and this host has cuda:0 to cuda:{count - 1}")
+        self.where = torch.device("cuda", mine)
         torch.cuda.set_device(self.where)  # Triton launches on the current one
         self.name = torch.cuda.get_device_name(self.where)
         try:
@@ -58,6 +61,10 @@ def cuda_backend(
     memory_share: float,
     captured: Sequence[int] = CAPTURED,
     attention: str = "auto",
+    rank: int = 0,
+    patience: float = 600.0,
 ) -> GpuBackend:
-    """Raises BackendError, or Unsuited where another backend may serve."""
-    return GpuBackend(CudaPlace(device), land, memory_share, captured, attention)
+    """`rank`: each of a group has the device after that of the one before. Raises BackendError, or Unsuited where
+    another backend may serve.
+    """
+    return GpuBackend(CudaPlace(device, rank), land, memory_share, captured, attention, patience)

@@ -38,6 +38,7 @@ from worker_svc.kv_cache import KVShape
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
 from worker_svc.models.spec import SpecError
+from worker_svc.parallel.ranks import Ranks, join
 from worker_svc.pipeline import Pipeline, Sizes
 from worker_svc.slots import SlotTable
 
@@ -69,7 +70,7 @@ class Place(Protocol):
 
 class GpuBackend:
     """`memory_share`: of the device's memory, for everything; `captured`: rows of the steps to capture, none: eager;
-    `attention`: "auto" or a library's name.
+    `attention`: "auto" or a library's name; `patience`: seconds that a rank waits for the others.
     """
 
     def __init__(
@@ -79,20 +80,24 @@ class GpuBackend:
         memory_share: float,
         captured: Sequence[int],
         attention: str = "auto",
+        patience: float = 600.0,
     ) -> None:
         torch.set_grad_enabled(False)
         self._place, self._land, self._share, self._captured = place, land, memory_share, captured
-        self._asked = attention
+        self._asked, self._patience, self._ranks = attention, patience, Ranks()
         self._steps: Steps | None = None
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         dtypes = ("auto", "bfloat16", "float32")
-        refuse_unsupported("cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=_kv_dtypes(setup), offloads=True)
+        refuse_unsupported(
+            "cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=_kv_dtypes(setup), offloads=True, splits=True
+        )
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
         try:
             model = _opened(path)
             self._max_len = _served(setup, model)
+            self._ranks = join(setup.tp_rank, setup.tp_size, setup.tp_address, self._patience, place.where.type)
             self._model = GpuModel(
                 model,
                 dtype,
@@ -101,6 +106,7 @@ class GpuBackend:
                 self._max_len,
                 lambda share: progress(Phase.LOADING, share),
                 batch_invariant=setup.batch_invariant,
+                ranks=self._ranks,
             )
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
@@ -121,7 +127,7 @@ class GpuBackend:
             vocab_size=model.spec.vocab_size,
             fingerprint=_fingerprint(
                 *(weights, dtype, self._kv_dtype, choice.name, setup.batch_invariant),
-                *(self._max_len, setup.block_size, place.name),
+                *(self._max_len, setup.block_size, place.name, setup.tp_size),
             ),
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
@@ -138,12 +144,13 @@ class GpuBackend:
         memory = _measured(self._place, self._model, shape, self._attention, self._room, self._max_len)
         block_bytes = shape.block_bytes(size)
         longest = self._max_len if setup.max_model_len else 0
-        self._num_blocks = blocks_that_fit(memory, self._share, block_bytes, size, longest, setup.kv_bytes)
+        fit = blocks_that_fit(memory, self._share, block_bytes, size, longest, setup.kv_bytes)
+        self._num_blocks = self._ranks.least(fit)
         self._max_len = min(self._max_len, (self._num_blocks - 1) * size)
         layers, block = spec.num_layers, (spec.num_kv_heads, size, spec.head_dim)
         self._pages = torch.zeros((layers, 2, self._num_blocks, *block), dtype=self._kv_dtype, device=where)
         # Only the host's memory limits them: the first tier is not there.
-        num_host_blocks, pinned = host_blocks(setup, 0, block_bytes), where.type == "cuda"
+        num_host_blocks, pinned = self._ranks.least(host_blocks(setup, 0, block_bytes)), where.type == "cuda"
         self._host = torch.empty((num_host_blocks, layers, 2, *block), dtype=self._kv_dtype, pin_memory=pinned)
         self._state = SlotState.empty(self._room.rows, self._max_len, -(-self._max_len // size), where)
         self._captured = [rows for rows in self._captured if rows <= self._room.rows]
@@ -177,6 +184,7 @@ class GpuBackend:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+        self._ranks.close()
 
     def _chosen(self, block_size: int, batch_invariant: bool) -> Choice:
         """Raises BackendError where what was asked for cannot serve this model."""

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.gpu.embedding import embed
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.rope import rope_kv_write
 from worker_svc.attention.paged import PagedAttention, Rows
 from worker_svc.gpu.mlp import DenseMLP, ExpertMLP, Product
+from worker_svc.gpu.weights import WeightReader
 from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
-from worker_svc.models.spec import ModelSpec
+from worker_svc.parallel.ranks import Ranks
+from worker_svc.parallel.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,19 @@ class GpuModel:
         progress: Callable[[float], None],
         *,
         batch_invariant: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Reads all weights onto the device, which is one of `kind`. `batch_invariant`: a token's bits do not depend on
-        the others of its step, if those of its attention do not. Raises CheckpointError where a weight is missing or
-        misshapen.
+        """Reads this rank's weights onto the device, which is one of `kind`. `batch_invariant`: a token's bits do not
+        depend on the others of its step, if those of its attention do not. Raises CheckpointError where a weight is
+        missing or misshapen, SpecError where the model cannot be split among so many.
         """
-        spec, self._kind, self._invariant = model.spec, kind, batch_invariant
-        self.spec = spec
+        self.ranks, self._invariant = ranks or Ranks(), batch_invariant
+        self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
+        spec = self.spec = self._shard.spec
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._reader = _Reader(model, dtype, where, kind if batch_invariant else "")
+        self._reader = WeightReader(model, self._shard, dtype, where, kind, batch_invariant=batch_invariant)
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
-        self._embed = self._reader.read(model.top("embed"), (spec.vocab_size, spec.hidden_size))
+        self._embed = self._reader.piece(model.top("embed"), self._shard.vocab)
         # Nothing in a plain checkpoint says how large keys and values become. Those of known models are far below the
         # 448 that float8 e4m3 holds, and one scale for all loses no bits of them: it only moves their exponents.
         self._kv_scales = torch.ones(1, device=where), torch.ones(1, device=where)
@@ -87,9 +91,8 @@ class GpuModel:
             self.layers.append(self._layer(i))
             progress((i + 1) / (spec.num_layers + 1))
         self._final_norm = self._reader.norm(model.top("final_norm"), spec.hidden_size)
-        head = (spec.vocab_size, spec.hidden_size)
-        lm_head = self._embed if spec.tied else self._reader.read(model.top("lm_head"), head)
-        self._lm_head = Product(lm_head, kind=self._reader.kind)
+        lm_head = self._embed if spec.tied else self._reader.piece(model.top("lm_head"), self._shard.vocab)
+        self._lm_head = self._reader.as_product(lm_head)
 
     def windows(self) -> list[int]:
         """Each that some layer has: a step's attention is planned once for each."""
@@ -104,14 +107,15 @@ class GpuModel:
         """
         spec = self.spec
         residual = torch.empty(len(step.token_ids), spec.hidden_size, dtype=self.dtype, device=pages.device)
-        embed(step.token_ids, self._embed, residual, scale=spec.embedding_scale)
+        embed(step.token_ids, self._embed, residual, first_id=self._shard.vocab.cut.top, scale=spec.embedding_scale)
+        residual = self._summed(residual)
         normed = torch.empty_like(residual)
         rms_norm(residual, self.layers[0].attn_norm, spec.norm_eps, normed)
         for i, layer in enumerate(self.layers):
             attended = self._attend(layer, step, normed, pages[i], attention[layer.window])
-            out = self._normed(layer.o(attended), layer.attn_post_norm)
+            out = self._normed(self._summed(layer.o(attended)), layer.attn_post_norm)
             add_rms_norm(out, residual, layer.mlp_norm, spec.norm_eps, normed)
-            out = self._normed(layer.mlp(normed), layer.mlp_post_norm)
+            out = self._normed(self._summed(layer.mlp(normed)), layer.mlp_post_norm)
             if i + 1 < len(self.layers):
                 add_rms_norm(out, residual, self.layers[i + 1].attn_norm, spec.norm_eps, normed)
         return out, residual
@@ -121,9 +125,22 @@ class GpuModel:
         last, residual = (part.index_select(0, tokens) for part in hidden)
         normed = torch.empty_like(residual)
         add_rms_norm(last, residual, self._final_norm, self.spec.norm_eps, normed)
-        out.copy_(self._lm_head(normed))
+        out.copy_(self._side_by_side(self._lm_head(normed)))
         if cap := self.spec.logit_softcap:
             out.div_(cap).tanh_().mul_(cap)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """Over the ranks, each of which has a part of every sum."""
+        if self._invariant:
+            return self.ranks.add(x).to(x.dtype)
+        return self.ranks.sum(x)
+
+    def _side_by_side(self, logits: Tensor) -> Tensor:
+        """[S, this rank's rows of lm_head] → [S, vocab]."""
+        if self.ranks.size == 1:
+            return logits
+        parts = self.ranks.gather(functional.pad(logits, (0, self._shard.vocab_share - logits.shape[1])))
+        return parts.transpose(0, 1).flatten(1)[:, : self.spec.vocab_size]
 
     def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
         spec = self.spec
@@ -152,80 +169,17 @@ class GpuModel:
 
         return Layer(
             attn_norm=norm("attn_norm"),
-            qkv=reader.product(i, "qkv", hidden, spec.qkv_bias),
+            qkv=reader.product(i, "qkv", spec.qkv_bias),
             q_norm=norm("q_norm", spec.head_dim) if spec.qk_norm else None,
             k_norm=norm("k_norm", spec.head_dim) if spec.qk_norm else None,
-            o=reader.product(i, "o", spec.num_heads * spec.head_dim, spec.o_bias),
+            o=reader.product(i, "o", spec.o_bias),
             attn_post_norm=norm("attn_post_norm") if spec.post_norms else None,
             mlp_norm=norm("mlp_norm"),
-            mlp=self._mlp(i),
+            mlp=reader.mlp(i),
             mlp_post_norm=norm("mlp_post_norm") if spec.post_norms else None,
             window=spec.window(i),
             rope=self._tables[spec.layer_rope(i)],
         )
-
-    def _mlp(self, i: int) -> DenseMLP | ExpertMLP:
-        spec, reader = self.spec, self._reader
-        if not (spec.experts and spec.sparse(i)):
-            return DenseMLP(
-                reader.product(i, "gate_up", spec.hidden_size, spec.mlp_bias),
-                reader.product(i, "down", spec.intermediate_size, spec.mlp_bias),
-                spec.activation,
-            )
-        return ExpertMLP(
-            reader.router(i, (spec.experts.num, spec.hidden_size)),
-            reader.experts(i, "expert_gate_up", spec.experts.num, spec.hidden_size),
-            reader.experts(i, "expert_down", spec.experts.num, spec.experts.intermediate_size),
-            spec.experts,
-            spec.activation,
-            self._kind,
-            self._invariant,
-        )
-
-
-class _Reader:
-    """From a checkpoint to the device, one tensor at a time: no second copy of the model in the host's memory."""
-
-    def __init__(self, model: Model, dtype: DType, where: torch.device, kind: str) -> None:
-        """`kind`: of the products, see Product."""
-        self.model, self._name, self._where, self.kind = model, dtype, where, kind
-        self._dtype: torch.dtype = getattr(torch, dtype)
-
-    def read(self, name: str, shape: tuple[int, ...], heads: int = 0) -> Tensor:
-        return _tensor(self.model.read(name, shape, self._name, heads)).view(self._dtype).to(self._where)
-
-    def norm(self, name: str, size: int) -> Tensor:
-        """float32, whatever the dtype: the kernels round once, behind the weight."""
-        return torch.from_numpy(self.model.read_norm(name, size)).to(self._where)
-
-    def product(self, i: int, product: str, columns: int, bias: bool) -> Product:
-        """Its parts, stacked."""
-        spec: ModelSpec = self.model.spec
-        names, parts = self.model.layer, spec.parts(product)
-        weight = torch.cat([self.read(names(i, role), (rows, columns), heads) for role, rows, heads in parts])
-        if not bias:
-            return Product(weight, kind=self.kind)
-        biases = [self.read(names(i, role, "bias"), (rows,), heads) for role, rows, heads in parts]
-        return Product(weight, torch.cat(biases), self.kind)
-
-    def router(self, i: int, shape: tuple[int, int]) -> Product:
-        weight = _tensor(self.model.read(self.model.layer(i, "router"), shape, "float32"))
-        return Product(weight.to(self._where), kind=self.kind)
-
-    def experts(self, i: int, product: str, num: int, columns: int) -> Tensor:
-        """[num, rows, columns]"""
-        parts = self.model.spec.parts(product)
-        rows = sum(part.rows for part in parts)
-        weight = torch.empty(num, rows, columns, dtype=self._dtype, device=self._where)
-        for expert in range(num):
-            arrays = [self.model.read_expert(i, expert, p.role, (p.rows, columns), self._name) for p in parts]
-            weight[expert].copy_(torch.cat([_tensor(array).view(self._dtype) for array in arrays]))
-        return weight
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """What is read-only is a view of the file, of which torch wants a copy."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _table(rope: Rope, max_model_len: int, where: torch.device) -> Tensor:
