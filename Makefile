@@ -37,9 +37,8 @@ kernels: .venv/dev ## Triton kernels: interpreted beside their oracles, and comp
 	$(BIN)/pytest -n 2 tests/kernels_triton
 	$(BIN)/python -m kernels.ahead $(ARGS)
 
-gpu: .venv/dev ## on a GPU host: the gpu tests, then a GPU worker by itself on the checkpoint GPU_MODEL
-	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu_worker tests/kernels_triton
-	$(BIN)/python -m benchmarks.gpu_step $(GPU_MODEL) --json benchmarks/results/$(shell date +%F)-gpu-step.json $(ARGS)
+gpu: .venv/dev ## on a GPU host: its tests, a GPU worker by itself on the checkpoint GPU_MODEL, and peers in ARGS
+	$(BIN)/python -m benchmarks.gpu $(GPU_MODEL) $(ARGS)
 
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)

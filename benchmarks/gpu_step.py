@@ -19,6 +19,7 @@ from statistics import median
 
 from benchmarks import machine
 from protos.wire import Admit, Epoch, Phase, Row, RowResult, Sampling, Setup, StepPlan
+from worker_svc.backends import ATTENTION
 from worker_svc.backends.base import DeviceBackend, Landing
 from worker_svc.backends.cuda import CAPTURED, cuda_backend
 
@@ -116,12 +117,17 @@ def main() -> int:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=8192, help="positions of a step")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--attention-backend", choices=ATTENTION, default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    backend = cuda_backend("cuda", lambda: None, 0.9, () if arguments.enforce_eager else CAPTURED)
+    captured = () if arguments.enforce_eager else CAPTURED
+    backend = cuda_backend("cuda", lambda: None, 0.9, captured, arguments.attention_backend)
     setup = Setup(
         EPOCH, str(arguments.model), block_size=BLOCK_SIZE, max_slots=max(arguments.batches),
         max_model_len=arguments.input + arguments.output + 1, max_step_tokens=arguments.chunk,
+        kv_dtype=arguments.kv_cache_dtype, batch_invariant=arguments.batch_invariant,
     )  # fmt: skip
     phases: dict[str, float] = {}
     began = time.perf_counter()
