@@ -70,7 +70,8 @@ class CudaStream:
     def capture(self, work: Work, *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> CudaGraph:
         """In the memory pool of all the device's graphs: capture the largest first, and the others fit into it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._device.pool, stream=self._stream):
+        # What other threads ask of the device meanwhile (NCCL's watchdog does) is no part of it, and no error.
+        with torch.cuda.graph(graph, pool=self._device.pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return CudaGraph(graph, self._stream)
 
