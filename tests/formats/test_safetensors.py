@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.formats import builders as b
-from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from worker_svc.models.safetensors_reader import INDEX_NAME
+from worker_svc.models.checkpoint import CheckpointError, open_checkpoint
+from worker_svc.models.gguf import GGUFCheckpoint
+from worker_svc.models.safetensors_reader import INDEX_NAME, SafetensorsCheckpoint
 
 TENSORS = [("a", "F32", (2, 3), bytes(range(24))), ("b", "BF16", (4,), bytes(range(8))), ("c", "I64", (), bytes(8))]
 SOUND = b.safetensors(TENSORS, {"format": "pt"})
 
 
-def opened(path: Path, data: bytes) -> Checkpoint:
+def opened(path: Path, data: bytes) -> GGUFCheckpoint | SafetensorsCheckpoint:
     file = path / "model.safetensors"
     file.write_bytes(data)
     return open_checkpoint(file)
@@ -120,9 +121,11 @@ def test_whatever_the_bytes_say_the_reader_answers(
 
 
 def test_a_type_of_no_use_here_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    checkpoint = opened(tmp_path, b.safetensors([("w", "F8_E4M3", (3,), bytes(3))]))
-    with pytest.raises(CheckpointError, match="'w' has type F8_E4M3"):
-        checkpoint.tensor("w")
+    checkpoint = opened(tmp_path, b.safetensors([("v", "F8_E5M2", (3,), bytes(3)), ("w", "F8_E4M3", (3,), bytes(3))]))
+    with pytest.raises(CheckpointError, match="'v' has type F8_E5M2"):
+        checkpoint.tensor("v")
+    with pytest.raises(CheckpointError, match="'w' has type F8_E4M3, which cannot be read as weights"):
+        checkpoint.tensor("w").float32()
 
 
 def shard(folder: Path, files: dict[str, dict[str, float]], weight_map: object = None) -> Path:

@@ -144,7 +144,7 @@ def test_weights_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"layers\.3\."):
         load(TorchBackend(threads=1), setup(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(BackendError, match="quantized checkpoints are not supported"):
+    with pytest.raises(BackendError, match="quant_method '' is not supported, only gptq"):
         load(TorchBackend(threads=1), setup(tmp_path))
 
 

@@ -23,6 +23,7 @@ from worker_svc.backends.cpu_model import unfit
 from worker_svc.model_runner import ModelRunner
 from worker_svc.models.checkpoint import Checkpoint, RawTensor
 from worker_svc.models.loader import Model, open_model
+from worker_svc.models.raw_tensor import Tensor
 from worker_svc.quant.int4 import int4
 
 ISAS = library.load().isas
@@ -74,7 +75,7 @@ class Rounded:
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint
 
-    def tensor(self, name: str) -> RawTensor:
+    def tensor(self, name: str) -> Tensor:
         raw = self.checkpoint.tensor(name)
         if name not in self.products:
             return raw

@@ -11,7 +11,7 @@ from worker_svc.models.safetensors_reader import SafetensorsCheckpoint
 __all__ = ["Checkpoint", "CheckpointError", "RawTensor", "open_checkpoint"]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> GGUFCheckpoint | SafetensorsCheckpoint:
     """A `.gguf` file, a `.safetensors` file, or a directory of safetensors. Reads and checks headers only.
 
     Raises CheckpointError for anything else and for an unsound file, OSError for one that cannot be opened.

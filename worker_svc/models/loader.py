@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_svc.models import gguf_spec, registry
-from worker_svc.models.checkpoint import Checkpoint, CheckpointError, RawTensor, open_checkpoint
+from worker_svc.models.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from worker_svc.models.fields import described_by
-from worker_svc.models.raw_tensor import Cut
+from worker_svc.models.raw_tensor import Cut, Tensor
+from worker_svc.models.safetensors_reader import SafetensorsCheckpoint
 from worker_svc.models.spec import ModelSpec, SpecError, WeightNames
+from worker_svc.quant.checkpoint import QuantizedCheckpoint, method_of
 
 DType = Literal["float32", "bfloat16"]
 _SAMPLE = 1 << 16  # bytes
@@ -62,7 +64,7 @@ class Model:
         assert experts is not None
         return _form(self.tensor(name, (experts.num, *shape)).part(expert), dtype, cut)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError where it is missing, or is not of the shape that the config implies."""
         tensor = self.checkpoint.tensor(name)
         if tensor.shape != shape:
@@ -70,7 +72,7 @@ class Model:
         return tensor
 
 
-def _form(tensor: RawTensor, dtype: DType, cut: Cut | None = None) -> NDArray[Any]:
+def _form(tensor: Tensor, dtype: DType, cut: Cut | None = None) -> NDArray[Any]:
     columns = slice(None)
     if cut:
         tensor, columns = tensor.cut(cut)
@@ -86,11 +88,15 @@ def split_halves(array: NDArray[Any], heads: int) -> NDArray[Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises CheckpointError where there is none, or it is no JSON object."""
-    file = path / "config.json"
     try:
-        config = json.loads(file.read_bytes())
+        return _read_json(path / "config.json")
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no config.json: not a model directory") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -104,18 +110,36 @@ def open_model(path: Path) -> Model | None:
     Raises CheckpointError or SpecError for a model that cannot be read, OSError for a file that cannot be opened.
     """
     if path.suffix == ".gguf":
-        checkpoint = open_checkpoint(path)
+        gguf = open_checkpoint(path)
         with described_by("GGUF metadata"):
-            return Model(_followed(gguf_spec.spec(checkpoint)), checkpoint)
+            return Model(_followed(gguf_spec.spec(gguf)), gguf)
     config = read_config(path)
-    if config.get("quantization_config"):
-        raise SpecError("config.json has a quantization_config: quantized checkpoints are not supported")
     with described_by("config.json"):
         spec = registry.spec_of(config)
         if spec is None:
             return None
-        followed, checkpoint = _followed(spec), open_checkpoint(path)
+        followed, checkpoint = _followed(spec), _opened(path, config)
+        if spec.tied and isinstance(checkpoint, QuantizedCheckpoint) and "lm_head" in checkpoint.quantized:
+            followed = replace(followed, tied=False)  # what is quantized is no longer the embedding
         return Model(_named(followed, checkpoint), checkpoint)
+
+
+def _opened(path: Path, config: dict[str, Any]) -> Checkpoint:
+    checkpoint, said = SafetensorsCheckpoint(path), _quantization(path, config)
+    return QuantizedCheckpoint(checkpoint, method_of(said)) if said else checkpoint
+
+
+def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config's `quantization_config`, or what early producers wrote beside it; empty for a float checkpoint."""
+    said = config.get("quantization_config")
+    if said is None:
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if (path / name).is_file():
+                return {"quant_method": method} | _read_json(path / name)
+        return {}
+    if not isinstance(said, dict):
+        raise SpecError(f"config.json: quantization_config must be an object, not {type(said).__name__}")
+    return said
 
 
 def _followed(spec: ModelSpec) -> ModelSpec:

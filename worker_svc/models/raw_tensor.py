@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from worker_svc.models.ggml_quants import CHUNK, QUANTS, dequantize, finite
 
-# BF16 travels as its bits: numpy has no such type.
+# BF16 and F8_E4M3 travel as their bits: numpy has no such types.
 NUMPY_TYPES: Final = {
     "F64": "<f8",
     "F32": "<f4",
@@ -23,6 +23,7 @@ NUMPY_TYPES: Final = {
     "I8": "i1",
     "U8": "u1",
     "BOOL": "?",
+    "F8_E4M3": "u1",
 }
 
 
@@ -37,6 +38,38 @@ class Cut(NamedTuple):
     bottom: int
     left: int
     right: int
+
+
+class Tensor(Protocol):
+    """A weight, whatever it is stored as: what backends and packing ask of one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str:
+        """How it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def take(self, rows: NDArray[np.int64]) -> Tensor:
+        """Some of a matrix's rows, in the order of `rows`; still as it is stored."""
+
+    def cut(self, cut: Cut) -> tuple[Tensor, slice]:
+        """Rows and columns of a matrix, or rows of a vector; the slice says which of the answer's columns those are."""
+
+    def part(self, index: int) -> Tensor:
+        """One of the tensors that this one stacks."""
+
+    def float32(self) -> NDArray[np.float32]: ...
+
+    def bfloat16(self) -> NDArray[np.uint16]: ...
+
+    def finite(self) -> NDArray[np.float32]:
+        """float32, or CheckpointError where one is no number."""
+
+    def finite_bfloat16(self) -> NDArray[np.uint16]: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +188,7 @@ class Checkpoint(Protocol):
     def names(self) -> list[str]:
         """Every tensor there is. A model asks for those of its spec alone: this is for tests and tools."""
 
-    def tensor(self, name: str) -> RawTensor:
+    def tensor(self, name: str) -> Tensor:
         """Raises CheckpointError where there is no such tensor."""
 
     def __contains__(self, name: object) -> bool: ...

@@ -22,7 +22,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MAX_HEADER: Final = 100_000_000  # bytes; the format's own limit
 # Sizes of the types that a checkpoint may have beside ours: it opens, and only reading such a tensor is refused.
-OTHER_SIZES: Final = {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+OTHER_SIZES: Final = {"F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 SIZES: Final = {name: np.dtype(code).itemsize for name, code in NUMPY_TYPES.items()} | OTHER_SIZES
 
 

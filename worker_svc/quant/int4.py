@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from worker_svc.models.raw_tensor import CheckpointError, RawTensor
+from worker_svc.models.raw_tensor import CheckpointError, RawTensor, Tensor
 
 GROUP: Final = 32
 SPANS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried in turn: an outlier may cost less than its reach
@@ -23,13 +23,17 @@ class Int4(NamedTuple):
     m: Halves  # likewise
 
 
-def int4(tensor: RawTensor) -> Int4:
+def int4(tensor: Tensor) -> Int4:
     """A matrix [n, k]. Q4_0 and Q4_1 stay as they are, to the last bit; whatever else is rounded.
 
     Raises CheckpointError for weights that are not finite, or greater than a float16 scale can say.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        made = _kept(tensor) if tensor.dtype in ("Q4_0", "Q4_1") else rounded(tensor.finite())
+        match tensor:
+            case RawTensor(dtype="Q4_0" | "Q4_1"):
+                made = _kept(tensor)
+            case _:
+                made = rounded(tensor.finite())
     if any((part & 0x7C00 == 0x7C00).any() for part in (made.d, made.m)):
         raise CheckpointError(f"tensor {tensor.name!r} has weights too great for int4: its scales are of float16")
     return made

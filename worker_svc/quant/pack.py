@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kernels.cpu.library import PANEL, Library
 from worker_svc.models.loader import Model
-from worker_svc.models.raw_tensor import RawTensor
+from worker_svc.models.raw_tensor import Tensor
 from worker_svc.models.spec import Part
 from worker_svc.quant.int4 import int4
 from worker_svc.quant.layout import Layout, Matrix, panels
@@ -27,8 +27,8 @@ CHUNK: Final = 1 << 20  # weights at a time
 class Rows(NamedTuple):
     """Row i of a matrix is row order[i] of the tensors laid one below the other; −1 is a row of zeros."""
 
-    tensors: list[RawTensor]
-    biases: list[RawTensor]
+    tensors: list[Tensor]
+    biases: list[Tensor]
     order: Ints
 
 
@@ -74,7 +74,7 @@ def _tasks(name: str, matrix: Matrix, rows: Rows, arrays: Arrays, library: Libra
         yield task
 
 
-def _embed_task(tensor: RawTensor, out: NDArray[Any], part: slice) -> Callable[[], None]:
+def _embed_task(tensor: Tensor, out: NDArray[Any], part: slice) -> Callable[[], None]:
     def task() -> None:
         out[part] = tensor.take(np.arange(part.start, part.stop)).finite_bfloat16()
 
@@ -82,7 +82,7 @@ def _embed_task(tensor: RawTensor, out: NDArray[Any], part: slice) -> Callable[[
 
 
 def _gather(
-    tensors: list[RawTensor], order: Ints, form: Callable[[RawTensor], tuple[NDArray[Any], ...]]
+    tensors: list[Tensor], order: Ints, form: Callable[[Tensor], tuple[NDArray[Any], ...]]
 ) -> tuple[NDArray[Any], ...]:
     """The rows `order` in a form: each of its arrays has a row for each."""
     made: tuple[NDArray[Any], ...] = ()
