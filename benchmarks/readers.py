@@ -18,8 +18,8 @@ from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache
 from worker_svc.model_runner import ModelRunner
 from worker_svc.models.loader import Model, open_model
-from worker_svc.quant.layout import MODES
 from worker_svc.quant.packed import PackedStore
+from worker_svc.quant.plan import MODES
 from worker_svc.trial_step import TrialRow, trial_step
 
 CHUNK = 512  # tokens read at once
@@ -60,7 +60,7 @@ class Float32:
 
 
 class Ours:
-    """The cpu backend's step: `mode` is a key of worker_svc.quant.layout.MODES, `kv` one of library.KV_KINDS."""
+    """The cpu backend's step: `mode` is a key of worker_svc.quant.plan.MODES, `kv` one of library.KV_KINDS."""
 
     def __init__(self, path: Path, home: Path, mode: str, kv: str, isa: str, threads: int, window: int) -> None:
         kernels = library.load()

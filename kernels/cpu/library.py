@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -23,13 +23,14 @@ from kernels.cpu.cpus import usable_cpus, usable_threads
 
 __all__ = ["LibraryError", "load", "source_digest", "usable_cpus", "usable_threads"]
 
-ABI: Final = 3
+ABI: Final = 4
 PANEL: Final = 48  # columns
 GROUP: Final = 32  # weights
 PAGE: Final = 32  # tokens
 KV_TILE: Final = 64  # tokens
 
-KINDS: Final = {"bf16": 0, "int8": 1, "int4": 2}
+Kind = Literal["bf16", "int8", "int4", "w8a8", "w4a16", "w8a16"]
+KINDS: Final[dict[str, int]] = {"bf16": 0, "int8": 1, "int4": 2, "w8a8": 3, "w4a16": 4, "w8a16": 5}
 KV_KINDS: Final = {"bf16": 0, "int8": 1}
 ACTIVATIONS: Final = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -84,9 +85,9 @@ def address(array: NDArray[Any]) -> int:
 class Weight(Struct):
     _fields_ = (
         ("kind", c_int32), ("n", c_int32), ("k", c_int32),
-        ("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
+        ("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("group", c_int32), ("order", c_void_p),
     )  # fmt: skip
-    _arrays_: ClassVar = {"data": np.uint8, "scale": np.float32, "bias": np.float32}
+    _arrays_: ClassVar = {"data": np.uint8, "scale": np.float32, "bias": np.float32, "order": np.int32}
 
 
 class Layer(Struct):
@@ -146,9 +147,18 @@ class Samples(Struct):
     }  # fmt: skip
 
 
-def weight(kind: str, n: int, k: int, data: Bytes, scale: Floats | None = None, bias: Floats | None = None) -> Weight:
-    """`data` packed, 64-byte aligned; `scale` and `bias` [n rounded up to PANEL]."""
-    return Weight(KINDS[kind], n, k).point(data=data, scale=scale, bias=bias)
+def weight(
+    kind: str,
+    n: int,
+    k: int,
+    data: Bytes,
+    scale: Floats | None = None,
+    bias: Floats | None = None,
+    group: int = 0,
+    order: NDArray[np.int32] | None = None,
+) -> Weight:
+    """`data` packed, 64-byte aligned; `scale` and `bias` [n rounded up to PANEL]; `order` [k] of x's columns."""
+    return Weight(KINDS[kind], n, k, group=group).point(data=data, scale=scale, bias=bias, order=order)
 
 
 def layers(each: list[Layer]) -> Any:
@@ -188,8 +198,9 @@ class Library:
         """Of one block, all layers."""
         return self._size(self.c.pw_kv_block_bytes(byref(spec)))
 
-    def packed_bytes(self, kind: str, n: int, k: int) -> int:
-        return self._size(self.c.pw_packed_bytes(KINDS[kind], n, k))
+    def packed_bytes(self, kind: str, n: int, k: int, group: int = 0) -> int:
+        """`group`: of w4a16 and w8a16, columns that share a scale."""
+        return self._size(self.c.pw_packed_bytes(KINDS[kind], n, k, group))
 
     def pack_bf16(self, w: Halves, out: Bytes) -> None:
         """`w` [n, k] bfloat16 bits; `out` [packed_bytes]. This and the others: safe on several threads at once."""
@@ -203,6 +214,15 @@ class Library:
         """`codes` 0…15 [n, k]; `d` and `m` float16 bits [n, ceil(k / GROUP)]: w = d · code + m."""
         arguments = _in(codes, np.uint8), _in(d, np.uint16), _in(m, np.uint16), *codes.shape, _in(out, np.uint8)
         self.check(self.c.pw_pack_int4(*arguments))
+
+    def pack_w8a8(self, codes: Bytes, out: Bytes) -> None:
+        """`codes` [n, k], 128 above what they stand for."""
+        self.check(self.c.pw_pack_w8a8(_in(codes, np.uint8), *codes.shape, _in(out, np.uint8)))
+
+    def pack_affine(self, kind: str, codes: Bytes, scales: Floats, zeros: Bytes, group: int, out: Bytes) -> None:
+        """w4a16 or w8a16: `codes` [n, k]; `scales` and `zeros` [n, ceil(k / group)]: w = scale · (code − zero)."""
+        arrays = _in(codes, np.uint8), _in(scales, np.float32), _in(zeros, np.uint8)
+        self.check(self.c.pw_pack_affine(KINDS[kind], *arrays, *codes.shape, group, _in(out, np.uint8)))
 
     def checksum(self, data: Bytes) -> int:
         value: int = self.c.pw_checksum(_in(data, np.uint8), data.nbytes)
@@ -320,9 +340,11 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "pw_score": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, *(c_void_p,) * 4),
     "pw_phases": (c_char_p,),
     "pw_timings": (c_int, c_void_p, c_void_p),
-    "pw_packed_bytes": (c_int64, c_int32, c_int32, c_int32),
+    "pw_packed_bytes": (c_int64, c_int32, c_int32, c_int32, c_int32),
     "pw_pack_bf16": (c_int, c_void_p, c_int32, c_int32, c_void_p),
     "pw_pack_int8": (c_int, c_void_p, c_int32, c_int32, c_void_p, c_void_p),
     "pw_pack_int4": (c_int, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+    "pw_pack_w8a8": (c_int, c_void_p, c_int32, c_int32, c_void_p),
+    "pw_pack_affine": (c_int, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p),
     "pw_checksum": (c_uint64, c_void_p, c_int64),
 }

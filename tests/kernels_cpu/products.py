@@ -54,10 +54,14 @@ def from_bf16(bits: NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def packed(cdll: ctypes.CDLL, kind: str, n: int, k: int, *arrays: NDArray[Any]) -> Bytes:
+def packed(cdll: ctypes.CDLL, kind: str, n: int, k: int, *arrays: NDArray[Any], group: int = 0) -> Bytes:
     """What pw_pack_<kind> makes of row-major `arrays`; those after the sizes and the output are outputs too."""
     cdll.pw_packed_bytes.restype = c_int64
-    out = aligned(cdll.pw_packed_bytes(KINDS[kind], n, k), fill=0xAB)
+    out = aligned(cdll.pw_packed_bytes(KINDS[kind], n, k, group), fill=0xAB)
+    if group:
+        where = [c_void_p(address(array)) for array in arrays]
+        assert cdll.pw_pack_affine(KINDS[kind], *where, n, k, group, c_void_p(address(out))) == 0
+        return out
     inputs, outputs = (arrays[:-1], arrays[-1:]) if kind == "int8" else (arrays, ())
     arguments = [c_void_p(address(array)) for array in inputs]
     results = [c_void_p(address(array)) for array in (out, *outputs)]
@@ -74,6 +78,7 @@ class Matrix:
     k: int
     packed: Weight
     dense: Doubles
+    terms: Doubles  # of what size the numbers are that are added up for it
 
     @property
     def kp(self) -> int:
@@ -84,7 +89,7 @@ def matrix(cdll: ctypes.CDLL, kind: str, n: int, k: int, *, bias: bool = False, 
     rng = np.random.default_rng(seed)
     kp, padded = round_up(k, GROUP), round_up(n, PANEL)
     values = rng.standard_normal((n, k)).astype(np.float32) / np.float32(np.sqrt(k))
-    dense, scale = np.zeros((n, kp)), None
+    dense, scale, group, terms = np.zeros((n, kp)), None, 0, None
     if kind == "bf16":
         bits = to_bf16(values)
         data = packed(cdll, kind, n, k, bits)
@@ -93,6 +98,21 @@ def matrix(cdll: ctypes.CDLL, kind: str, n: int, k: int, *, bias: bool = False, 
         scale = np.empty(padded, np.float32)
         data = packed(cdll, kind, n, k, values, scale)
         dense = unpack_int8(data, n, k) * scale[:n, None].astype(np.float64)
+    elif kind == "w8a8":
+        scale = np.zeros(padded, np.float32)
+        scale[:n] = rng.uniform(0.01, 0.02, n)
+        data = packed(cdll, kind, n, k, rng.integers(0, 256, (n, k), np.uint8))
+        dense = unpack_int8(data, n, k) * scale[:n, None].astype(np.float64)
+    elif kind in ("w4a16", "w8a16"):
+        top, group = 16 if kind == "w4a16" else 256, (GROUP, 2 * GROUP, kp)[(n + k + seed) % 3]
+        codes, groups = rng.integers(0, top, (n, k), np.uint8), -(-kp // group)
+        scales = (rng.uniform(0.1, 0.2, (n, groups)) / top).astype(np.float32)
+        zeros = rng.integers(0, top, (n, groups), np.uint8)
+        data = packed(cdll, kind, n, k, codes, scales, zeros, group=group)
+        each = np.arange(k) // group
+        dense[:, :k] = (codes - zeros.astype(float)[:, each]) * scales.astype(float)[:, each]
+        terms = np.zeros((n, kp))
+        terms[:, :k] = (codes + 128 + zeros.astype(float)[:, each]) * scales.astype(float)[:, each]
     else:
         codes, groups = rng.integers(0, 16, (n, k), np.uint8), kp // GROUP
         d = rng.uniform(0.01, 0.02, (n, groups)).astype(np.float16)
@@ -102,10 +122,11 @@ def matrix(cdll: ctypes.CDLL, kind: str, n: int, k: int, *, bias: bool = False, 
         dense[:, :k] = d.astype(float)[:, each] * codes + m.astype(float)[:, each]
     biases = np.zeros(padded, np.float32)
     biases[:n] = rng.standard_normal(n)
-    packed_weight = weight(kind, n, k, data, scale, biases if bias else None)
+    packed_weight = weight(kind, n, k, data, scale, biases if bias else None, group)
     if bias:
         dense = np.concatenate([dense, biases[:n, None]], 1)  # of the column of ones that a row ends with
-    return Matrix(kind, n, k, packed_weight, dense)
+        terms = None if terms is None else np.concatenate([terms, np.abs(biases[:n, None])], 1)
+    return Matrix(kind, n, k, packed_weight, dense, np.abs(dense) if terms is None else terms)
 
 
 def unpack_int8(data: Bytes, n: int, k: int) -> Doubles:
@@ -144,19 +165,21 @@ def rows_for(w: Matrix, m: int, *, seed: int = 1) -> Rows:
     rng = np.random.default_rng(seed)
     kp, groups = w.kp, w.kp // GROUP
     arrays: dict[str, NDArray[Any] | None] = {"scale": None, "sums": None, "offsets": None}
-    if w.kind == "bf16":
+    if w.kind in ("bf16", "w4a16", "w8a16"):
         bits = to_bf16(rng.standard_normal((m, kp)).astype(np.float32))
         bits[:, w.k :] = 0
         arrays["data"], dense = bits, from_bf16(bits).astype(float)
+        if w.kind != "bf16":
+            arrays["offsets"] = dense.reshape(m, groups, GROUP).sum(2).astype(np.float32)
     else:
         codes = rng.integers(-127, 128, (m, kp), np.int8)
         if w.kind == "int4":
             codes[:, w.k :] = 0
         by_group = codes.reshape(m, groups, GROUP).astype(np.int32).sum(2)
-        scale = rng.uniform(0.5, 2, (m, 1 if w.kind == "int8" else groups)).astype(np.float32)
+        scale = rng.uniform(0.5, 2, (m, groups if w.kind == "int4" else 1)).astype(np.float32)
         dense = codes * np.repeat(scale, kp // scale.shape[1], 1).astype(float)
         arrays |= {"data": codes, "scale": scale}
-        if w.kind == "int8":
+        if w.kind != "int4":
             arrays["sums"] = by_group.sum(1, dtype=np.int32)
         else:
             arrays["offsets"] = scale * by_group.astype(np.float32)

@@ -75,9 +75,9 @@ def test_int4(cdll: ctypes.CDLL, n: int, k: int) -> None:
 def test_sizes_beyond_2_gib(cdll: ctypes.CDLL) -> None:
     cdll.pw_packed_bytes.restype = c_int64
     n, k = 152064, 8192
-    assert cdll.pw_packed_bytes(KINDS["bf16"], n, k) == n * k * 2
-    assert cdll.pw_packed_bytes(KINDS["int8"], 2 * n, 2 * k) == 4 * n * k
-    assert cdll.pw_packed_bytes(KINDS["int4"], 4 * n, 4 * k) == 16 * n * k * 5 // 8
+    assert cdll.pw_packed_bytes(KINDS["bf16"], n, k, 0) == n * k * 2
+    assert cdll.pw_packed_bytes(KINDS["int8"], 2 * n, 2 * k, 0) == 4 * n * k
+    assert cdll.pw_packed_bytes(KINDS["int4"], 4 * n, 4 * k, 0) == 16 * n * k * 5 // 8
 
 
 def checksum(cdll: ctypes.CDLL, data: Bytes) -> int:

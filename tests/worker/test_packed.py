@@ -20,8 +20,8 @@ from protos import model_cache
 from tests.models import checkpoints
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
-from worker_svc.quant.layout import MODES
 from worker_svc.quant.packed import PackedModel, PackedStore
+from worker_svc.quant.plan import MODES
 
 
 @pytest.fixture

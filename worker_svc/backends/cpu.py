@@ -35,8 +35,8 @@ from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import ModelSpec, SpecError
-from worker_svc.quant.layout import MODES
 from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
+from worker_svc.quant.plan import MODES
 from worker_svc.results import build_results
 from worker_svc.slots import SlotTable
 
@@ -106,7 +106,7 @@ class CpuBackend:
             backend="cpu",
             max_model_len=self._max_len,
             vocab_size=self._vocab_size,
-            quantization=setup.quantization,
+            quantization=packed.about,
             kv_dtype="int8" if kind == "int8" else "bfloat16",
             fingerprint=self._fingerprint(packed, kind, ropes),
         )

@@ -113,5 +113,5 @@ def _layer(packed: PackedModel, i: int, ropes: Tables) -> Layer:
 
 def _weight(packed: PackedModel, name: str) -> Weight:
     matrix, arrays = packed.layout.matrices[name], packed.arrays
-    scale, bias = arrays.get(f"{name}.scale"), arrays.get(f"{name}.bias")
-    return library.weight(matrix.kind, matrix.n, matrix.k, arrays[name], scale, bias)
+    scale, bias, order = (arrays.get(f"{name}.{what}") for what in ("scale", "bias", "order"))
+    return library.weight(matrix.kind, matrix.n, matrix.k, arrays[name], scale, bias, matrix.group, order)

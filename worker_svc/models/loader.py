@@ -36,6 +36,11 @@ class Model:
     def layer(self, i: int, role: str, part: str = "weight") -> str:
         return self.spec.names.layer[role].format(i=i, p=part)
 
+    @property
+    def quantization(self) -> str:
+        """What the checkpoint is quantized by, as its producers call it; empty for any other."""
+        return self.checkpoint.method.name if isinstance(self.checkpoint, QuantizedCheckpoint) else ""
+
     def read(
         self, name: str, shape: tuple[int, ...], dtype: DType, heads: int = 0, cut: Cut | None = None
     ) -> NDArray[Any]:

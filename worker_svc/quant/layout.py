@@ -1,31 +1,15 @@
-"""What a packed model is made of: every array with its place in one run of bytes. It follows from spec and mode."""
+"""What a packed model is made of: every array with its place in one run of bytes. It follows from spec and matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
-from kernels.cpu.library import PANEL, Library
+from kernels.cpu.library import PANEL, Kind, Library
 from worker_svc.models.spec import ModelSpec
 
 ALIGN: Final = 64  # bytes
-
-Kind = Literal["bf16", "int8", "int4"]
-
-
-class Mode(NamedTuple):
-    """Which form a model's products have. Embedding rows are bfloat16 in each, for they are read, not multiplied."""
-
-    layers: Kind
-    head: Kind
-
-
-MODES: Final = {
-    "": Mode("bf16", "bf16"),
-    "int8": Mode("int8", "int8"),
-    "int4": Mode("int4", "int8"),  # the head decides between near tokens, and is read once a step
-}
 
 
 class Matrix(NamedTuple):
@@ -35,6 +19,10 @@ class Matrix(NamedTuple):
     n: int
     k: int
     bias: bool = False
+    group: int = 0  # of w4a16 and w8a16: columns that share a scale
+    scaled: bool = False  # rows have scales beside
+    ordered: bool = False  # x's columns are put in an order first
+    origin: str = ""  # what it is in the checkpoint, where that is quantized, and why it is not multiplied so
 
 
 class Array(NamedTuple):
@@ -46,17 +34,19 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`matrices` by name, and `arrays`: NAME (its packed weights), NAME.scale, NAME.bias of each, and the vectors."""
+    """`matrices` by name, and `arrays`: NAME (its packed weights), NAME.scale, NAME.order, NAME.bias of each, and the
+    vectors.
+    """
 
-    matrices: dict[str, Matrix]
+    matrices: Mapping[str, Matrix]
     arrays: dict[str, Array]
     nbytes: int
 
 
-def layout(spec: ModelSpec, mode: Mode, library: Library) -> Layout:
+def layout(spec: ModelSpec, matrices: Mapping[str, Matrix], library: Library) -> Layout:
     found: dict[str, Array] = {}
-    matrices, end = _matrices(spec, mode), 0
-    for name, dtype, shape, nbytes in _arrays(spec, mode, matrices, library):
+    end = 0
+    for name, dtype, shape, nbytes in _arrays(spec, matrices, library):
         found[name] = Array(dtype, shape, end, nbytes)
         end += -(-nbytes // ALIGN) * ALIGN
     return Layout(matrices, found, end)
@@ -67,26 +57,13 @@ def panels(n: int) -> int:
     return -(-n // PANEL) * PANEL
 
 
-def _matrices(spec: ModelSpec, mode: Mode) -> dict[str, Matrix]:
-    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    of_layer = {
-        "qkv": Matrix(mode.layers, q_rows + 2 * kv_rows, hidden, spec.qkv_bias),
-        "o": Matrix(mode.layers, hidden, q_rows, spec.o_bias),
-        "gate_up": Matrix(mode.layers, 2 * panels(inner), hidden, spec.mlp_bias),
-        "down": Matrix(mode.layers, hidden, inner, spec.mlp_bias),
-    }
-    found = {f"{i}.{name}": matrix for i in range(spec.num_layers) for name, matrix in of_layer.items()}
-    return found | {"lm_head": Matrix(mode.head, spec.vocab_size, hidden)}
-
-
 def _arrays(
-    spec: ModelSpec, mode: Mode, matrices: dict[str, Matrix], library: Library
+    spec: ModelSpec, matrices: Mapping[str, Matrix], library: Library
 ) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """(name, dtype, shape, bytes), in the order that a step reads them, but for embedding rows: those come last."""
 
-    def vector(name: str, length: int) -> tuple[str, str, tuple[int, ...], int]:
-        return name, "<f4", (length,), 4 * length
+    def vector(name: str, length: int, dtype: str = "<f4") -> tuple[str, str, tuple[int, ...], int]:
+        return name, dtype, (length,), 4 * length
 
     for name, matrix in matrices.items():
         layer, _, role = name.partition(".")
@@ -102,12 +79,15 @@ def _arrays(
             yield vector(f"{layer}.mlp_norm", spec.hidden_size)
         if name == "lm_head":
             yield vector("final_norm", spec.hidden_size)
-        size = library.packed_bytes(matrix.kind, matrix.n, matrix.k)
+        size = library.packed_bytes(matrix.kind, matrix.n, matrix.k, matrix.group)
         yield name, "u1", (size,), size
-        if matrix.kind == "int8":
+        if matrix.kind in ("int8", "w8a8") or matrix.scaled:
             yield vector(f"{name}.scale", panels(matrix.n))
+        if matrix.ordered:
+            yield vector(f"{name}.order", matrix.k, "<i4")
         if matrix.bias:
             yield vector(f"{name}.bias", panels(matrix.n))
-    if not (spec.tied and mode.head == "bf16"):  # else the rows are read from the head
+    head = matrices["lm_head"]
+    if not (spec.tied and head.kind == "bf16" and not head.scaled):  # else the rows are read from the head
         size = 2 * spec.vocab_size * spec.hidden_size
         yield "embed", "<u2", (spec.vocab_size, spec.hidden_size), size

@@ -11,17 +11,20 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.library import PANEL, Library
+from kernels.cpu.library import PANEL, Bytes, Floats, Library
 from worker_svc.models.loader import Model
 from worker_svc.models.raw_tensor import Tensor
 from worker_svc.models.spec import Part
+from worker_svc.quant.choice import affine, codes_and_scale, floats_and_scale, order_of
 from worker_svc.quant.int4 import int4
 from worker_svc.quant.layout import Layout, Matrix, panels
+from worker_svc.quant.plan import tensors_of
 
 Ints = NDArray[np.int64]
 Arrays = Mapping[str, NDArray[Any]]
 
 CHUNK: Final = 1 << 20  # weights at a time
+_NORMED: Final = {"attn_norm": "qkv", "mlp_norm": "gate_up"}
 
 
 class Rows(NamedTuple):
@@ -40,7 +43,12 @@ def pack(
     """
     tasks: list[Callable[[], None]] = []
     for name, matrix in layout.matrices.items():
-        tasks += _tasks(name, matrix, _rows(model, name, matrix), arrays, library)
+        rows = _rows(model, name, matrix, layout)
+        if matrix.ordered:
+            order = order_of(rows.tensors[0])
+            assert order is not None
+            arrays[f"{name}.order"][:] = order
+        tasks += _tasks(name, matrix, rows, arrays, library)
     if "embed" in arrays:
         embed = model.tensor(model.top("embed"), arrays["embed"].shape)
         tasks += [_embed_task(embed, arrays["embed"], part) for part in _chunks(*embed.shape)]
@@ -58,20 +66,38 @@ def _tasks(name: str, matrix: Matrix, rows: Rows, arrays: Arrays, library: Libra
     for part in _chunks(matrix.n, matrix.k):
 
         def task(part: slice = part) -> None:
-            begin = library.packed_bytes(matrix.kind, part.start, matrix.k)
-            out = arrays[name][begin:]
-            order = rows.order[part]
-            if matrix.kind == "bf16":
-                (rounded,) = _gather(rows.tensors, order, lambda raw: (raw.finite_bfloat16(),))
-                library.pack_bf16(rounded, out)
-            elif matrix.kind == "int8":
-                (weights,) = _gather(rows.tensors, order, lambda raw: (raw.finite(),))
-                library.pack_int8(weights, out, arrays[f"{name}.scale"][part.start :])
-            else:
-                codes, d, m = _gather(rows.tensors, order, int4)
-                library.pack_int4(codes, d, m, out)
+            begin = library.packed_bytes(matrix.kind, part.start, matrix.k, matrix.group)
+            scale = arrays[f"{name}.scale"][part.start :] if f"{name}.scale" in arrays else None
+            _pack_rows(matrix, rows.tensors, rows.order[part], arrays[name][begin:], scale, library)
 
         yield task
+
+
+def _pack_rows(
+    matrix: Matrix, tensors: list[Tensor], order: Ints, out: Bytes, scale: Floats | None, library: Library
+) -> None:
+    """Whole panels of it into `out`, and into `scale` what their rows have beside."""
+    match matrix.kind:
+        case "bf16":
+            if scale is None:
+                (rounded,) = _gather(tensors, order, lambda raw: (raw.finite_bfloat16(),))
+            else:
+                rounded, scale[: len(order)] = _gather(tensors, order, floats_and_scale)
+            library.pack_bf16(rounded, out)
+        case "int8":
+            assert scale is not None
+            (weights,) = _gather(tensors, order, lambda raw: (raw.finite(),))
+            library.pack_int8(weights, out, scale)
+        case "int4":
+            codes, d, m = _gather(tensors, order, int4)
+            library.pack_int4(codes, d, m, out)
+        case "w8a8":
+            assert scale is not None
+            codes, scale[: len(order)] = _gather(tensors, order, codes_and_scale)
+            library.pack_w8a8(codes, out)
+        case "w4a16" | "w8a16":
+            codes, scales, zeros = _gather(tensors, order, lambda raw: affine(raw, matrix.group))
+            library.pack_affine(matrix.kind, codes, scales, zeros, matrix.group, out)
 
 
 def _embed_task(tensor: Tensor, out: NDArray[Any], part: slice) -> Callable[[], None]:
@@ -101,17 +127,23 @@ def _gather(
     return made
 
 
-def _rows(model: Model, name: str, matrix: Matrix) -> Rows:
-    spec = model.spec
+def _rows(model: Model, name: str, matrix: Matrix, layout: Layout) -> Rows:
+    spec, tensors = model.spec, tensors_of(model, name, matrix)
     if name == "lm_head":
-        tensor = model.tensor(model.top("embed" if spec.tied else "lm_head"), (matrix.n, matrix.k))
-        return Rows([tensor], [], np.arange(matrix.n))
+        return Rows(tensors, [], np.arange(matrix.n))
     layer, _, role = name.partition(".")
     i, parts = int(layer), spec.parts(role)
-    tensors = [model.tensor(model.layer(i, part.role), (part.rows, matrix.k)) for part in parts]
     biases = [model.tensor(model.layer(i, part.role, "bias"), (part.rows,)) for part in parts if matrix.bias]
-    order = _alternating(spec.intermediate_size) if role == "gate_up" else _stacked(parts, spec.names.interleaved_qk)
-    return Rows(tensors, biases, order)
+    if role == "gate_up":
+        down = f"{layer}.down"
+        return Rows(tensors, biases, _alternating(_inner_order(model, layout.matrices[down], down)))
+    return Rows(tensors, biases, _stacked(parts, spec.names.interleaved_qk))
+
+
+def _inner_order(model: Model, down: Matrix, name: str) -> Ints:
+    """Rows of gate, and of up, in the order in which down's columns are packed: then nobody has to move them."""
+    order = order_of(*tensors_of(model, name, down)) if down.group else None
+    return np.arange(down.k) if order is None else order
 
 
 def _stacked(parts: Sequence[Part], interleaved: bool) -> Ints:
@@ -126,11 +158,13 @@ def _stacked(parts: Sequence[Part], interleaved: bool) -> Ints:
     return np.concatenate(orders)
 
 
-def _alternating(inner: int) -> Ints:
-    """A panel of gate, the same panel of up, and so on: both are at hand where one is multiplied by the other."""
-    column = np.arange(panels(inner)).reshape(-1, 1, PANEL)
-    both = np.concatenate([column, column + inner], axis=1)
-    return np.where(column < inner, both, -1).reshape(-1)
+def _alternating(rows: Ints) -> Ints:
+    """A panel of gate, the same panel of up, and so on: both are at hand where one is multiplied by the other. `rows`
+    of each, in this order.
+    """
+    inner = len(rows)
+    column = np.pad(rows, (0, panels(inner) - inner), constant_values=-1).reshape(-1, 1, PANEL)
+    return np.where(column < 0, -1, np.concatenate([column, column + inner], axis=1)).reshape(-1)
 
 
 def _chunks(n: int, k: int) -> list[slice]:
@@ -140,9 +174,12 @@ def _chunks(n: int, k: int) -> list[slice]:
 
 
 def _vectors(model: Model, arrays: Arrays) -> None:
-    """Norm weights, the model's offset added."""
+    """Norm weights, the model's offset added; in the order of what they norm, where the product after has one."""
     for name, out in arrays.items():
         layer, _, role = name.rpartition(".")
         if role.endswith("norm"):
             source = model.layer(int(layer), role) if layer else model.top(role)
             out[:] = model.tensor(source, out.shape).finite() + np.float32(model.spec.norm_offset)
+            order = arrays.get(f"{layer}.{_NORMED.get(role)}.order")
+            if order is not None:
+                out[:] = out[order]

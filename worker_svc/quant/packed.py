@@ -28,10 +28,11 @@ from kernels.cpu.library import Library, source_digest
 from protos import model_cache
 from worker_svc.models.loader import Model, weights_digest
 from worker_svc.models.spec import ModelSpec
-from worker_svc.quant.layout import MODES, Layout, layout
+from worker_svc.quant.layout import Layout, Matrix, layout
 from worker_svc.quant.pack import pack
+from worker_svc.quant.plan import described, plan
 
-FORMAT: Final = 1  # raised when the same spec and mode are laid out or rounded otherwise by what is written here
+FORMAT: Final = 2  # raised when the same spec and mode are laid out or rounded otherwise by what is written here
 MAGIC: Final = b"PAGEWIRE"
 FOOTER: Final = struct.Struct("<QQ8s")
 MAX_HEADER: Final = 1 << 24  # bytes
@@ -44,6 +45,8 @@ class Header(msgspec.Struct, frozen=True):
     stamp: list[list[str | int]]  # of the checkpoint's files
     weights: str  # digest of the checkpoint
     spec: ModelSpec
+    quantization: str  # what the checkpoint is quantized by; empty: it is not
+    matrices: dict[str, Matrix]
     nbytes: int
     checksum: int  # of the arrays
 
@@ -53,8 +56,16 @@ class PackedModel:
     spec: ModelSpec
     mode: str
     weights: str  # digest of the checkpoint
+    quantization: str  # what the checkpoint is quantized by; empty: it is not
     layout: Layout
     arrays: dict[str, NDArray[Any]]  # views of one mapping, which lives as long as they do
+
+    @property
+    def about(self) -> str:
+        """What is quantized and how it is multiplied, in one line: its mode, or what its checkpoint's matrices are."""
+        if not self.quantization:
+            return self.mode
+        return f"{self.quantization} ({'; '.join(described(self.layout.matrices))})"
 
 
 class Damaged(Exception):
@@ -68,7 +79,11 @@ class PackedStore:
         """Raises OSError where there is nothing at `path`."""
         sources = [path]
         if path.is_dir():
-            sources = [file for pattern in ("config.json", "*.safetensors*") for file in sorted(path.glob(pattern))]
+            sources = [
+                file
+                for pattern in ("config.json", "quant*_config.json", "*.safetensors*")
+                for file in sorted(path.glob(pattern))
+            ]
         self._path, self._mode, self._library = path, mode, library
         self._stamp = model_cache.stamp(sources)
         self._places = [directory / f"weights-{mode or 'bf16'}" for directory in model_cache.directories(path, home)]
@@ -88,18 +103,20 @@ class PackedStore:
     def pack(self, model: Model, threads: int, progress: Callable[[float], None]) -> PackedModel:
         """Raises CheckpointError for weights that cannot be packed."""
         began = time.perf_counter()
-        made, weights = layout(model.spec, MODES[self._mode], self._library), weights_digest(self._path)
+        made = layout(model.spec, plan(model, self._mode), self._library)
+        weights, quantization = weights_digest(self._path), model.quantization
         with self._storage(made.nbytes) as (memory, descriptor, where):
             arrays = _views(memory, made)
             pack(model, made, arrays, self._library, threads, progress)
             if descriptor is not None:
                 checksum = self._library.checksum(np.frombuffer(memory, np.uint8, made.nbytes))
                 version = FORMAT, source_digest(), self._mode, self._stamp
-                self._write_header(descriptor, Header(*version, weights, model.spec, made.nbytes, checksum))
+                header = Header(*version, weights, model.spec, quantization, dict(made.matrices), made.nbytes, checksum)
+                self._write_header(descriptor, header)
                 _forget_embedding(memory, made)
         taken = time.perf_counter() - began
         _say(f"packed {self._path.name} as {self._mode or 'bfloat16'} in {taken:.1f} s, into {where}")
-        return PackedModel(model.spec, self._mode, weights, made, arrays)
+        return PackedModel(model.spec, self._mode, weights, quantization, made, arrays)
 
     @contextlib.contextmanager
     def _storage(self, nbytes: int) -> Iterator[tuple[mmap.mmap, int | None, str]]:
@@ -146,13 +163,13 @@ class PackedStore:
             return None
         if header.mode != self._mode or not self._is_of_our_sources(header):
             return None
-        made = layout(header.spec, MODES[self._mode], self._library)
+        made = layout(header.spec, header.matrices, self._library)
         if made.nbytes != header.nbytes:
             return None
         if self._library.checksum(np.frombuffer(memory, np.uint8, made.nbytes)) != header.checksum:
             raise Damaged("its bytes are not those that were written")
         _forget_embedding(memory, made)
-        return PackedModel(header.spec, header.mode, header.weights, made, _views(memory, made))
+        return PackedModel(header.spec, header.mode, header.weights, header.quantization, made, _views(memory, made))
 
     def _is_of_our_sources(self, header: Header) -> bool:
         """An image's packed weights were made where inodes and ctimes were others: then the content tells."""

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define PW_ABI 3
+#define PW_ABI 4
 #define PW_PANEL 48     // columns of a packed panel
 #define PW_GROUP 32     // weights that share a scale in PW_INT4
 #define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
@@ -23,15 +23,23 @@ extern "C" {
 //                                                              over blocks of 64 of k (a last one of 32 / 32)
 //   PW_INT4  [np/48][kp/32] of { uint16 d[48], m[48]; uint8 q[4][48][4] }   float16 d and m;   w = d · q + m
 //            q[t][n][i]: low nibble is k = 4 t + i of the group, high nibble is k = 16 + 4 t + i
-enum { PW_BF16 = 0, PW_INT8 = 1, PW_INT4 = 2 };
+//   PW_W8A8  as PW_INT8, of w as it is:                        w = scale[n] · q
+//   PW_W4A16, PW_W8A16  each panel: codes, then float scales[G][48], then uint8 zeros[G][48] up to a whole 64 bytes;
+//            G = ⌈kp / group⌉;   w = scale · (code − zero);   multiplied by bfloat16, as PW_BF16 is
+//            codes of 4 bits: uint32 [kp/8][48], of 8: uint32 [kp/4][48]; of a word's the pair (2 i, 2 i + 1) is in the
+//            i-th nibble, or byte, of its lower and of its upper half
+// A kind of bfloat16 rows or PW_INT8, PW_W8A8 may have a scale for each column beside; the latter two must.
+enum { PW_BF16 = 0, PW_INT8 = 1, PW_INT4 = 2, PW_W8A8 = 3, PW_W4A16 = 4, PW_W8A16 = 5 };
 enum { PW_KV_BF16 = 0, PW_KV_INT8 = 1 };
 enum { PW_SILU = 0, PW_GELU = 1, PW_GELU_TANH = 2 };
 
 typedef struct {
   int32_t kind, n, k;
   const void *data;    // 64-byte aligned
-  const float *scale;  // PW_INT8: [np], else null
+  const float *scale;  // [np]: of y's columns; or null
   const float *bias;   // [np] or null
+  int32_t group;       // PW_W4A16, PW_W8A16: weights of a column that share a scale, a multiple of 32
+  const int32_t *order;  // [k] y = x[order] Wᵀ; or null: as x is
 } pw_weight;
 
 typedef struct {
@@ -129,12 +137,16 @@ int pw_score(pw_model *, const int64_t *tokens, const int64_t *token_ids, const 
 const char *pw_phases(void);
 int pw_timings(const pw_model *, double *out);
 
-// Packing, from row-major matrices; `threads` of them at work. Sizes: pw_packed_bytes(kind, n, k).
-int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k);
+// Packing, from row-major matrices; `threads` of them at work. Sizes: pw_packed_bytes(kind, n, k, group).
+int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k, int32_t group);
 int pw_pack_bf16(const uint16_t *w, int32_t n, int32_t k, void *out);
 int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, float *scale);  // chooses q and scale [np]
 // Codes 0…15 [n, k], float16 bits of d and m [n, ceil(k/32)]; keeps them as they are.
 int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint16_t *m, int32_t n, int32_t k, void *out);
+// Codes [n, k] of W8A8 (q + 128), or with scales and zeros [n, ⌈k/group⌉] of W4A16 or W8A16; kept as they are.
+int pw_pack_w8a8(const uint8_t *codes, int32_t n, int32_t k, void *out);
+int pw_pack_affine(int32_t kind, const uint8_t *codes, const float *scales, const uint8_t *zeros, int32_t n, int32_t k,
+                   int32_t group, void *out);
 uint64_t pw_checksum(const void *data, int64_t bytes);
 
 #pragma GCC visibility pop

@@ -18,10 +18,14 @@ void check_pointer(const char *field, const void *pointer) {
 void check_weight(const char *name, int layer, const pw_weight &w, ll n, ll k) {
   char where[64];
   snprintf(where, sizeof where, layer < 0 ? "%s" : "%s of layer %d", name, layer);
-  if (w.kind < PW_BF16 || w.kind > PW_INT4) fail("%s: kind %d is none", where, w.kind);
+  if (w.kind < PW_BF16 || w.kind > PW_W8A16) fail("%s: kind %d is none", where, w.kind);
   if (w.n != n || w.k != k) fail("%s is [%d, %d], and must be [%lld, %lld]", where, w.n, w.k, n, k);
   if (!w.data || reinterpret_cast<uintptr_t>(w.data) % 64) fail("%s: data must be 64-byte aligned", where);
-  if (w.kind == PW_INT8 && !w.scale) fail("%s: scale is null", where);
+  if ((w.kind == PW_INT8 || w.kind == PW_W8A8) && !w.scale) fail("%s: scale is null", where);
+  if ((w.kind == PW_W4A16 || w.kind == PW_W8A16) && (w.group < PW_GROUP || w.group % PW_GROUP))
+    fail("%s: group %d is no multiple of %d", where, w.group, PW_GROUP);
+  for (ll i = 0; w.order && i < k; i++)
+    if (w.order[i] < 0 || w.order[i] >= k) fail("%s: order[%lld] is %d, and there are %lld columns", where, i, w.order[i], k);
 }
 
 void check_layer(const pw_spec &s, int index) {
@@ -91,7 +95,8 @@ void check_spec(const pw_spec &s) {
   check_pointer("final_norm", s.final_norm);
   check_pointer("layers", s.layers);
   check_weight("lm_head", -1, s.lm_head, s.vocab_size, s.hidden_size);
-  if (!s.embed && s.lm_head.kind != PW_BF16) fail("embed is null, and lm_head is not bfloat16");
+  if (s.lm_head.order) fail("lm_head: order must be null");
+  if (!s.embed && (s.lm_head.kind != PW_BF16 || s.lm_head.scale)) fail("embed is null, and lm_head is not bfloat16");
   for (int i = 0; i < s.num_layers; i++) check_layer(s, i);
 }
 

@@ -26,19 +26,25 @@ void rotate(float *row, int64_t k) {
   }
 }
 
+// Of a panel: bytes of codes; how many scales, and zero points.
+int64_t affine_codes(int32_t kind, int64_t kp) { return kp * PW_PANEL / (kind == PW_W4A16 ? 2 : 1); }
+int64_t affine_scales(int64_t kp, int32_t group) { return (kp + group - 1) / group * PW_PANEL; }
+
 }  // namespace
 
-extern "C" int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k) {
+extern "C" int64_t pw_packed_bytes(int32_t kind, int32_t n, int32_t k, int32_t group) {
   const int64_t np = up(n, PW_PANEL), kp = up(k, 32);
   if (kind == PW_BF16) return np * kp * 2;
-  if (kind == PW_INT8) return np * kp;
+  if (kind == PW_INT8 || kind == PW_W8A8) return np * kp;
+  if (kind == PW_W4A16 || kind == PW_W8A16)
+    return np / PW_PANEL * (affine_codes(kind, kp) + affine_scales(kp, group) * 4 + up(affine_scales(kp, group), 64));
   return np / PW_PANEL * (kp / PW_GROUP) * PW_PANEL * (2 + 2 + PW_GROUP / 2);
 }
 
 extern "C" int pw_pack_bf16(const uint16_t *w, int32_t n, int32_t k, void *out) {
   const int64_t kp = up(k, 32);
   auto *panel = static_cast<uint16_t *>(out);
-  memset(out, 0, pw_packed_bytes(PW_BF16, n, k));
+  memset(out, 0, pw_packed_bytes(PW_BF16, n, k, 0));
   for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
     for (int64_t c = 0; c < PW_PANEL && first + c < n; c++)
       for (int64_t j = 0; j < k; j++) panel[(j / 2 * PW_PANEL + c) * 2 + j % 2] = w[(first + c) * k + j];
@@ -49,7 +55,7 @@ extern "C" int pw_pack_int8(const float *w, int32_t n, int32_t k, void *out, flo
   const int64_t kp = up(k, 32), np = up(n, PW_PANEL);
   auto *panel = static_cast<uint8_t *>(out);
   std::vector<float> row(kp);
-  memset(out, 128, pw_packed_bytes(PW_INT8, n, k));
+  memset(out, 128, pw_packed_bytes(PW_INT8, n, k, 0));
   for (int64_t i = n; i < np; i++) scale[i] = 0;
   for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
     for (int64_t c = 0; c < PW_PANEL && first + c < n; c++) {
@@ -78,7 +84,7 @@ extern "C" int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint1
     uint8_t q[4][PW_PANEL][4];
   };
   auto *panel = static_cast<Group *>(out);
-  memset(out, 0, pw_packed_bytes(PW_INT4, n, k));
+  memset(out, 0, pw_packed_bytes(PW_INT4, n, k, 0));
   for (int64_t first = 0; first < n; first += PW_PANEL, panel += groups)
     for (int64_t c = 0; c < PW_PANEL && first + c < n; c++)
       for (int64_t g = 0; g < groups; g++) {
@@ -87,6 +93,41 @@ extern "C" int pw_pack_int4(const uint8_t *codes, const uint16_t *d, const uint1
         for (int64_t j = 0; j < PW_GROUP && g * PW_GROUP + j < k; j++)
           panel[g].q[j % 16 / 4][c][j % 4] |= uint8_t(codes[(first + c) * k + g * PW_GROUP + j] << (j / 16 * 4));
       }
+  return 0;
+}
+
+extern "C" int pw_pack_w8a8(const uint8_t *codes, int32_t n, int32_t k, void *out) {
+  const int64_t kp = up(k, 32);
+  auto *panel = static_cast<uint8_t *>(out);
+  memset(out, 128, pw_packed_bytes(PW_W8A8, n, k, 0));
+  for (int64_t first = 0; first < n; first += PW_PANEL, panel += kp * PW_PANEL)
+    for (int64_t c = 0; c < PW_PANEL && first + c < n; c++)
+      for (int64_t j = 0; j < k; j++) panel[(j / 4 * PW_PANEL + c) * 4 + j % 4] = codes[(first + c) * k + j];
+  return 0;
+}
+
+extern "C" int pw_pack_affine(int32_t kind, const uint8_t *codes, const float *scales, const uint8_t *zeros, int32_t n,
+                              int32_t k, int32_t group, void *out) {
+  const int64_t kp = up(k, 32), all = pw_packed_bytes(kind, n, k, group), bytes = all / (up(n, PW_PANEL) / PW_PANEL);
+  const int64_t groups = affine_scales(kp, group) / PW_PANEL;
+  const int bits = kind == PW_W4A16 ? 4 : 8, word = 32 / bits;  // codes of a word
+  memset(out, 0, all);
+  auto *panel = static_cast<char *>(out);
+  for (int64_t first = 0; first < n; first += PW_PANEL, panel += bytes) {
+    auto *words = reinterpret_cast<uint32_t *>(panel);
+    auto *scale = reinterpret_cast<float *>(panel + affine_codes(kind, kp));
+    auto *zero = reinterpret_cast<uint8_t *>(scale + groups * PW_PANEL);
+    for (int64_t c = 0; c < PW_PANEL && first + c < n; c++) {
+      for (int64_t g = 0; g < groups; g++) {
+        scale[g * PW_PANEL + c] = scales[(first + c) * groups + g];
+        zero[g * PW_PANEL + c] = zeros[(first + c) * groups + g];
+      }
+      for (int64_t j = 0; j < k; j++) {
+        const int64_t i = j % word, shift = i / 2 * bits + i % 2 * 16;
+        words[j / word * PW_PANEL + c] |= uint32_t(codes[(first + c) * k + j]) << shift;
+      }
+    }
+  }
   return 0;
 }
 

@@ -72,6 +72,10 @@ class Forward {
     m_.hidden_rows.reserve(first.qkv, rows, copies);
     m_.attended_rows.reserve(first.o, rows, copies);
     m_.gated_rows.reserve(first.down, rows, copies);
+    for (const pw_layer &layer : m_.layers)
+      for (const pw_weight *w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+        if (w->order && w->k > m_.widest) m_.widest = round_up(w->k, 16);
+    m_.reordered.reserve(size_t(m_.team.size()) * size_t(m_.widest) * sizeof(float), "reordered rows");
     all_ = part(b_, m_.x, m_.qkv, m_.attend_scratch);
     last_ = some_ ? part(wanted_.batch, m_.last_x, m_.last_qkv, m_.last_scratch) : all_;
     m_.rows.clear();
@@ -185,9 +189,16 @@ class Forward {
                   int64_t ld = 0) {
     if (!ld) ld = m_.spec.hidden_size;
     const Operand out = to.operand(w, few() ? thread : 0);
+    float *moved = m_.reordered.as<float>() + int64_t(thread) * m_.widest;
     auto item = [&](int, int block) {
-      for (int i = block * BLOCK; i < (block + 1) * BLOCK && i < rows; i++)
-        m_.kernels.prepare(x + i * ld, norm, m_.spec.norm_eps, w.k, out, i);
+      for (int i = block * BLOCK; i < (block + 1) * BLOCK && i < rows; i++) {
+        const float *row = x + i * ld;
+        if (w.order) {
+          for (int j = 0; j < w.k; j++) moved[j] = row[w.order[j]];
+          row = moved;
+        }
+        m_.kernels.prepare(row, norm, m_.spec.norm_eps, w.k, out, i);
+      }
     };
     if (few())
       item(thread, 0);

@@ -19,6 +19,8 @@ extern "C" __attribute__((visibility("default"))) const char *pw_test_layout() {
     AT(Weight, pw_weight, data);
     AT(Weight, pw_weight, scale);
     AT(Weight, pw_weight, bias);
+    AT(Weight, pw_weight, group);
+    AT(Weight, pw_weight, order);
     SIZE(Layer, pw_layer);
     AT(Layer, pw_layer, qkv);
     AT(Layer, pw_layer, o);

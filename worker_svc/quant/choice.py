@@ -1,0 +1,108 @@
+"""Which of the cpu backend's kernels multiplies a matrix, by the schemes of the tensors that it is made of. numpy only.
+
+A kernel either takes codes, scales and zero points as they are, or does not get them: where none does, the matrix is
+brought to bfloat16, each weight rounded once, and the choice says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.cpu.library import GROUP, Kind
+from worker_svc.models.raw_tensor import Tensor
+from worker_svc.quant.form import Codes, Floats, Grouped, Ints, QuantizedTensor
+
+
+class Choice(NamedTuple):
+    kind: Kind
+    group: int = 0  # of w4a16 and w8a16
+    scaled: bool = False  # bf16 with a scale for each row
+    permuted: bool = False
+    why: str = ""  # it is bf16 although something is quantized, or activations are not as the checkpoint wants them
+
+
+def choose(tensors: Sequence[Tensor], *, may_permute: bool = True) -> Choice:
+    """For tensors that lie one below the other. `may_permute`: x can be put in another order on its way."""
+    parts = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if not parts:
+        return Choice("bf16")
+    schemes = [part.scheme for part in parts]
+    if len(parts) < len(tensors) or len({scheme.kind for scheme in schemes}) > 1:
+        return Choice("bf16", why=f"its parts differ: {', '.join(tensor.dtype for tensor in tensors)}")
+    if schemes[0].kind == "e4m3":
+        if any(scheme.group_size for scheme in schemes):
+            return Choice("bf16", why="scales of blocks are multiplied in")
+        return Choice("bf16", scaled=True)
+    return _of_integers(parts, may_permute)
+
+
+def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool) -> Choice:
+    schemes, order = [part.scheme for part in parts], order_of(parts[0])
+    if not all(_same(order, order_of(part)) for part in parts[1:]):
+        return Choice("bf16", why="its parts have their columns in different orders")
+    if order is not None and not may_permute:
+        return Choice("bf16", why="its columns are in an order of their own")
+    columns = parts[0].shape[1]
+    for part in parts:
+        groups = part.groups[part.columns] if order is None else part.groups[part.columns][order]
+        if not np.array_equal(groups, np.arange(columns) // (part.scheme.group_size or columns)):
+            return Choice("bf16", why="its groups are of different sizes")
+    bits, wanted = max(scheme.bits for scheme in schemes), {scheme.activations is not None for scheme in schemes}
+    sizes = {scheme.group_size for scheme in schemes}
+    plain = all(scheme.symmetric and scheme.bits == 8 for scheme in schemes) and sizes == {0} and order is None
+    if wanted == {True} and plain:
+        return Choice("w8a8")
+    group = math.gcd(*sizes) or -(-columns // GROUP) * GROUP
+    if group % GROUP:
+        return Choice("bf16", why=f"groups of {group} columns are no multiple of {GROUP}")
+    why = "activations stay bfloat16: for 8 bits weights must be of 8, symmetric, by channel" if True in wanted else ""
+    return Choice("w4a16" if bits <= 4 else "w8a16", group, permuted=order is not None, why=why)
+
+
+def order_of(tensor: Tensor) -> Ints | None:
+    """[K] a tensor's columns, those of a group together; None where they are already."""
+    if not isinstance(tensor, QuantizedTensor):
+        return None
+    groups = tensor.groups[tensor.columns]
+    return np.argsort(groups, kind="stable") if (np.diff(groups) < 0).any() else None
+
+
+def _same(one: Ints | None, other: Ints | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
+
+
+def affine(tensor: Tensor, group: int) -> tuple[Codes, Floats, Codes]:
+    """Codes [N, K] with columns in order, scales and zero points [N, ⌈K / group⌉], of what `choose` took."""
+    form = _form(tensor).sorted()
+    assert form.zeros is not None
+    columns = form.codes.shape[1]
+    size = form.scheme.group_size or columns
+    at = np.arange(-(-columns // group)) * group // size
+    codes = np.ascontiguousarray(form.codes)
+    return codes, np.ascontiguousarray(form.scales[:, at]), np.ascontiguousarray(form.zeros[:, at])
+
+
+def codes_and_scale(tensor: Tensor) -> tuple[Codes, Floats]:
+    """Of a symmetric matrix of 8 bits by channel: codes [N, K], scales [N]."""
+    form = _form(tensor)
+    return np.ascontiguousarray(form.codes), np.ascontiguousarray(form.scales[:, 0])
+
+
+def floats_and_scale(tensor: Tensor) -> tuple[NDArray[np.uint16], Floats]:
+    """Of an e4m3 matrix by channel: its floats [N, K] as bfloat16, which holds each of them, and scales [N]."""
+    form = _form(tensor)
+    ones = np.ones_like(form.scales)
+    bits = Grouped(form.scheme, form.codes, ones, None, form.groups).float32().view(np.uint32) >> 16
+    return bits.astype(np.uint16), np.ascontiguousarray(form.scales[:, 0])
+
+
+def _form(tensor: Tensor) -> Grouped:
+    assert isinstance(tensor, QuantizedTensor), "a kernel for codes was chosen for a tensor that has none"
+    return tensor.form()

@@ -1,0 +1,80 @@
+"""A model's matrices as the cpu backend multiplies them: by its mode, or by what each is in a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from kernels.cpu.library import Kind
+from worker_svc.models.loader import Model
+from worker_svc.models.raw_tensor import Tensor
+from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.quant.checkpoint import QuantizedCheckpoint
+from worker_svc.quant.choice import choose
+from worker_svc.quant.layout import Matrix, panels
+
+
+class Mode(NamedTuple):
+    """Which form a model's products have. Embedding rows are bfloat16 in each, for they are read, not multiplied."""
+
+    layers: Kind
+    head: Kind
+
+
+MODES: Final = {
+    "": Mode("bf16", "bf16"),
+    "int8": Mode("int8", "int8"),
+    "int4": Mode("int4", "int8"),  # the head decides between near tokens, and is read once a step
+}
+
+
+def plan(model: Model, mode: str) -> dict[str, Matrix]:
+    """Raises CheckpointError where a tensor is missing or misshapen, SpecError for a mode that is not for it."""
+    matrices = _matrices(model.spec, MODES[mode])
+    checkpoint = model.checkpoint
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return matrices
+    if mode:
+        name = checkpoint.method.name
+        raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {name}")
+    return {name: _chosen(name, matrix, tensors_of(model, name, matrix)) for name, matrix in matrices.items()}
+
+
+def tensors_of(model: Model, name: str, matrix: Matrix) -> list[Tensor]:
+    """What a matrix's rows are in, one below the other."""
+    if name == "lm_head":
+        return [model.tensor(model.top("embed" if model.spec.tied else "lm_head"), (matrix.n, matrix.k))]
+    layer, _, role = name.partition(".")
+    parts = model.spec.parts(role)
+    return [model.tensor(model.layer(int(layer), part.role), (part.rows, matrix.k)) for part in parts]
+
+
+def described(matrices: Mapping[str, Matrix]) -> list[str]:
+    """How many matrices of which scheme are multiplied by which kernel, most first; none where nothing is quantized."""
+    counts = Counter(f"{matrix.origin or 'float'}: {matrix.kind}" for matrix in matrices.values())
+    if not any(matrix.origin for matrix in matrices.values()):
+        return []
+    return [f"{count} × {what}" for what, count in counts.most_common()]
+
+
+def _chosen(name: str, matrix: Matrix, tensors: list[Tensor]) -> Matrix:
+    choice = choose(tensors, may_permute=name != "lm_head")
+    schemes = list(dict.fromkeys(tensor.dtype for tensor in tensors if hasattr(tensor, "scheme")))
+    origin = ", ".join(schemes) + (f" ({choice.why})" if choice.why else "")
+    # What down wants in another order its rows are made in: see pack.
+    ordered = choice.permuted and not name.endswith(".down")
+    return matrix._replace(kind=choice.kind, group=choice.group, scaled=choice.scaled, ordered=ordered, origin=origin)
+
+
+def _matrices(spec: ModelSpec, mode: Mode) -> dict[str, Matrix]:
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    of_layer = {
+        "qkv": Matrix(mode.layers, q_rows + 2 * kv_rows, hidden, spec.qkv_bias),
+        "o": Matrix(mode.layers, hidden, q_rows, spec.o_bias),
+        "gate_up": Matrix(mode.layers, 2 * panels(inner), hidden, spec.mlp_bias),
+        "down": Matrix(mode.layers, hidden, inner, spec.mlp_bias),
+    }
+    found = {f"{i}.{name}": matrix for i in range(spec.num_layers) for name, matrix in of_layer.items()}
+    return found | {"lm_head": Matrix(mode.head, spec.vocab_size, hidden)}
