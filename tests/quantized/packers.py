@@ -55,7 +55,11 @@ def words(codes: NDArray[Any], bits: int) -> NDArray[np.int32]:
 
 
 def words_less_one(codes: NDArray[Any], bits: int) -> NDArray[np.int32]:
-    """The same of codes from each of which 1 is taken, by whole words: what one of 0 lacks the next one lends."""
+    """The same of codes from each of which 1 is taken, by whole words: what one of 0 lacks the next one lends. Of three
+    bits each is taken by itself.
+    """
+    if bits == 3:
+        return words((codes - 1) % 8, bits)
     count = -(-codes.shape[1] * bits // 32)
     ones = sum(1 << (bits * i) for i in range(count * 32 // bits + 1))
     less = [int(n) & 0xFFFFFFFF for n in words(codes, bits).reshape(-1).tolist()]

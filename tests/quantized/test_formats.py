@@ -45,7 +45,13 @@ def test_gptq(seed: int, bits: int, rows: int, columns: int, size: int, v2: bool
     """N is such that zero points fill words; K such that codes do, unless g_idx says how many there are."""
     k = columns * 32 - (5 if g_idx else 0)
     matrix = random_matrix(seed, bits, rows * 32, k, size, permuted=g_idx)
-    config = {"bits": bits, "group_size": size or -1, "checkpoint_format": "gptq_v2" if v2 else "gptq", "sym": False}
+    config: dict[str, Any] = {
+        "bits": bits,
+        "group_size": size or -1,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+        "sym": False,
+    }
+    config["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
     same(Gptq(config).read(packers.module(**packers.gptq(matrix, v2=v2, g_idx=g_idx))), matrix)
 
 

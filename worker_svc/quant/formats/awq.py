@@ -19,15 +19,14 @@ from worker_svc.quant.bits import Codes, Words, unpacked
 from worker_svc.quant.form import Ints, QuantizedTensor, Scheme, quantized
 from worker_svc.quant.formats.gptq import MARKERS
 from worker_svc.quant.formats.module import Module, num_groups
-from worker_svc.quant.formats.names import keys
+from worker_svc.quant.formats.names import MADE_BY, keys
 
 BITS: Final = 4
 PLACE: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of each eight columns: which nibble of the word
 SUFFIXES: Final = frozenset({"qweight", "qzeros", "scales"})
-KNOWN: Final = keys(
-    "quant_method bits w_bit group_size q_group_size zero_point version modules_to_not_convert backend do_fuse "
-    "exllama_config fuse_max_seq_len modules_to_fuse model_name_or_path sym data_type iters autoround_version "
-    "provider format checkpoint_format pack_dtype meta lm_head desc_act"
+KNOWN: Final = MADE_BY | keys(
+    "bits w_bit group_size q_group_size zero_point version modules_to_not_convert do_fuse exllama_config "
+    "fuse_max_seq_len modules_to_fuse sym format checkpoint_format lm_head desc_act"
 )
 
 

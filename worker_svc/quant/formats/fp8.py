@@ -17,13 +17,13 @@ from worker_svc.models.raw_tensor import CheckpointError
 from worker_svc.models.spec import SpecError
 from worker_svc.quant.form import Activations, Codes, Floats, Ints, QuantizedTensor, Scheme, quantized
 from worker_svc.quant.formats.module import FLOATS, Module
-from worker_svc.quant.formats.names import keys
+from worker_svc.quant.formats.names import MADE_BY, keys
 
 NAN: Final = 0x7F
-KNOWN: Final = keys(
-    "quant_method activation_scheme weight_block_size modules_to_not_convert ignored_layers fmt scale_fmt "
-    "kv_cache_scheme kv_cache_quant_method exclude dequantize dtype weight_dtype bits group_size sym data_type "
-    "autoround_version iters provider"
+KNOWN: Final = MADE_BY | keys(
+    "activation_scheme weight_block_size modules_to_not_convert ignored_layers fmt scale_fmt kv_cache_scheme "
+    "kv_cache_quant_method exclude dequantize dtype weight_dtype bits group_size sym act_bits act_data_type "
+    "act_dynamic act_group_size act_sym"
 )
 Block = tuple[int, int]
 

@@ -7,7 +7,8 @@
 
 W[n, k] = (q − z) · s. A v1 file has z − 1 in its place. Its writers subtract from whole words, and a zero point of 0
 borrows from its neighbours (auto-round and GPTQModel write 0xEEEEEEEF for eight of them): so does this add to whole
-words, which gives the borrowed back.
+words, which gives the borrowed back. Three bits go over from one word into the next: there the writers disagree about a
+zero point of 0, and only GPTQModel's, which borrows nothing, is read.
 """
 
 from __future__ import annotations
@@ -20,29 +21,22 @@ import numpy as np
 
 from worker_svc.models.fields import Fields
 from worker_svc.models.spec import SpecError
-from worker_svc.quant.bits import Codes, Words, num_words, unpacked
+from worker_svc.quant.bits import Codes, num_words, unpacked
 from worker_svc.quant.form import Ints, QuantizedTensor, Scheme, quantized
 from worker_svc.quant.formats.module import Module, num_groups
-from worker_svc.quant.formats.names import keys, matches
+from worker_svc.quant.formats.names import MADE_BY, keys, matches
 
 BITS: Final = (2, 3, 4, 8)
-# One in each place of a word. Three bits go over from one word into the next, so there are three.
-ONES: Final = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,), 3: (0x49249249, 0x92492492, 0x24924924)}
-# GPTQModel has the first and the last of the three in each other's place, when it writes and when it reads.
-GPTQMODEL_ONES: Final = ONES | {3: ONES[3][::-1]}
+ONES: Final = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in each place of a word
 
 MARKERS: Final = frozenset({"qweight"})
 SUFFIXES: Final = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 # What tells how a file was made, and nothing about how it is read.
-HARMLESS: Final = keys(
-    "quant_method model_name_or_path model_file_base_name static_groups true_sequential damp_percent "
-    "damp_auto_increment mse dataset tokenizer batch_size block_name_to_quantize module_name_preceding_first_block "
-    "pad_token_id disable_exllama use_exllama exllama_config max_input_length use_cuda_fp16 model_seqlen "
-    "cache_block_outputs modules_in_block_to_quantize quantizer meta method format act_group_aware hyb_act backend "
-    "pack_dtype autoround_version iters lr nsamples seqlen provider enable_quanted_input enable_minmax_tuning "
-    "low_gpu_mem_usage to_quant_block_names gradient_accumulate_steps minmax_lr scale_dtype data_type group_aware "
-    "lm_head dtype offload_to_disk offload_to_disk_path gptaq gptaq_alpha "
-    "static_kv_granularity static_kv_dtype"
+HARMLESS: Final = MADE_BY | keys(
+    "model_file_base_name static_groups true_sequential damp_percent damp_auto_increment mse "
+    "module_name_preceding_first_block pad_token_id disable_exllama use_exllama exllama_config max_input_length "
+    "use_cuda_fp16 model_seqlen cache_block_outputs modules_in_block_to_quantize quantizer method format "
+    "act_group_aware hyb_act group_aware lm_head dtype offload_to_disk offload_to_disk_path gptaq gptaq_alpha"
 )
 # What would change them, where it is anything but off.
 OFF: Final = keys("rotation is_marlin_format super_bits super_group_size")
@@ -93,7 +87,7 @@ class Gptq:
             raise fields.trouble("checkpoint_format", "gptq or gptq_v2", layout)
         self.rule = read_rule(source, config)
         self.v2 = layout == "gptq_v2"
-        self._ones = GPTQMODEL_ONES if _of_gptqmodel(fields) else ONES
+        self._borrows = not _of_gptqmodel(fields)
         self._rules = dynamic_rules(fields, self.rule)
         fields.flag("desc_act", False)  # g_idx tells
 
@@ -105,7 +99,7 @@ class Gptq:
                     raise module.trouble("qweight", f"is there, though quantization_config skips it by {pattern!r}")
                 rule = override
                 break
-        return read(module, rule, v2=self.v2, ones=self._ones)
+        return read(module, rule, v2=self.v2, borrows=self._borrows)
 
 
 def dynamic_rules(fields: Fields, base: Rule) -> list[tuple[str, Rule | None]]:
@@ -137,8 +131,10 @@ def _of_gptqmodel(fields: Fields) -> bool:
     return "gptqmodel" in str(wrote).lower()
 
 
-def read(module: Module, rule: Rule, *, v2: bool, ones: Mapping[int, tuple[int, ...]] = ONES) -> QuantizedTensor:
-    """Raises CheckpointError naming the tensor that does not fit."""
+def read(module: Module, rule: Rule, *, v2: bool, borrows: bool = True) -> QuantizedTensor:
+    """`borrows`: whoever wrote 3 bits took a zero point of 0 from its neighbours.
+
+    Raises CheckpointError naming the tensor that does not fit."""
     words, bits = module.words("qweight"), rule.bits
     columns, rows = words.shape[0] * 32 // bits, words.shape[1]
     if "g_idx" in module:  # where codes do not fill their last word
@@ -151,7 +147,7 @@ def read(module: Module, rule: Rule, *, v2: bool, ones: Mapping[int, tuple[int, 
     size = 0 if rule.group_size >= columns else rule.group_size
     count = num_groups(columns, size)
     scales = np.ascontiguousarray(module.floats("scales", (count, rows)).T)
-    zeros = _zeros(module, count, rows, bits, None if v2 else ones[bits])
+    zeros = _zeros(module, count, rows, bits, v2=v2, borrows=borrows)
     symmetric = bool((zeros == 1 << (bits - 1)).all())
     if rule.symmetric and not symmetric:
         raise module.trouble(
@@ -169,15 +165,16 @@ def read(module: Module, rule: Rule, *, v2: bool, ones: Mapping[int, tuple[int, 
     return quantized(f"{module.name}.weight", scheme, unpack, scales, zeros, columns, groups)
 
 
-def _zeros(module: Module, count: int, rows: int, bits: int, ones: tuple[int, ...] | None) -> Codes:
+def _zeros(module: Module, count: int, rows: int, bits: int, *, v2: bool, borrows: bool) -> Codes:
     """[N, G]"""
     words = module.words("qzeros", (count, num_words(rows, bits)))
-    if ones is not None:
-        words = added(words, ones)
-    return np.ascontiguousarray(unpacked(words, bits, rows).T)
-
-
-def added(words: Words, ones: tuple[int, ...]) -> Words:
-    """Word by word, without what a word carries over."""
-    with np.errstate(over="ignore"):
-        return words + np.resize(np.array(ones, np.uint32), words.shape[1])
+    if not v2 and bits in ONES:
+        words = words + np.uint32(ONES[bits])  # what a word carries over is lost, as it was when 1 was taken
+    zeros = np.ascontiguousarray(unpacked(words, bits, rows).T)
+    if v2 or bits in ONES:
+        return zeros
+    if borrows and (zeros == 7).any():
+        raise module.trouble(
+            "qzeros", "has a zero point of 0 in 3 bits, which its writer took from its neighbours"
+        )
+    return zeros + np.uint8(1) & np.uint8(7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import regex
 
 from worker_svc.models.spec import SpecError
@@ -13,6 +15,15 @@ LONGEST = 1000  # characters
 def keys(text: str) -> frozenset[str]:
     """Words."""
     return frozenset(text.split())
+
+
+# How a file was made, which whoever made it writes beside what it is.
+MADE_BY: Final = keys(
+    "autoround_version provider iters lr minmax_lr nsamples seqlen batch_size low_gpu_mem_usage enable_quanted_input "
+    "enable_minmax_tuning enable_norm_bias_tuning gradient_accumulate_steps to_quant_block_names static_kv_dtype "
+    "block_name_to_quantize static_kv_granularity static_attention_dtype static_attention_granularity scale_dtype "
+    "quant_method model_name_or_path meta backend pack_dtype data_type tokenizer dataset"
+)
 
 
 def matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
