@@ -174,7 +174,5 @@ def _zeros(module: Module, count: int, rows: int, bits: int, *, v2: bool, borrow
     if v2 or bits in ONES:
         return zeros
     if borrows and (zeros == 7).any():
-        raise module.trouble(
-            "qzeros", "has a zero point of 0 in 3 bits, which its writer took from its neighbours"
-        )
+        raise module.trouble("qzeros", "has a zero point of 0 in 3 bits, which its writer took from its neighbours")
     return zeros + np.uint8(1) & np.uint8(7)
