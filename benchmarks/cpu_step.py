@@ -20,6 +20,7 @@ from kernels.cpu import build
 from kernels.cpu.library import PARAMS, Batch, Library, Model, Samples, usable_threads
 
 MODES = {"bf16": ("bf16", "bf16"), "int8": ("int8", "bf16"), "int8+kv": ("int8", "int8"), "int4": ("int4", "bf16")}
+MODES |= {kind: (kind, "bf16") for kind in ("w4a16", "w8a16", "w8a8")}  # of quantized checkpoints
 DECODES = [(1, 256), (16, 256), (32, 256), (16, 1024), (32, 1024)]
 PROMPT, CHUNK, BLOCK = 1500, 256, 32
 

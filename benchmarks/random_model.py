@@ -47,6 +47,10 @@ class Shape:
     rotary_dim: int = 0  # 0 is head_dim
 
 
+HEADS = {"int4": "int8", "w4a16": "bf16", "w8a16": "bf16", "w8a8": "bf16"}  # of kinds whose head is of another
+GROUP_SIZE = 64  # of w4a16 and w8a16
+
+
 @dataclass
 class RandomModel:
     """`dense` keeps what the packed weights stand for, by name: for tests, which compute the same another way."""
@@ -63,8 +67,7 @@ class RandomModel:
         s, rng = self.shape, np.random.default_rng(self.seed)
         each = [self._layer(rng, i) for i in range(1 if self.copies else s.num_layers)]
         each += [self._copy(each[0]) for _ in range(s.num_layers - len(each))]
-        head_kind = "int8" if self.kind == "int4" else self.kind
-        lm_head = self._matrix(rng, "lm_head", head_kind, s.vocab_size, s.hidden_size, bias=False)
+        lm_head = self._matrix(rng, "lm_head", HEADS.get(self.kind, self.kind), s.vocab_size, s.hidden_size, bias=False)
         rotary = s.rotary_dim or s.head_dim
         angles = np.arange(s.max_model_len)[:, None] * 10000.0 ** (-np.arange(rotary // 2) * 2.0 / rotary)
         embed = to_bf16(rng.standard_normal((s.vocab_size, s.hidden_size), np.float32))
@@ -105,7 +108,7 @@ class RandomModel:
         copy = Layer.from_buffer_copy(layer).keep(layer)
         for name in ("qkv", "o", "gate_up", "down"):
             of = getattr(copy, name)
-            size = self.library.packed_bytes(self.kind, of.n, of.k)
+            size = self.library.packed_bytes(self.kind, of.n, of.k, of.group)
             data = aligned(size)
             ctypes.memmove(address(data), of.data, size)
             of.data = address(data)
@@ -132,7 +135,8 @@ class RandomModel:
 
     def _packed(self, rng: np.random.Generator, name: str, kind: str, values: Floats, bias: Floats | None) -> Weight:
         n, k = values.shape
-        out = aligned(self.library.packed_bytes(kind, n, k))
+        group = min(GROUP_SIZE, -(-k // 32) * 32) if kind in ("w4a16", "w8a16") else 0
+        out = aligned(self.library.packed_bytes(kind, n, k, group))
         scale = None
         if kind == "bf16":
             bits = to_bf16(values)
@@ -144,6 +148,20 @@ class RandomModel:
             turned = rotated(values)
             safe = np.where(scale[:n] > 0, scale[:n], 1)[:, None]
             values = rotated(np.rint(turned / sizes_of_blocks(k) / safe) * safe)[:, :k]
+        elif kind == "w8a8":
+            scale = np.zeros(-(-n // PANEL) * PANEL, np.float32)
+            scale[:n] = np.abs(values).max(1) / 127
+            codes = np.rint(values / np.where(scale[:n] > 0, scale[:n], 1)[:, None])
+            self.library.pack_w8a8((codes + 128).astype(np.uint8), out)
+            values = codes * scale[:n, None]
+        elif group:
+            top, groups = 16 if kind == "w4a16" else 256, -(-k // group)
+            codes, zeros = rng.integers(0, top, (n, k), np.uint8), rng.integers(0, top, (n, groups), np.uint8)
+            scales = (rng.uniform(0.5, 1.5, (n, groups)) * k**-0.5 / (0.3 * top)).astype(np.float32)
+            scales[~values.any(1)] = 0  # the padding of gate and up
+            self.library.pack_affine(kind, codes, scales, zeros, group, out)
+            at = np.arange(k) // group
+            values = (codes.astype(np.float32) - zeros[:, at]) * scales[:, at]
         else:
             groups = -(-k // 32)
             codes = rng.integers(0, 16, (n, k), np.uint8)
@@ -157,7 +175,7 @@ class RandomModel:
         self.dense[name] = values
         if bias is not None:
             self.dense[f"{name}.bias"] = bias[:n]
-        return weight(kind, n, k, out, scale, bias)
+        return weight(kind, n, k, out, scale, bias, group)
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

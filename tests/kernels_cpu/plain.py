@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.random_model import RandomModel, from_bf16, rotated, sizes_of_blocks, to_bf16
+from benchmarks.random_model import HEADS, RandomModel, from_bf16, rotated, sizes_of_blocks, to_bf16
 from kernels.cpu.library import PANEL, Floats
 
 
@@ -64,12 +64,14 @@ def _rms(x: Floats, weight: Floats) -> Floats:
 
 def linear(model: RandomModel, name: str, x: Floats, head: bool = False) -> Floats:
     w, bias = model.dense[name], model.dense.get(f"{name}.bias", np.float32(0))
-    kind = "int8" if head and model.kind == "int4" else model.kind
-    if kind == "bf16":
+    kind = HEADS.get(model.kind, model.kind) if head else model.kind
+    if kind in ("bf16", "w4a16", "w8a16"):
         x = from_bf16(to_bf16(np.ascontiguousarray(x, np.float32)))
     elif kind == "int8":  # rotated, one scale a token
         u, width = rotated(x), x.shape[-1]
         x = (rotated(_rounded(u)) / sizes_of_blocks(width))[..., :width]
+    elif kind == "w8a8":  # one scale a token
+        x = _rounded(x)
     else:  # one scale a token and group of 32
         groups = np.zeros((len(x), -(-x.shape[-1] // 32) * 32), np.float32)
         groups[:, : x.shape[-1]] = x

@@ -25,8 +25,10 @@ from tests.kernels_cpu.tiny import (
 )
 
 MODES = [("bf16", "bf16"), ("int8", "bf16"), ("int8", "int8"), ("int4", "bf16")]
+MODES += [("w4a16", "bf16"), ("w8a16", "int8"), ("w8a8", "bf16")]
 # Of the plain forward's spread, root mean square. What is rounded to integers falls on another side here and there.
 CLOSE = {("bf16", "bf16"): 0.01, ("int8", "bf16"): 0.02, ("int8", "int8"): 0.05, ("int4", "bf16"): 0.03}
+CLOSE |= {("w4a16", "bf16"): 0.01, ("w8a16", "int8"): 0.05, ("w8a8", "bf16"): 0.03}
 TOKENS = random_tokens(75)
 
 
