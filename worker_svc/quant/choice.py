@@ -52,15 +52,16 @@ def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool) -> Choice:
         groups = part.groups[part.columns] if order is None else part.groups[part.columns][order]
         if not np.array_equal(groups, np.arange(columns) // (part.scheme.group_size or columns)):
             return Choice("bf16", why="its groups are of different sizes")
-    bits, wanted = max(scheme.bits for scheme in schemes), {scheme.activations is not None for scheme in schemes}
-    sizes = {scheme.group_size for scheme in schemes}
+    sizes, wanted = {scheme.group_size for scheme in schemes}, [scheme.activations for scheme in schemes]
     plain = all(scheme.symmetric and scheme.bits == 8 for scheme in schemes) and sizes == {0} and order is None
-    if wanted == {True} and plain:
-        return Choice("w8a8")
+    if plain and all(activations and activations.symmetric for activations in wanted):
+        fixed = any(activations and activations.per == "tensor" for activations in wanted)
+        return Choice("w8a8", why="activations have a scale each token, not one for all" if fixed else "")
     group = math.gcd(*sizes) or -(-columns // GROUP) * GROUP
     if group % GROUP:
         return Choice("bf16", why=f"groups of {group} columns are no multiple of {GROUP}")
-    why = "activations stay bfloat16: for 8 bits weights must be of 8, symmetric, by channel" if True in wanted else ""
+    why = "activations stay bfloat16: those of 8 bits and symmetric weights by channel are multiplied as such alone"
+    bits, why = max(scheme.bits for scheme in schemes), why if any(wanted) else ""
     return Choice("w4a16" if bits <= 4 else "w8a16", group, permuted=order is not None, why=why)
 
 

@@ -27,6 +27,7 @@ class Activations:
     kind: Literal["int8", "e4m3"]
     per: Literal["token", "tensor", "group"]  # group: 128 of a token
     scale: float | None = None
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Inputs:
     kind: str
     dynamic: bool
     per: str  # token, tensor or group
+    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Group:
 class CompressedTensors:
     name = "compressed-tensors"
     markers = frozenset({"weight_packed", "weight_scale"})
-    suffixes = keys("weight_packed weight_scale weight_shape weight_zero_point weight_g_idx weight input_scale")
+    suffixes = keys(
+        "weight_packed weight_scale weight_shape weight_zero_point weight_g_idx weight input_scale input_zero_point"
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         source = "quantization_config"
@@ -193,22 +196,21 @@ def _inputs(source: str, values: Mapping[str, Any]) -> Inputs:
     fields = _checked(source, values)
     if (bits := fields.whole("num_bits", 8)) != 8:
         raise fields.trouble("num_bits", "8 for activations", bits)
-    if not fields.flag("symmetric", True):
-        raise fields.trouble("symmetric", "true for activations", False)
     dynamic, strategy = fields.flag("dynamic", False), fields.text("strategy", "")
     if strategy not in ("", "token", "tensor", "group", "channel"):
         raise fields.trouble("strategy", "token, tensor or group", strategy)
     if strategy == "group" and fields.whole("group_size") != 128:
         raise fields.trouble("group_size", "128 for activations", values["group_size"])
     per = "group" if strategy == "group" else "token" if dynamic and strategy != "tensor" else "tensor"
-    return Inputs(fields.text("type", "int"), dynamic, per)
+    return Inputs(fields.text("type", "int"), dynamic, per, fields.flag("symmetric", True))
 
 
 def _activations(module: Module, inputs: Inputs | None, kind: Any) -> Activations | None:
     if inputs is None:
         return None
     per: Any = inputs.per
-    return Activations(kind, per, None if inputs.dynamic else fp8.one_scale(module, "input_scale"))
+    scale = None if inputs.dynamic else fp8.one_scale(module, "input_scale")
+    return Activations(kind, per, scale, inputs.symmetric)
 
 
 def _packed(module: Module, weights: Weights, activations: Activations | None) -> QuantizedTensor:
