@@ -36,7 +36,7 @@ def opened(name: str) -> Model:
 @cache
 def expected(name: str) -> dict[str, torch.Tensor]:
     with safe_open(FOLDER / name / "expected.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: it is no dict
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def test_there_are_many() -> None:

@@ -1,6 +1,6 @@
 """Fixtures written by LLM Compressor, all in the formats of compressed-tensors.
 
-`python -m tests.quantized.make.llm_compressor [NAME ...]` from the root of the repository, in the venv of README.md here.
+`python -m tests.quantized.make.llm_compressor [NAME ...]` from the root of the repository, in README.md's venv.
 """
 
 from __future__ import annotations
