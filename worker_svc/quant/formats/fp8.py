@@ -67,7 +67,7 @@ def one_scale(module: Module, suffix: str) -> float:
     found = module.tensors.get(suffix)
     if found is None or found.dtype not in FLOATS:
         raise module.trouble(suffix, "is missing, or no float" if found is None else f"has type {found.dtype}")
-    if found.data.size != 1:
+    if found.shape not in ((), (1,), (1, 1)):
         raise module.trouble(suffix, f"has shape {list(found.shape)}, and must be one number")
     scale = float(found.finite().reshape(()))
     if scale <= 0:

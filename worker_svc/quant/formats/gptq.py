@@ -89,7 +89,7 @@ class Gptq:
         self.v2 = layout == "gptq_v2"
         self._borrows = not _of_gptqmodel(fields)
         self._rules = dynamic_rules(fields, self.rule)
-        fields.flag("desc_act", False)  # g_idx tells
+        self._ordered = fields.flag("desc_act", False)  # in what order, g_idx tells
 
     def read(self, module: Module) -> QuantizedTensor:
         rule = self.rule
@@ -99,6 +99,8 @@ class Gptq:
                     raise module.trouble("qweight", f"is there, though quantization_config skips it by {pattern!r}")
                 rule = override
                 break
+        if self._ordered and rule.group_size and "g_idx" not in module:
+            raise module.trouble("g_idx", "is missing, though quantization_config says desc_act")
         return read(module, rule, v2=self.v2, borrows=self._borrows)
 
 
