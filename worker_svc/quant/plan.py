@@ -31,14 +31,13 @@ MODES: Final = {
 
 def plan(model: Model, mode: str) -> dict[str, Matrix]:
     """Raises CheckpointError where a tensor is missing or misshapen, SpecError for a mode that is not for it."""
-    matrices = _matrices(model.spec, MODES[mode])
-    checkpoint = model.checkpoint
+    matrices, checkpoint = uniform(model.spec, mode), model.checkpoint
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return matrices
     if mode:
         name = checkpoint.method.name
         raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {name}")
-    return {name: _chosen(name, matrix, tensors_of(model, name, matrix)) for name, matrix in matrices.items()}
+    return {name: chosen(name, matrix, tensors_of(model, name, matrix)) for name, matrix in matrices.items()}
 
 
 def tensors_of(model: Model, name: str, matrix: Matrix) -> list[Tensor]:
@@ -58,7 +57,8 @@ def described(matrices: Mapping[str, Matrix]) -> list[str]:
     return [f"{count} × {what}" for what, count in counts.most_common()]
 
 
-def _chosen(name: str, matrix: Matrix, tensors: list[Tensor]) -> Matrix:
+def chosen(name: str, matrix: Matrix, tensors: list[Tensor]) -> Matrix:
+    """The matrix by what its tensors are."""
     choice = choose(tensors, may_permute=name != "lm_head")
     schemes = list(dict.fromkeys(tensor.dtype for tensor in tensors if hasattr(tensor, "scheme")))
     origin = ", ".join(schemes) + (f" ({choice.why})" if choice.why else "")
@@ -67,14 +67,16 @@ def _chosen(name: str, matrix: Matrix, tensors: list[Tensor]) -> Matrix:
     return matrix._replace(kind=choice.kind, group=choice.group, scaled=choice.scaled, ordered=ordered, origin=origin)
 
 
-def _matrices(spec: ModelSpec, mode: Mode) -> dict[str, Matrix]:
+def uniform(spec: ModelSpec, mode: str) -> dict[str, Matrix]:
+    """The matrices of a float checkpoint in a mode."""
+    layers, head = MODES[mode]
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     hidden, inner = spec.hidden_size, spec.intermediate_size
     of_layer = {
-        "qkv": Matrix(mode.layers, q_rows + 2 * kv_rows, hidden, spec.qkv_bias),
-        "o": Matrix(mode.layers, hidden, q_rows, spec.o_bias),
-        "gate_up": Matrix(mode.layers, 2 * panels(inner), hidden, spec.mlp_bias),
-        "down": Matrix(mode.layers, hidden, inner, spec.mlp_bias),
+        "qkv": Matrix(layers, q_rows + 2 * kv_rows, hidden, spec.qkv_bias),
+        "o": Matrix(layers, hidden, q_rows, spec.o_bias),
+        "gate_up": Matrix(layers, 2 * panels(inner), hidden, spec.mlp_bias),
+        "down": Matrix(layers, hidden, inner, spec.mlp_bias),
     }
     found = {f"{i}.{name}": matrix for i in range(spec.num_layers) for name, matrix in of_layer.items()}
-    return found | {"lm_head": Matrix(mode.head, spec.vocab_size, hidden)}
+    return found | {"lm_head": Matrix(head, spec.vocab_size, hidden)}
