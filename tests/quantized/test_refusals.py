@@ -21,7 +21,7 @@ from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import SpecError
 
-MODULE = "model.layers.1.mlp.up_proj"  # N = 160, K = 96
+MODULE = "model.layers.0.mlp.up_proj"  # N = 160, K = 96
 FORMATS = {
     "gptq": "auto_round_gptq_w4_g32",
     "gptq-3": "auto_round_gptq_w3_g32",

@@ -42,13 +42,13 @@ def test_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_all_that_is_wrong_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     whole = stored(FOLDER / "auto_round_awq_w4_g32")
-    for module in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"):
+    for module in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj"):
         dtype, shape, data = whole.tensors.pop(f"{module}.scales")
         whole.tensors[f"{module}.scales"] = dtype, shape, b"\xff" * len(data)
     code, text = told(capsys, str(whole.write(tmp_path)))
     assert code == 1
     assert "model.layers.0.mlp.up_proj.scales" in text
-    assert "model.layers.1.self_attn.o_proj.scales" in text
+    assert "model.layers.0.self_attn.o_proj.scales" in text
 
 
 def test_what_is_none_of_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer
 
 from tests.quantized.make import common, compressed
 
+POSITIVE = {"positive": True, "also": "o_proj"}
 ASYM = {"sym": False}
 BF16 = {"dtype": "bfloat16"}
 G32 = {"group_size": 32}
@@ -33,9 +34,9 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_w4_g128_short": ("auto_gptq", "W4A16", {"group_size": 128}, {}),
     "auto_round_gptq_w4_channel": ("auto_gptq", "W4A16", {"group_size": -1}, {}),
     "auto_round_gptq_w4_g32_asym": ("auto_gptq", "W4A16", G32 | ASYM, {}),
-    "auto_round_gptq_w4_g32_zero_points_0": ("auto_gptq", "W4A16", G32 | ASYM, {"positive": True}),
-    "auto_round_gptq_w2_g32_zero_points_0": ("auto_gptq", "W2A16", G32 | ASYM, {"positive": True}),
-    "auto_round_gptq_mixed": ("auto_gptq", "W4A16", G32 | {"layer_config": "mixed"}, {}),
+    "auto_round_gptq_w4_g32_zero_points_0": ("auto_gptq", "W4A16", G32 | ASYM, POSITIVE),
+    "auto_round_gptq_w2_g32_zero_points_0": ("auto_gptq", "W2A16", G32 | ASYM, POSITIVE),
+    "auto_round_gptq_mixed": ("auto_gptq", "W4A16", G32 | {"layer_config": "mixed"}, {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"}),
     "auto_round_awq_w4_g32": ("auto_awq", "W4A16", G32, {}),
     "auto_round_awq_w4_g32_asym": ("auto_awq", "W4A16", G32 | ASYM, {}),
     "auto_round_awq_w4_g128_asym": ("auto_awq", "W4A16", {"group_size": 128} | ASYM, {"shape": common.WIDE}),
@@ -47,7 +48,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         BF16,
     ),
     "auto_round_own_awq_w4_g32_asym": ("auto_round:auto_awq", "W4A16", G32 | ASYM, BF16),
-    "auto_round_own_mixed": ("auto_round", "W4A16", G32 | {"layer_config": "mixed"}, {}),
+    "auto_round_own_mixed": ("auto_round", "W4A16", G32 | {"layer_config": "mixed"}, {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"}),
     "auto_round_ct_w4a16_g32": ("llm_compressor", "W4A16", G32, {}),
     "auto_round_ct_int8": ("llm_compressor", "INT8", {}, BF16),
     "auto_round_ct_fp8_static": ("llm_compressor", "FP8_STATIC", {}, BF16),
@@ -156,7 +157,7 @@ def main(names: list[str]) -> None:
             built,
             functools.partial(write, target=target, scheme=scheme, options=options),
             reference,
-            also=r"layers\.0\.self_attn\.q_proj|layers\.1\.self_attn\.v_proj" if "layer_config" in options else r"$^",
+            also=made.get("also", r"$^"),
             mistaken="AutoRound's CPU code reads a zero point that borrowed as 16, not 0" if "positive" in how else "",
         )
 

@@ -69,7 +69,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llm_compressor_fp8_kv": (
         "QuantizationModifier",
         {"scheme": "FP8_DYNAMIC", "kv_cache_scheme": FP8_TENSOR},
-        {},
+        {"shape": common.DEEP},
     ),
     "llm_compressor_groups": (
         "QuantizationModifier",
@@ -81,7 +81,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             },
             "ignore": ["lm_head", "re:.*layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"],
         },
-        {},
+        {"shape": common.DEEP, "also": "0.self_attn.v_proj"},
     ),
     "llm_compressor_lm_head": ("QuantizationModifier", linear(weights=W4_G32) | {"ignore": []}, {}),
 }
@@ -121,7 +121,7 @@ def main(names: list[str]) -> None:
             common.model(made["shape"], getattr(torch, made["dtype"])),
             functools.partial(write, modifier=modifier, options=options),
             reference,
-            also=r"layers\.0\.self_attn\.v_proj" if name.endswith("groups") else r"$^",
+            also=made.get("also", r"$^"),
         )
 
 
