@@ -59,10 +59,13 @@ def activations(name: str) -> set[str]:
     return found | ({"float"} if config["quant_method"] == "fp8" else set())
 
 
-@cache
-def float32_logits(name: str) -> NDArray[np.float32]:
+def tokens_of(name: str) -> list[int]:
+    found: list[int] = expected(name).get("tokens", torch.arange(1, 13)).tolist()
+    return found
+
+
+def float32_logits(name: str, tokens: list[int]) -> NDArray[np.float32]:
     """The torch backend's."""
-    tokens = expected(name).get("tokens", torch.arange(1, 13)).tolist()
     runner = ModelRunner(opened(name), "float32", 64, lambda share: None)
     return stepping.run(runner, [Sequence(tokens, [5, len(tokens)])])[0].numpy()
 
@@ -74,7 +77,7 @@ def error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 @pytest.mark.parametrize("name", [name for name in NAMES if "logits" in expected(name)])
 def test_logits_are_the_producers(name: str) -> None:
     theirs = expected(name)["logits"].float().numpy()
-    assert error(float32_logits(name), theirs) < (THEIRS_8_BITS if activations(name) else 0.002)
+    assert error(float32_logits(name, tokens_of(name)), theirs) < (THEIRS_8_BITS if activations(name) else 0.002)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,6 +85,6 @@ def test_the_cpu_backend_multiplies_codes_as_they_are(name: str, tmp_path: Path)
     shutil.copytree(FOLDER / name, tmp_path / name)  # packed weights lie beside the checkpoint
     model = packed(tmp_path / name, "", tmp_path)
     assert ("w8a8" in model.about) == (activations(name) == {"int"} and "asym" not in name)
-    tokens = expected(name).get("tokens", torch.arange(1, 13)).tolist()
+    tokens = tokens_of(name)
     (ours,) = Runner(model, max_model_len=64).run([Sequence(tokens, [3, 4, len(tokens)])])
-    assert error(ours, float32_logits(name)) < (OURS_W8A8 if "w8a8" in model.about else OURS)
+    assert error(ours, float32_logits(name, tokens)) < (OURS_W8A8 if "w8a8" in model.about else OURS)

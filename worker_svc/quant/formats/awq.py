@@ -17,16 +17,20 @@ from worker_svc.models.fields import Fields
 from worker_svc.models.spec import SpecError
 from worker_svc.quant.bits import Codes, Words, unpacked
 from worker_svc.quant.form import Ints, QuantizedTensor, Scheme, quantized
-from worker_svc.quant.formats.gptq import MARKERS
+from worker_svc.quant.formats.gptq import HARMLESS, MARKERS, OFF, refuse_on
 from worker_svc.quant.formats.module import Module, num_groups
-from worker_svc.quant.formats.names import MADE_BY, keys
+from worker_svc.quant.formats.names import keys
 
 BITS: Final = 4
 PLACE: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of each eight columns: which nibble of the word
 SUFFIXES: Final = frozenset({"qweight", "qzeros", "scales"})
-KNOWN: Final = MADE_BY | keys(
-    "bits w_bit group_size q_group_size zero_point version modules_to_not_convert do_fuse exllama_config "
-    "fuse_max_seq_len modules_to_fuse sym format checkpoint_format lm_head desc_act"
+KNOWN: Final = (
+    HARMLESS
+    | OFF
+    | keys(
+        "bits w_bit group_size q_group_size zero_point version modules_to_not_convert do_fuse fuse_max_seq_len "
+        "modules_to_fuse sym checkpoint_format desc_act"
+    )
 )
 
 
@@ -40,6 +44,7 @@ class Awq:
             raise SpecError(
                 f"quantization_config: {unknown[0]!r} is not known of awq: it may change what the weights mean"
             )
+        refuse_on(fields, OFF)
         bits = fields.whole("bits", fields.whole("w_bit", BITS))
         if bits != BITS:
             raise fields.trouble("bits", "4: awq's packing has no other", bits)
