@@ -51,8 +51,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"},
     ),
     "gptqmodel_lm_head": (W4 | {"lm_head": True}, {}),
-    "gptqmodel_awq_gemm_g32_asym": (W4 | ASYM | AWQ, {}),
-    "gptqmodel_awq_gemm_g32": (W4 | AWQ, {"dtype": "bfloat16"}),
+    "gptqmodel_awq_gemm_g32_asym": (W4 | ASYM | AWQ, {"shape": common.WIDE}),
+    "gptqmodel_awq_gemm_g32": (W4 | AWQ, {"dtype": "bfloat16", "shape": common.WIDE}),
 }
 
 
@@ -78,11 +78,14 @@ def awq_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def reference(written: Path) -> common.Reference:
     model = GPTQModel.load(str(written), device="cpu", backend=BACKEND.TORCH).model.float()
+    tensors = load_file(written / "model.safetensors")
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    for name, module in packed.items():
+        module.scales = tensors[f"{name}.scales"].float()  # loading has rounded them to bfloat16
     kinds = ", ".join(sorted({type(module).__name__ for module in packed.values()}))
     runner = f"GPTQModel on a CPU, backend TORCH ({kinds}), all but what a kernel rounds by itself in float32"
     if json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"] == "awq":
-        weights = awq_weights(load_file(written / "model.safetensors"))
+        weights = awq_weights(tensors)
         return common.Reference(weights, "gptqmodel dequantize_gemm, float32 scales", common.run(model), runner)
     weights = {f"{name}.weight": module.dequantize_weight().T.contiguous() for name, module in packed.items()}
     dequantizer = f"gptqmodel {kinds}.dequantize_weight, float32 scales"
