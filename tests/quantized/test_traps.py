@@ -101,7 +101,7 @@ def test_6_scales_of_every_float(dtype: str) -> None:
     matrix = random_matrix(6, 4, 32, 64, 32)
     tensors = packers.module(**packers.gptq(matrix)).tensors
     scales = (np.random.default_rng(6).random((2, 32)) + 0.5).astype(np.float16).astype(np.float32)
-    stored_as = {
+    stored_as: Any = {
         "F16": scales.astype(np.float16),
         "BF16": to_bfloat16(scales),
         "F32": scales,
