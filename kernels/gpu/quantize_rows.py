@@ -34,10 +34,7 @@ def size_bits(x):
 @triton.jit
 def scale_of(greatest, FORM: tl.constexpr):
     """From the bits of the greatest; no less than the smallest normal float32, so that zeros are 0 / scale = 0."""
-    if FORM == "int8":
-        most: tl.constexpr = 127.0
-    else:
-        most: tl.constexpr = 448.0  # fnuz: 224 of its own, for the same bytes as elsewhere
+    most: tl.constexpr = 127.0 if FORM == "int8" else 448.0  # fnuz: 224 of its own, for the same bytes as elsewhere
     least: tl.constexpr = most * 2.0**-126
     greatest = tl.where(greatest.to(tl.float32, bitcast=True) < least, least, greatest.to(tl.float32, bitcast=True))
     return tl.div_rn(greatest, tl.full(greatest.shape, most, tl.float32))
@@ -135,11 +132,11 @@ def quantize_by(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _block(k: int) -> int:
-    return min(triton.next_power_of_2(k), BLOCK)
+    return min(int(triton.next_power_of_2(k)), BLOCK)
 
 
 def _groups(k: int) -> int:
-    return min(triton.next_power_of_2(triton.cdiv(k, GROUP)), BLOCK // GROUP)
+    return min(int(triton.next_power_of_2(triton.cdiv(k, GROUP))), BLOCK // GROUP)
 
 
 def _codes(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,5 +59,5 @@ def _float32(x: Any) -> NDArray[np.float32]:
         return widened
     if x.dtype.scalar in FLOAT8:
         codes = torch.from_numpy(np.ascontiguousarray(x.data))
-        return codes.view(FLOAT8[x.dtype.scalar]).float().numpy()  # type: ignore[no-any-return]
+        return codes.view(FLOAT8[x.dtype.scalar]).float().numpy()
     return x.data.astype(np.float32)  # type: ignore[no-any-return]
