@@ -144,3 +144,16 @@ def mask_logits(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
         for token in range(logits.shape[1]):
             if row >= 0 and not words[token // 32] >> token % 32 & 1:
                 logits[row, token] = -torch.inf
+
+
+def grouped_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, order: Tensor | None) -> Tensor:
+    """[N, K] float64 of codes [N, K], scales and zeros [N, G] of runs of `group_size` columns (0: all).
+
+    The codes' column k is the matrix's column order[k].
+    """
+    columns = torch.arange(codes.shape[1])
+    groups = columns // (group_size or len(columns))
+    sorted_columns = (codes.double() - zeros.double()[:, groups]) * scales.double()[:, groups]
+    out = torch.empty_like(sorted_columns)
+    out[:, columns if order is None else order.long()] = sorted_columns
+    return out

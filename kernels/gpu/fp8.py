@@ -25,3 +25,30 @@ def to_e4m3(x):
     byte = tl.where(size < 0x3C800000, subnormal, normal)
     byte = tl.where(size > 0x7F800000, 0x7F, byte)
     return (byte | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def from_e4m3(bits, NANS: tl.constexpr, dtype: tl.constexpr):
+    """float8_e4m3fn as its byte → bfloat16, float16 or float32, exactly; the two NaN codes become ±480 without NANS.
+
+    The bits moved into place are a number whose exponent lacks the difference of the biases.
+    """
+    if dtype == tl.float16:
+        moved = ((bits.to(tl.uint16) & 0x80) << 8) | ((bits.to(tl.uint16) & 0x7F) << 7)
+        number = moved.to(tl.float16, bitcast=True) * 256.0
+    else:
+        moved = ((bits.to(tl.uint32) & 0x80) << 24) | ((bits.to(tl.uint32) & 0x7F) << 20)
+        number = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 − 7)
+    if NANS:
+        number = tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+    if dtype == tl.bfloat16:  # its bits are the upper half, and there are none below
+        return (number.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return number
+
+
+@triton.jit
+def fn_to_fnuz(byte):
+    """The byte of a float8_e4m3fn → that of the float8_e4m3fnuz of half the value: the same, but for −0 and NaN."""
+    byte = tl.where(byte == 0x80, 0, byte)
+    return tl.where((byte & 0x7F) == 0x7F, 0x80, byte).to(tl.uint8)
