@@ -43,13 +43,13 @@ def choose(tensors: Sequence[Tensor], *, may_permute: bool = True) -> Choice:
 
 def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool) -> Choice:
     schemes, order = [part.scheme for part in parts], order_of(parts[0])
-    if not all(_same(order, order_of(part)) for part in parts[1:]):
+    if not all(same_order(order, order_of(part)) for part in parts[1:]):
         return Choice("bf16", why="its parts have their columns in different orders")
     if order is not None and not may_permute:
         return Choice("bf16", why="its columns are in an order of their own")
     columns = parts[0].shape[1]
     for part in parts:
-        groups = part.groups[part.columns] if order is None else part.groups[part.columns][order]
+        groups = part.column_groups() if order is None else part.column_groups()[order]
         if not np.array_equal(groups, np.arange(columns) // (part.scheme.group_size or columns)):
             return Choice("bf16", why="its groups are of different sizes")
     sizes, wanted = {scheme.group_size for scheme in schemes}, [scheme.activations for scheme in schemes]
@@ -69,11 +69,12 @@ def order_of(tensor: Tensor) -> Ints | None:
     """[K] a tensor's columns, those of a group together; None where they are already."""
     if not isinstance(tensor, QuantizedTensor):
         return None
-    groups = tensor.groups[tensor.columns]
+    groups = tensor.column_groups()
     return np.argsort(groups, kind="stable") if (np.diff(groups) < 0).any() else None
 
 
-def _same(one: Ints | None, other: Ints | None) -> bool:
+def same_order(one: Ints | None, other: Ints | None) -> bool:
+    """Of what `order_of` gives."""
     if one is None or other is None:
         return one is other
     return np.array_equal(one, other)

@@ -125,9 +125,18 @@ class QuantizedTensor:
     def part(self, index: int) -> QuantizedTensor:
         raise CheckpointError(f"tensor {self.name!r} is one matrix: it has no part {index}")
 
+    def column_groups(self) -> Ints:
+        """[K] of the columns taken, counted from the first group that one of them is of."""
+        groups = self.groups[self.columns]
+        rebased: Ints = groups - groups.min()
+        return rebased
+
     def form(self) -> Grouped:
-        codes = self.unpack(self.rows)[:, self.columns]
-        return Grouped(self.scheme, codes, self.scales, self.zeros, self.groups[self.columns])
+        codes, groups = self.unpack(self.rows)[:, self.columns], self.column_groups()
+        first = int(self.groups[self.columns].min())
+        taken = slice(first, first + int(groups.max()) + 1)
+        zeros = None if self.zeros is None else self.zeros[:, taken]
+        return Grouped(self.scheme, codes, self.scales[:, taken], zeros, groups)
 
     def float32(self) -> Floats:
         return self.form().float32()
