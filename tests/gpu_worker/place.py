@@ -31,6 +31,7 @@ class FakePlace:
     name: str = "a device of the tests"
     where: torch.device = WHERE
     kind: Kind = KIND
+    float8: torch.dtype | None = torch.float8_e4m3fn
     capability: tuple[int, int] = (0, 0)
     device: Device = field(init=False)
 

@@ -27,13 +27,28 @@ KIND = Device("sm_90", 4, native_fp8=True) if compare.INTERPRETED else Device.of
 
 class GpuRunner:
     def __init__(
-        self, path: Path, dtype: DType = "float32", block_size: int = 8, *, batch_invariant: bool = False
+        self,
+        path: Path,
+        dtype: DType = "float32",
+        block_size: int = 8,
+        *,
+        batch_invariant: bool = False,
+        float8: torch.dtype | None = torch.float8_e4m3fn,
+        quantization: str = "",
     ) -> None:
         opened = open_model(path)
         assert opened is not None
         spec, self.max_model_len = opened.spec, opened.spec.max_model_len
         self.model = GpuModel(
-            opened, dtype, WHERE, KIND.kind, self.max_model_len, lambda share: None, batch_invariant=batch_invariant
+            opened,
+            dtype,
+            WHERE,
+            KIND.kind,
+            self.max_model_len,
+            lambda share: None,
+            batch_invariant=batch_invariant,
+            float8=float8,
+            quantization=quantization,
         )
         self.vocab_size = spec.vocab_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Pages and logits [PROMPT, vocab] of one prompt."""
     model, spec = runner.model, runner.model.spec
-    model._kv_scales = torch.tensor([scales[0]], device=WHERE), torch.tensor([scales[1]], device=WHERE)
+    kv_scales = torch.tensor([scales[0]], device=WHERE), torch.tensor([scales[1]], device=WHERE)
+    model.layers = [replace(layer, kv_scales=kv_scales) for layer in model.layers]
     shape = AttentionShape(
         spec.num_heads, spec.num_kv_heads, spec.head_dim, BLOCK_SIZE, torch.float32, kv_dtype, spec.query_scale, 64
     )

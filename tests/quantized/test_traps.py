@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kernels.gpu.scaled_linear import as_fnuz
 from tests.models.cpu_stepping import Runner, packed
 from tests.models.stepping import Sequence
 from tests.quantized import packers
@@ -135,3 +137,12 @@ def test_8_compressed_tensors_have_such_an_order_too() -> None:
     tensor = CompressedTensors(config).read(packers.module(**packers.pack_quantized(matrix, g_idx=True)))
     assert tensor.scheme.permuted
     same(tensor, matrix)
+
+
+def test_9_float8_of_an_mi300_has_half_the_values_in_the_same_bits() -> None:
+    """And no −0, whose bits are its NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    weight, scales = as_fnuz(codes.view(torch.float8_e4m3fn).view(1, -1), torch.tensor([[0.75]]))
+    theirs = codes.view(torch.float8_e4m3fn).float() * 0.75
+    assert torch.equal(weight.float()[0] * scales[0], theirs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kernels.gpu.attention_tuning import Device as Kind
+from kernels.gpu.scaled_linear import native_float8
 from worker_svc.backends.base import BackendError, Unsuited
 from worker_svc.device.base import Device
 from worker_svc.device.cuda import CudaDevice
@@ -38,6 +39,7 @@ class CudaPlace:
         except ValueError as error:
             raise Unsuited(str(error)) from error
         self.device: Device = CudaDevice(self.where.index)
+        self.float8 = native_float8(self.where)
         self.capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(self.where)
 
     def memory(self) -> DeviceMemory:

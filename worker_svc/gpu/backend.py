@@ -40,6 +40,7 @@ from worker_svc.models.loader import DType, Model, open_model, weights_digest
 from worker_svc.models.spec import SpecError
 from worker_svc.parallel.ranks import Ranks, join
 from worker_svc.pipeline import Pipeline, Sizes
+from worker_svc.quant.on_load import MODES
 from worker_svc.slots import SlotTable
 
 ARITHMETIC = 1  # of this backend: another number where a change may change bits
@@ -58,6 +59,7 @@ class Place(Protocol):
     kind: Kind
     capability: tuple[int, int]  # NVIDIA's; (0, 0): it is another's
     device: Device
+    float8: torch.dtype | None  # what it multiplies of such
 
     def memory(self) -> DeviceMemory:
         """As it stands; the peak since the last `forget_peak`."""
@@ -90,7 +92,13 @@ class GpuBackend:
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         dtypes = ("auto", "bfloat16", "float32")
         refuse_unsupported(
-            "cuda", setup, dtype=dtypes, quantization=("",), kv_dtype=_kv_dtypes(setup), offloads=True, splits=True
+            "cuda",
+            setup,
+            dtype=dtypes,
+            quantization=("", *MODES),
+            kv_dtype=_kv_dtypes(setup),
+            offloads=True,
+            splits=True,
         )
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
@@ -107,6 +115,8 @@ class GpuBackend:
                 lambda share: progress(Phase.LOADING, share),
                 batch_invariant=setup.batch_invariant,
                 ranks=self._ranks,
+                float8=place.float8,
+                quantization=setup.quantization,
             )
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
@@ -126,13 +136,20 @@ class GpuBackend:
             max_model_len=self._max_len,
             vocab_size=model.spec.vocab_size,
             fingerprint=_fingerprint(
-                *(weights, dtype, self._kv_dtype, choice.name, setup.batch_invariant),
+                *(weights, dtype, setup.quantization, self._kv_dtype, choice.name, setup.batch_invariant),
                 *(self._max_len, setup.block_size, place.name, setup.tp_size),
             ),
+            quantization=self._quantization(model, setup),
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
         )
+
+    def _quantization(self, model: Model, setup: Setup) -> str:
+        """What is quantized, and by which kernels it is multiplied; empty where nothing is."""
+        name = model.quantization or setup.quantization
+        kernels = "; ".join(f"{count} × {what}" for what, count in self._model.kernels.most_common())
+        return f"{name} ({kernels})" if name else ""
 
     def _allocate(self, setup: Setup) -> Choice:
         """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from kernels.gpu.activation import gated
 from kernels.gpu.linear import linear
 from kernels.gpu.moe import experts
+from worker_svc.gpu.quantized import Multiply
 from worker_svc.models.spec import Experts
 
 
@@ -32,8 +33,8 @@ class Product:
 
 @dataclass(frozen=True)
 class DenseMLP:
-    gate_up: Product  # rows: all gates, then all ups
-    down: Product
+    gate_up: Multiply  # rows: all gates, then all ups
+    down: Multiply
     activation: str
 
     def __call__(self, x: Tensor) -> Tensor:

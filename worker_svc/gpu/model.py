@@ -18,12 +18,14 @@ from kernels.gpu.embedding import embed
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.rope import rope_kv_write
 from worker_svc.attention.paged import PagedAttention, Rows
-from worker_svc.gpu.mlp import DenseMLP, ExpertMLP, Product
+from worker_svc.gpu.mlp import DenseMLP, ExpertMLP
+from worker_svc.gpu.quantized import Multiply, Target
 from worker_svc.gpu.weights import WeightReader
 from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
 from worker_svc.parallel.ranks import Ranks
 from worker_svc.parallel.shard import Shard
+from worker_svc.quant.plan import refuse_on_load
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,17 @@ class StepTensors:
 @dataclass(frozen=True)
 class Layer:
     attn_norm: Tensor
-    qkv: Product  # rows: all q heads, then all k, then all v
+    qkv: Multiply  # rows: all q heads, then all k, then all v
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Product
+    o: Multiply
     attn_post_norm: Tensor | None
     mlp_norm: Tensor
     mlp: DenseMLP | ExpertMLP
     mlp_post_norm: Tensor | None
     window: int
     rope: Tensor  # [positions, rotary dim] float32: cosines, then sines
+    kv_scales: tuple[Tensor, Tensor]  # [1] each, of keys and values where pages are float8
 
 
 class GpuModel:
@@ -71,28 +74,32 @@ class GpuModel:
         *,
         batch_invariant: bool = False,
         ranks: Ranks | None = None,
+        float8: torch.dtype | None = None,
+        quantization: str = "",
     ) -> None:
         """Reads this rank's weights onto the device, which is one of `kind`. `batch_invariant`: a token's bits do not
-        depend on the others of its step, if those of its attention do not. Raises CheckpointError where a weight is
-        missing or misshapen, SpecError where the model cannot be split among so many.
+        depend on the others of its step, if those of its attention do not. `float8`: what the device multiplies of
+        such; `quantization`: what a float checkpoint becomes. Raises CheckpointError where a weight is missing or
+        misshapen, SpecError where the model cannot be split among so many, or quantized so.
         """
+        if quantization:
+            refuse_on_load(model, quantization)
         self.ranks, self._invariant = ranks or Ranks(), batch_invariant
         self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
         spec = self.spec = self._shard.spec
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._reader = WeightReader(model, self._shard, dtype, where, kind, batch_invariant=batch_invariant)
+        target = Target(where, kind, float8, batch_invariant)
+        self._reader = WeightReader(model, self._shard, dtype, target, quantization)
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
         self._embed = self._reader.piece(model.top("embed"), self._shard.vocab)
-        # Nothing in a plain checkpoint says how large keys and values become. Those of known models are far below the
-        # 448 that float8 e4m3 holds, and one scale for all loses no bits of them: it only moves their exponents.
-        self._kv_scales = torch.ones(1, device=where), torch.ones(1, device=where)
         self.layers: list[Layer] = []
         for i in range(spec.num_layers):
             self.layers.append(self._layer(i))
             progress((i + 1) / (spec.num_layers + 1))
         self._final_norm = self._reader.norm(model.top("final_norm"), spec.hidden_size)
-        lm_head = self._embed if spec.tied else self._reader.piece(model.top("lm_head"), self._shard.vocab)
-        self._lm_head = self._reader.as_product(lm_head)
+        tied, reader = spec.tied, self._reader
+        self._lm_head = reader.as_product(self._embed) if tied else reader.head(model.top("lm_head"), self._shard.vocab)
+        self.kernels = reader.kernels
 
     def windows(self) -> list[int]:
         """Each that some layer has: a step's attention is planned once for each."""
@@ -145,7 +152,7 @@ class GpuModel:
     def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
         spec = self.spec
         q = x.new_empty(len(x), spec.num_heads, spec.head_dim)
-        scales = self._kv_scales if pages.dtype == torch.float8_e4m3fn else None
+        scales = layer.kv_scales if pages.dtype == torch.float8_e4m3fn else None
         k_scale, v_scale = scales or (None, None)
         rope_kv_write(
             layer.qkv(x), step.positions, layer.rope, step.slot_mapping, q, pages,
@@ -163,6 +170,7 @@ class GpuModel:
 
     def _layer(self, i: int) -> Layer:
         spec, reader, hidden = self.spec, self._reader, self.spec.hidden_size
+        where, (k_scale, v_scale) = self._embed.device, reader.model.kv_scales(i)
 
         def norm(role: str, size: int = hidden) -> Tensor:
             return reader.norm(reader.model.layer(i, role), size)
@@ -179,6 +187,9 @@ class GpuModel:
             mlp_post_norm=norm("mlp_post_norm") if spec.post_norms else None,
             window=spec.window(i),
             rope=self._tables[spec.layer_rope(i)],
+            # A plain checkpoint does not say how large keys and values become. Those of known models are far below the
+            # 448 that float8 e4m3 holds, and a scale of 1 loses no bits of them: it only leaves exponents as they are.
+            kv_scales=(torch.full((1,), k_scale, device=where), torch.full((1,), v_scale, device=where)),
         )
 
 

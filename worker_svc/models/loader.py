@@ -69,6 +69,19 @@ class Model:
         assert experts is not None
         return _form(self.tensor(name, (experts.num, *shape)).part(expert), dtype, cut)
 
+    def kv_scales(self, i: int) -> tuple[float, float]:
+        """Of keys and of values in float8, as a quantized checkpoint may have measured them; else 1 of both."""
+        found = []
+        for name in (f"model.layers.{i}.self_attn.{which}_scale" for which in "kv"):
+            tensor = self.checkpoint.tensor(name) if name in self.checkpoint else None
+            if tensor is not None and tensor.shape not in ((), (1,)):
+                raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}, and must be one number")
+            scale = 1.0 if tensor is None else float(tensor.finite().reshape(()))
+            if scale <= 0:
+                raise CheckpointError(f"tensor {name!r} is {scale}, and must be above 0")
+            found.append(scale)
+        return found[0], found[1]
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError where it is missing, or is not of the shape that the config implies."""
         tensor = self.checkpoint.tensor(name)

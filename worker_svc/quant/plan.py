@@ -35,9 +35,17 @@ def plan(model: Model, mode: str) -> dict[str, Matrix]:
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return matrices
     if mode:
-        name = checkpoint.method.name
-        raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {name}")
+        refuse_on_load(model, mode)
     return {name: chosen(name, matrix, tensors_of(model, name, matrix)) for name, matrix in matrices.items()}
+
+
+def refuse_on_load(model: Model, mode: str) -> None:
+    """Raises SpecError for a model whose weights cannot be quantized as they are loaded."""
+    if model.quantization:
+        name = model.quantization
+        raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {name}")
+    if model.spec.experts:
+        raise SpecError(f"quantization {mode!r}: experts are not quantized as they are loaded")
 
 
 def tensors_of(model: Model, name: str, matrix: Matrix) -> list[Tensor]:
