@@ -31,11 +31,9 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_w3_g32": ("auto_gptq", "W3A16", G32, {}),
     "auto_round_gptq_w8_g32": ("auto_gptq", "W8A16", G32, {}),
     "auto_round_gptq_w4_g64_short": ("auto_gptq", "W4A16", {"group_size": 64}, {}),
-    "auto_round_gptq_w4_g128_short": ("auto_gptq", "W4A16", {"group_size": 128}, {}),
     "auto_round_gptq_w4_channel": ("auto_gptq", "W4A16", {"group_size": -1}, {}),
     "auto_round_gptq_w4_g32_asym": ("auto_gptq", "W4A16", G32 | ASYM, {}),
     "auto_round_gptq_w4_g32_zero_points_0": ("auto_gptq", "W4A16", G32 | ASYM, POSITIVE),
-    "auto_round_gptq_w2_g32_zero_points_0": ("auto_gptq", "W2A16", G32 | ASYM, POSITIVE),
     "auto_round_gptq_mixed": (
         "auto_gptq",
         "W4A16",

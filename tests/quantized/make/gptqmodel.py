@@ -52,7 +52,6 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gptqmodel_lm_head": (W4 | {"lm_head": True}, {}),
     "gptqmodel_awq_gemm_g32_asym": (W4 | ASYM | AWQ, {"shape": common.WIDE}),
-    "gptqmodel_awq_gemm_g32": (W4 | AWQ, {"dtype": "bfloat16", "shape": common.WIDE}),
 }
 
 

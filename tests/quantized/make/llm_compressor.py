@@ -12,25 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.quantized.make import common, compressed
+from tests.quantized.make.oneshot import W4_G32, linear, write
 
-MODIFIERS = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
 INT = {"type": "int", "symmetric": True}
-W4_G32 = INT | {"num_bits": 4, "strategy": "group", "group_size": 32}
 W8_CHANNEL = INT | {"num_bits": 8, "strategy": "channel"}
 FP8_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-
-
-def linear(**scheme: Any) -> dict[str, Any]:
-    """One group of all linear layers."""
-    return {"config_groups": {"group_0": {"targets": ["Linear"]} | scheme}}
 
 
 # name: (modifier, its arguments, model)
@@ -38,12 +27,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llm_compressor_w4a16_g32": ("QuantizationModifier", linear(weights=W4_G32), {}),
     "llm_compressor_w4a16_g128": ("QuantizationModifier", {"scheme": "W4A16"}, {"shape": common.WIDE}),
     "llm_compressor_w4a16_g32_asym": ("QuantizationModifier", linear(weights=W4_G32 | {"symmetric": False}), {}),
-    "llm_compressor_w4a16_g32_gptq": ("GPTQModifier", linear(weights=W4_G32), {"dtype": "float16"}),
     "llm_compressor_w4a16_g32_actorder_weight": ("GPTQModifier", linear(weights=W4_G32) | {"actorder": "weight"}, {}),
     "llm_compressor_w3a16_g32": ("QuantizationModifier", linear(weights=W4_G32 | {"num_bits": 3}), {}),
     "llm_compressor_w8a16_channel": ("QuantizationModifier", linear(weights=W8_CHANNEL), {}),
     "llm_compressor_w8a8": ("QuantizationModifier", {"scheme": "W8A8"}, {}),
-    "llm_compressor_w8a8_gptq": ("GPTQModifier", {"scheme": "W8A8"}, {}),
     "llm_compressor_w8a8_static": (
         "QuantizationModifier",
         linear(weights=W8_CHANNEL, input_activations=INT | {"num_bits": 8, "strategy": "tensor", "dynamic": False}),
@@ -85,21 +72,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "llm_compressor_lm_head": ("QuantizationModifier", linear(weights=W4_G32) | {"ignore": []}, {}),
 }
-
-
-def write(tiny: Path, modifier: str, options: dict[str, Any]) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
-    tokens = [one[0].tolist() for one in common.calibration(model.config.to_dict())]
-    oneshot(
-        model=model,
-        recipe=MODIFIERS[modifier](**options),
-        tokenizer=AutoTokenizer.from_pretrained(tiny),
-        dataset=Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(one) for one in tokens]}),
-        num_calibration_samples=len(tokens),
-        max_seq_length=len(tokens[0]),
-    )
-    model.save_pretrained("out", save_compressed=True)
-    return Path("out")
 
 
 def reference(written: Path) -> common.Reference:

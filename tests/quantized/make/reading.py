@@ -6,6 +6,7 @@ this one agree upon, bit for bit. It is slow, it infers from shapes what a confi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,13 @@ def read(
         elif kind == "weight_packed":
             weights[module + ".weight"] = _packed(own)
         elif kind == "weight" and own.keys() & {"weight_scale", "weight_scale_inv"}:
-            weights[module + ".weight"] = _scaled(quantization, own)
+            weights[module + ".weight"] = _scaled(own)
+        elif kind == "weight" and "SCB" in own:
+            weights[module + ".weight"] = own["weight"].float() * own["SCB"][:, None] * (1 / 127)
+        elif name + ".quant_map" in tensors:
+            of = {key.removeprefix(name + "."): tensors[key] for key in tensors if key.startswith(name + ".")}
+            weights[name] = _nf4(tensors[name], of)
+            used |= {f"{name}.{key}" for key in of}
         else:
             continue
         used |= {f"{module}.{key}" for key in own if key != "bias"}
@@ -111,7 +118,7 @@ def _packed(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (codes - zeros[:, index]).float() * scales[:, index]
 
 
-def _scaled(quantization: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _scaled(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """int8 or e4m3, one value a weight: the scale is of the tensor, of a row, or of a block of 128 by 128."""
     codes = own["weight"].float()
     scales = own.get("weight_scale", own.get("weight_scale_inv", torch.empty(0))).float()
@@ -123,3 +130,15 @@ def _scaled(quantization: Mapping[str, Any], own: Mapping[str, torch.Tensor]) ->
     if scales.shape != (-(-rows // 128), -(-columns // 128)):
         raise ValueError(f"scales {list(scales.shape)} of weights {list(codes.shape)}")
     return codes * scales[torch.arange(rows) // 128][:, torch.arange(columns) // 128]
+
+
+def _nf4(words: torch.Tensor, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """bitsandbytes: two values a byte, the higher bits first; the largest of each block is itself a code of 8 bits."""
+    state = next(tensor for key, tensor in own.items() if key.startswith("quant_state."))
+    told = json.loads(bytes(state.tolist()))
+    values = own["quant_map"][torch.stack((words.long() >> 4, words.long() & 15), -1).flatten()]
+    largest = own["absmax"]
+    if "nested_absmax" in own:
+        nested = own["nested_absmax"].repeat_interleave(told["nested_blocksize"])[: len(largest)]
+        largest = own["nested_quant_map"][largest.long()] * nested + told["nested_offset"]
+    return (values * largest.repeat_interleave(told["blocksize"])[: len(values)]).reshape(told["shape"])
