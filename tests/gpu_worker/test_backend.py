@@ -76,7 +76,7 @@ def test_a_new_epoch_over_steps_in_flight(llama: Path) -> None:
     ("fields", "message"),
     [
         ({"dtype": "float16"}, "dtype 'float16' is not supported by the cuda backend"),
-        ({"quantization": "int8"}, "quantization 'int8' is not supported by the cuda backend"),
+        ({"quantization": "int2"}, "quantization 'int2' is not supported by the cuda backend"),
         ({"kv_dtype": "int8"}, "kv_dtype 'int8'"),
         ({"max_model_len": 513}, "max_model_len 513 is over the model's 512"),
         ({"max_slots": 2000}, "max_slots 2000 is more than the 1024 rows"),

@@ -26,8 +26,8 @@ METHODS: Final[dict[str, Callable[[Mapping[str, Any]], Method]]] = {
     "fp8": Fp8,
 }
 REFUSED: Final = {
-    "bitsandbytes": "its 4-bit codes look up a table within nested blocks that no producer can write without a GPU "
-    "to check against: save the model in bfloat16, or quantize it by gptq, awq or auto-round",
+    "bitsandbytes": "its codes look up a table, with scales that are codes themselves, and no kernel here takes that: "
+    "save the model in bfloat16, or quantize it by gptq, awq, auto-round or llm-compressor",
 }
 # What a quantized module may have beside its method's own: its bias, and what attention says about a KV cache.
 BESIDE: Final = frozenset({"bias", "k_scale", "v_scale", "q_scale"})
