@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL = 3  # raised when a peer of the previous version could misread a message
+PROTOCOL = 4  # raised when a peer of the previous version could misread a message
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
@@ -88,6 +88,7 @@ class Setup(Wire, frozen=True):
     threads: int = 0  # 0: the worker chooses
     sharing: int = 1  # workers on this host: what each chooses by itself (threads, memory) leaves as much to the others
     batch_invariant: bool = False  # a worker that is not exact is refused
+    activations: str = "auto"  # what quantized weights are multiplied by; auto: what the checkpoint says
 
 
 class Admit(Wire, frozen=True):

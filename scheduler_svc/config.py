@@ -164,6 +164,7 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         kv_bytes=int(args.kv_cache_gib * (1 << 30)),
         kv_host_bytes=int(args.kv_host_gib * (1 << 30)),
         batch_invariant=args.batch_invariant,
+        activations=args.activations,
         threads=args.threads,
         sharing=max(1, args.workers) * args.tensor_parallel_size,
         tp_size=args.tensor_parallel_size,

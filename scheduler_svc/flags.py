@@ -73,10 +73,16 @@ def _model_flags(add: Add) -> None:
     )
     add(
         "--quantization",
-        choices=("", "int8", "int4"),
-        metavar="{int8,int4}",
+        choices=("", "int8", "int4", "fp8"),
+        metavar="{int8,int4,fp8}",
         default="",
-        help="weights in integers, made on load: int8 by channel; int4 by groups of 32 (a 4-bit GGUF keeps its own)",
+        help="of a float checkpoint, on load: int8, fp8 by channel; int4 by groups of 32 (a 4-bit GGUF keeps its own)",
+    )
+    add(
+        "--activations",
+        choices=("auto", "int8"),
+        default="auto",
+        help="what a quantized checkpoint's weights are multiplied by: what it says itself, or 8 bits (cpu backend)",
     )
     add(
         "--kv-cache-dtype",

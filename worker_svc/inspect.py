@@ -20,8 +20,9 @@ from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import Model, open_model, read_config
 from worker_svc.models.registry import architecture
 from worker_svc.models.spec import SpecError
+from worker_svc.quant import on_load
 from worker_svc.quant.layout import Matrix, layout
-from worker_svc.quant.plan import MODES, chosen, plan, tensors_of, uniform
+from worker_svc.quant.plan import chosen, mode_of, plan, tensors_of, uniform
 
 BLOCK: Final = 32  # tokens
 KERNELS: Final = {  # by kind: weights, then what they are multiplied by
@@ -66,7 +67,7 @@ def inspect(path: Path, mode: str) -> Report:
     for name, matrix in uniform(model.spec, mode).items():
         try:
             tensors = tensors_of(model, name, matrix)
-            matrices[name] = chosen(name, matrix, tensors) if model.quantization else matrix
+            matrices[name] = chosen(name, matrix, tensors, mode == "a8") if model.quantization else matrix
         except CheckpointError as error:
             report.refused.append(str(error))
     report.products = list(_products(model, matrices))
@@ -130,11 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: it can be served; 1: it cannot; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="pagewire model inspect", description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="a directory, or a .gguf file")
-    parser.add_argument("--quantization", choices=MODES, default="", help="what the cpu backend makes of a float one")
+    parser.add_argument(
+        "--quantization", choices=("", *on_load.MODES), default="", help="what becomes of a float one, on load"
+    )
+    parser.add_argument("--activations", choices=("auto", "int8"), default="auto", help="of a quantized one's products")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
     try:
-        report = inspect(arguments.model, arguments.quantization)
+        report = inspect(arguments.model, mode_of(arguments.quantization, arguments.activations))
     except (CheckpointError, SpecError, OSError, library.LibraryError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

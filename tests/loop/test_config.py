@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     flags = (
         "--host 127.0.0.2 --port 1234 --served-model-name m --device cpu --backend torch --dtype float32 "
-        "--gpu-memory-utilization 0.8 --attention-backend triton --enforce-eager --batch-invariant "
+        "--gpu-memory-utilization 0.8 --attention-backend triton --enforce-eager --batch-invariant --activations int8 "
         "--max-model-len 100 --max-num-seqs 5 --max-step-tokens 50 --max-waiting 7 --max-waiting-tokens 700 "
         "--kv-cache-gib 0.5 --block-size 16 --depth 2 --no-enable-prefix-caching --listen tcp://127.0.0.1:5555 "
         "--threads 3 --step-deadline 4 --load-deadline 5 --drain-timeout 6 --stream-interval 7.5 --record log "
@@ -39,6 +39,7 @@ def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
     assert (setup.block_size, setup.max_slots, setup.max_model_len) == (16, engine.max_slots, 100)
     assert (setup.max_step_tokens, setup.threads, setup.sharing) == (50, 3, 2)
     assert (setup.quantization, setup.kv_dtype, setup.batch_invariant) == ("int4", "int8", True)
+    assert setup.activations == "int8"
     expected = (
         "--backend torch --device cpu --cpu-isa avx2 --gpu-memory-utilization 0.8 --attention-backend triton "
         "--enforce-eager"

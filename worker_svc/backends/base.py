@@ -95,6 +95,7 @@ def refuse_unsupported(
     dtype: tuple[str, ...],
     quantization: tuple[str, ...],
     kv_dtype: tuple[str, ...],
+    activations: tuple[str, ...] = ("auto",),
     splits: bool = False,
     offloads: bool = False,
 ) -> None:
@@ -107,6 +108,7 @@ def refuse_unsupported(
         ("dtype", setup.dtype, dtype),
         ("quantization", setup.quantization, quantization),
         ("kv_dtype", setup.kv_dtype, kv_dtype),
+        ("activations", setup.activations, activations),
         ("speculation", setup.speculation, ("",)),
         ("revision", setup.revision, ("",)),
         ("tp_size", setup.tp_size, (setup.tp_size if splits else 1,)),

@@ -35,8 +35,9 @@ from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.quant import on_load
 from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
-from worker_svc.quant.plan import MODES
+from worker_svc.quant.plan import mode_of
 from worker_svc.results import build_results
 from worker_svc.slots import SlotTable
 
@@ -63,7 +64,7 @@ class CpuBackend:
             raise BackendError(f"cpu_isa {isa!r}: this host has only {', '.join(self._library.isas)}")
         path = Path(setup.model)
         with _readable(setup):
-            self._store = PackedStore(path, setup.quantization, home, self._library)
+            self._store = PackedStore(path, mode_of(setup.quantization, setup.activations), home, self._library)
             self._packed = self._store.read()
             self._source = None if self._packed else open_model(path)
         found = self._packed or self._source
@@ -209,7 +210,8 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         "cpu",
         setup,
         dtype=("auto", "bfloat16"),
-        quantization=tuple(MODES),
+        quantization=("", *on_load.MODES),
+        activations=("auto", "int8"),
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
     )

@@ -106,6 +106,7 @@ class TorchBackend:
             backend=backend,
             max_model_len=self._max_len,
             vocab_size=runner.vocab_size,
+            quantization=self._quantization,
             fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len, kv_tile(size), setup.tp_size),
         )
 
@@ -145,6 +146,7 @@ class TorchBackend:
 
     def _open(self, path: Path, dtype: DType, setup: Setup, progress: Progress) -> Runner:
         model = None if self._transformers else open_model(path)
+        self._quantization = f"{model.quantization} (as {dtype})" if model and model.quantization else ""
         if model is not None:
             longest = _max_model_len(setup.max_model_len, model)
             self._ranks = join(setup.tp_rank, setup.tp_size, setup.tp_address, self._patience)

@@ -15,7 +15,7 @@ from kernels.cpu.library import PANEL, Bytes, Floats, Library
 from worker_svc.models.loader import Model
 from worker_svc.models.raw_tensor import Tensor
 from worker_svc.models.spec import Part
-from worker_svc.quant.choice import affine, codes_and_scale, floats_and_scale, order_of
+from worker_svc.quant.choice import affine, codes_and_scale, floats_and_scale, halves, order_of
 from worker_svc.quant.int4 import int4
 from worker_svc.quant.layout import Layout, Matrix, panels
 from worker_svc.quant.plan import tensors_of
@@ -89,7 +89,7 @@ def _pack_rows(
             (weights,) = _gather(tensors, order, lambda raw: (raw.finite(),))
             library.pack_int8(weights, out, scale)
         case "int4":
-            codes, d, m = _gather(tensors, order, int4)
+            codes, d, m = _gather(tensors, order, halves if matrix.origin else int4)
             library.pack_int4(codes, d, m, out)
         case "w8a8":
             assert scale is not None
@@ -142,7 +142,7 @@ def _rows(model: Model, name: str, matrix: Matrix, layout: Layout) -> Rows:
 
 def _inner_order(model: Model, down: Matrix, name: str) -> Ints:
     """Rows of gate, and of up, in the order in which down's columns are packed: then nobody has to move them."""
-    order = order_of(*tensors_of(model, name, down)) if down.group else None
+    order = order_of(*tensors_of(model, name, down)) if down.kind in ("w4a16", "w8a16", "int4") else None
     return np.arange(down.k) if order is None else order
 
 

@@ -26,17 +26,27 @@ MODES: Final = {
     "": Mode("bf16", "bf16"),
     "int8": Mode("int8", "int8"),
     "int4": Mode("int4", "int8"),  # the head decides between near tokens, and is read once a step
+    "fp8": Mode("bf16", "bf16"),  # layers are float8 by channel: bfloat16 holds each of those numbers
+    "a8": Mode("bf16", "bf16"),  # of quantized checkpoints alone, whose activations get 8 bits
 }
+
+
+def mode_of(quantization: str, activations: str) -> str:
+    """Float checkpoints in integers have activations of 8 bits anyhow."""
+    return "a8" if activations == "int8" and quantization not in ("int8", "int4") else quantization
 
 
 def plan(model: Model, mode: str) -> dict[str, Matrix]:
     """Raises CheckpointError where a tensor is missing or misshapen, SpecError for a mode that is not for it."""
     matrices, checkpoint = uniform(model.spec, mode), model.checkpoint
     if not isinstance(checkpoint, QuantizedCheckpoint):
+        if mode == "a8":
+            raise SpecError("activations 'int8' is for quantized checkpoints, or goes with --quantization int8 or int4")
         return matrices
-    if mode:
+    if mode not in ("", "a8"):
         refuse_on_load(model, mode)
-    return {name: chosen(name, matrix, tensors_of(model, name, matrix)) for name, matrix in matrices.items()}
+    narrow = mode == "a8"
+    return {name: chosen(name, matrix, tensors_of(model, name, matrix), narrow) for name, matrix in matrices.items()}
 
 
 def refuse_on_load(model: Model, mode: str) -> None:
@@ -65,9 +75,9 @@ def described(matrices: Mapping[str, Matrix]) -> list[str]:
     return [f"{count} × {what}" for what, count in counts.most_common()]
 
 
-def chosen(name: str, matrix: Matrix, tensors: list[Tensor]) -> Matrix:
-    """The matrix by what its tensors are."""
-    choice = choose(tensors, may_permute=name != "lm_head")
+def chosen(name: str, matrix: Matrix, tensors: list[Tensor], narrow: bool) -> Matrix:
+    """The matrix by what its tensors are. `narrow`: activations get 8 bits where a kernel takes them."""
+    choice = choose(tensors, may_permute=name != "lm_head", narrow=narrow)
     schemes = list(dict.fromkeys(tensor.dtype for tensor in tensors if hasattr(tensor, "scheme")))
     origin = ", ".join(schemes) + (f" ({choice.why})" if choice.why else "")
     # What down wants in another order its rows are made in: see pack.
@@ -86,5 +96,7 @@ def uniform(spec: ModelSpec, mode: str) -> dict[str, Matrix]:
         "gate_up": Matrix(layers, 2 * panels(inner), hidden, spec.mlp_bias),
         "down": Matrix(layers, hidden, inner, spec.mlp_bias),
     }
+    if mode == "fp8":
+        of_layer = {name: matrix._replace(scaled=True) for name, matrix in of_layer.items()}
     found = {f"{i}.{name}": matrix for i in range(spec.num_layers) for name, matrix in of_layer.items()}
     return found | {"lm_head": Matrix(head, spec.vocab_size, hidden)}
