@@ -25,6 +25,7 @@ from worker_svc.quant.layout import Matrix, layout
 from worker_svc.quant.plan import chosen, mode_of, plan, tensors_of, uniform
 
 BLOCK: Final = 32  # tokens
+MOST: Final = 24  # characters of the numbers of layers
 KERNELS: Final = {  # by kind: weights, then what they are multiplied by
     "bf16": "bf16", "int8": "w8a8 rotated", "int4": "w4a8", "w8a8": "w8a8", "w4a16": "w4a16", "w8a16": "w8a16",
 }  # fmt: skip
@@ -99,7 +100,8 @@ def _products(model: Model, matrices: Mapping[str, Matrix]) -> Iterator[Product]
 def _ranges(numbers: list[int]) -> str:
     """1, 2, 3, 5 → "1-3, 5"."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return text if len(text) <= MOST else f"{len(numbers)} of {numbers[0]}-{numbers[-1]}"
 
 
 def text(report: Report) -> str:

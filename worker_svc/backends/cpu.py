@@ -6,6 +6,7 @@ Each mode gives the same bits however rows are batched, chunked and cached, on a
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,8 @@ class CpuBackend:
             with _readable(setup):
                 packed = self._store.pack(self._source, threads, lambda share: progress(Phase.LOADING, share))
             self._source = None  # and its mapping of the file
+        if packed.quantization:
+            print(f"pagewire worker: weights are {packed.about}", file=sys.stderr, flush=True)
         ropes = tables(packed.spec, longest)
         try:
             self._model = self._library.open(whole(packed, kv, ropes), threads, self._isa)

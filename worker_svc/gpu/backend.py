@@ -148,8 +148,11 @@ class GpuBackend:
     def _quantization(self, model: Model, setup: Setup) -> str:
         """What is quantized, and by which kernels it is multiplied; empty where nothing is."""
         name = model.quantization or setup.quantization
+        if not name:
+            return ""
         kernels = "; ".join(f"{count} × {what}" for what, count in self._model.kernels.most_common())
-        return f"{name} ({kernels})" if name else ""
+        print(f"pagewire worker: weights are {name} ({kernels})", file=sys.stderr, flush=True)
+        return f"{name} ({kernels})"
 
     def _allocate(self, setup: Setup) -> Choice:
         """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""

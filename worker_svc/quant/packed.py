@@ -115,8 +115,10 @@ class PackedStore:
                 self._write_header(descriptor, header)
                 _forget_embedding(memory, made)
         taken = time.perf_counter() - began
-        _say(f"packed {self._path.name} as {self._mode or 'bfloat16'} in {taken:.1f} s, into {where}")
-        return PackedModel(model.spec, self._mode, weights, quantization, made, arrays)
+        packed = PackedModel(model.spec, self._mode, weights, quantization, made, arrays)
+        what = "" if packed.quantization else f" as {self._mode or 'bfloat16'}"
+        _say(f"packed {self._path.name}{what} in {taken:.1f} s, into {where}")
+        return packed
 
     @contextlib.contextmanager
     def _storage(self, nbytes: int) -> Iterator[tuple[mmap.mmap, int | None, str]]:
