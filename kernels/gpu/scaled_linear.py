@@ -47,12 +47,13 @@ def scaled_linear_kernel(
     columns = weight + (column.to(tl.int64) * weight_stride)[:, None] + depth[None, :]
     if x_scales is not None:
         x_scales += row * x_scale_stride
-    one_scale: tl.constexpr = W_ROWS % COLUMNS == 0  # of all columns of this program
-    if one_scale:
+    if W_ROWS == 1:
+        w_scales += column * w_scale_stride
+        of_w = there
+    else:  # all columns of this program share them
+        tl.static_assert(W_ROWS % COLUMNS == 0)
         w_scales += tl.program_id(0) * COLUMNS // W_ROWS * w_scale_stride + tl.arange(0, 1)
-    else:
-        w_scales += column // W_ROWS * w_scale_stride
-    of_w = there if not one_scale else tl.full([1], True, tl.int1)
+        of_w = tl.full([1], True, tl.int1)
     acc = tl.zeros([COLUMNS, ROWS], tl.int32 if FORM == "int8" else tl.float32)
     for begin in range(0, K, DEPTH):
         of_k = begin + depth < K
