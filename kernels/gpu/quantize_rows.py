@@ -161,7 +161,7 @@ def _launch_groups(x: Tensor, out: Tensor, scales: Tensor, given: Tensor | None)
 
 
 def ahead() -> Iterator[Ahead]:
-    for model in MODELS:
+    for model in (MODELS[0], MODELS[-1]):
         k = model.intermediate
         for dtype, form in NAMES.items():
             targets = ("gfx942",) if form == "e4m3fnuz" else ("sm_80", "sm_90", "gfx942")

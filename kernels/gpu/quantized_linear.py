@@ -229,18 +229,25 @@ def _constants(n: int, k: int, bits: int, group_size: int, scales: torch.dtype, 
 
 
 def ahead() -> Iterator[Ahead]:
-    """A wide product of each model; of the first by every tile, in the groups that checkpoints have, and permuted."""
+    """A wide product of a large and of a small model; of the first by every tile, in the groups that most checkpoints
+    have, and by the least and the greatest tile in the others, and permuted.
+    """
     strides = ("x_stride", "codes_stride", "out_stride")
     pointers = {"x": "*bf16", "codes": "*u8", "grid": "*i32", "out": "*bf16"}
-    for model in MODELS:
+    for model in (MODELS[0], MODELS[-1]):
         llama = model.name.startswith("llama")
         schemes = [(4, 128, False), (8, 128, False)]
         if llama:
-            schemes = [(bits, group, False) for bits in (4, 8) for group in (32, 64, 128, 0)] + [(4, 128, True)]
+            schemes = [(4, group, False) for group in (32, 64, 128, 0)] + [
+                (8, 128, False),
+                (8, 0, False),
+                (4, 128, True),
+            ]
         for bits, group, permuted in schemes:
             n, k = (2 * model.intermediate, model.hidden) if llama else (model.hidden, model.intermediate)
             for kind, tiles in TILES.items():
-                for tile in tiles[: 3 if permuted else 4] if llama else tiles[:1]:
+                every = tiles[:3] if permuted else tiles if group == 128 else (tiles[0], tiles[-1])
+                for tile in every if llama else tiles[:1]:
                     ordered = {"order": "*i32"} if permuted else {}
                     yield Ahead(
                         grouped_linear_kernel,

@@ -22,6 +22,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_every_target_and_none_spills(tmp_path: Path) -> None:
     done = run("kernels.ahead", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout

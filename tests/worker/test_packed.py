@@ -20,8 +20,8 @@ from protos import model_cache
 from tests.models import checkpoints
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
+from worker_svc.quant import on_load
 from worker_svc.quant.packed import PackedModel, PackedStore
-from worker_svc.quant.plan import MODES
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_two_processes_pack_at_once(model: Path) -> None:
     assert [path.name for path in (model / ".pagewire").iterdir()] == ["weights-int4"]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode or "bf16")
+@pytest.mark.parametrize("mode", ["", *on_load.MODES], ids=lambda mode: mode or "bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("name", "bad"),
