@@ -40,7 +40,7 @@ def draw(stem: Path, runs: Sequence[Run]) -> None:
         panels[row][0].set_ylabel(label, fontsize=10, color=INK)
         panels[row][0].set_yticks(range(len(names)), names, fontsize=8)
         panels[row][0].set_ylim(len(names) - 0.4, -0.6)
-    blue = "blue: Pagewire with other checkpoints; " if compare.checkpoints(runs) else ""
+    blue = "blue: Pagewire with other checkpoints;\n" if compare.checkpoints(runs) else ""  # a line more
     about = f"green: Pagewire's modes; {blue}red: the targets, from the peers' figures in this run"
     figure.suptitle(about, fontsize=9)
     for suffix in ("png", "svg"):
