@@ -1,15 +1,16 @@
-"""Whom a benchmark runs, by name: our own modes, and the peers of `benchmarks.peers`."""
+"""Whom a benchmark runs, by name: our own modes, ours with other checkpoints, and the peers of `benchmarks.peers`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.peers import catalogue
 from benchmarks.peers.engine import WIDEST, filled
 from benchmarks.targets import SPEAKERS, Dialect, Speaker
+from client import store
 
 # flags of `pagewire serve`; the first is what a plain `pagewire serve` does on a CPU
 MODES: dict[str, tuple[str, ...]] = {
@@ -21,7 +22,7 @@ MODES: dict[str, tuple[str, ...]] = {
 
 
 class UnknownContestantError(Exception):
-    """A name that is neither a mode of ours nor a peer, or a peer that is not installed, in one line."""
+    """A name that is nobody's, or that of two, or of a peer that is not installed, in one line."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Contestant:
     ]  # {port} is replaced, and {slots} and {context}, where there are such, by what a workload needs
     dialect: Dialect
     environment: Mapping[str, str] = field(default_factory=dict)  # on top of ours
+    checkpoint: bool = False  # ours, with a model of its own in place of everybody's
 
     def command(self, port: int, slots: int = WIDEST) -> list[str]:
         return filled(self.template, port, slots)
@@ -51,6 +53,21 @@ class Contestant:
 def ours(mode: str, model: str, flags: Sequence[str] = ()) -> Contestant:
     command = (sys.executable, "-m", "client.cli", "serve", model, "--port", "{port}", *MODES[mode], *flags)
     return Contestant(mode, command, "grpc")
+
+
+def checkpoints(named: Sequence[tuple[str, str]], flags: Sequence[str]) -> list[Contestant]:
+    """Ours with the checkpoint behind each name, in whatever format that is: a directory, or a GGUF file.
+
+    Raises UnknownContestantError for a name that a mode, a peer or another checkpoint has, and store.StoreError.
+    """
+    taken = {*MODES, *catalogue.peers()}
+    found = []
+    for name, path in named:
+        if name in taken:
+            raise UnknownContestantError(f"{name} is the name of another contestant")
+        taken.add(name)
+        found.append(replace(ours("bf16", str(store.resolve(path)), flags), name=name, checkpoint=True))
+    return found
 
 
 def peer(name: str) -> Contestant:

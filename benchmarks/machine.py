@@ -1,14 +1,16 @@
-"""What a figure depends on beside the code: when, which versions, which commit, which machine."""
+"""What a figure depends on beside the code: when, which versions, which commit, which machine; but not where on it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+DIRECTORIES = re.compile(r"(?<![\w./])(?:~|\.{0,2})/(?:[^\s/'\"=]+/)+")  # of an absolute path, or one from . or ~
 PACKAGES = ("pagewire", "torch", "transformers", "grpcio", "msgspec", "pyzmq")
 
 
@@ -24,6 +26,11 @@ def describe() -> dict[str, object]:
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
+
+
+def anywhere(text: str) -> str:
+    """The same, with names alone left of its paths: where things lie on this machine is nobody's business."""
+    return DIRECTORIES.sub("…/", text)
 
 
 def _commit() -> str:

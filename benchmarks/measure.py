@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks import machine
 from benchmarks.contestants import Contestant
 from benchmarks.process import Started, StartError, running
 from benchmarks.targets import TargetError
@@ -42,6 +43,7 @@ class Run:
     idle_cores: float | None  # CPU seconds a second without any work, after the workloads
     measured: list[Measured]
     failure: str | None = None  # why there are no figures, in one line
+    checkpoint: bool = False  # ours, with a model of its own
 
     def result(self, workload: str) -> load.Result | None:
         return next((each.result for each in self.measured if each.result.workload == workload), None)
@@ -67,13 +69,15 @@ async def one_run(
     except (StartError, TargetError, load.ShortStreamError, TimeoutError) as error:
         reason = str(error) or f"a workload took more than {patience:g} s"
         print(f"round {number + 1} {contestant.name} failed: {reason}", file=sys.stderr, flush=True)
-        return Run(contestant.name, number, None, None, None, None, None, [], reason)
+        reason = machine.anywhere(reason)
+        return Run(contestant.name, number, None, None, None, None, None, [], reason, contestant.checkpoint)
     return replace(
         runs[0],
         started_mib=max(run.started_mib or 0 for run in runs),
         loaded_mib=max(run.loaded_mib or 0 for run in runs),
         idle_cores=max(run.idle_cores or 0 for run in runs),
         measured=[each for run in runs for each in run.measured],
+        checkpoint=contestant.checkpoint,
     )
 
 

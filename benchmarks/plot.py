@@ -15,6 +15,7 @@ from benchmarks.measure import Run
 from client.load import WORKLOADS, Percentiles, Result
 
 OURS = ("#0b6e4f", "#1f9d6b", "#53c08d", "#8ad9b4")
+CHECKPOINTS = "#3f7fbf"
 THEIRS = "#b3b8c2"
 INK = "#333a45"
 
@@ -39,7 +40,9 @@ def draw(stem: Path, runs: Sequence[Run]) -> None:
         panels[row][0].set_ylabel(label, fontsize=10, color=INK)
         panels[row][0].set_yticks(range(len(names)), names, fontsize=8)
         panels[row][0].set_ylim(len(names) - 0.4, -0.6)
-    figure.suptitle("green: Pagewire's modes; red: the targets, from the peers' figures in this run", fontsize=9)
+    blue = "blue: Pagewire with other checkpoints;\n" if compare.checkpoints(runs) else ""  # a line more
+    about = f"green: Pagewire's modes; {blue}red: the targets, from the peers' figures in this run"
+    figure.suptitle(about, fontsize=9)
     for suffix in ("png", "svg"):
         figure.savefig(f"{stem}.{suffix}", dpi=130)
 
@@ -51,7 +54,7 @@ def _rates(axes: Axes, runs: Sequence[Run], names: Sequence[str], workload: str)
         rate = compare.over_rounds(runs, name, workload, compare.throughput)
         if rate is None:
             continue
-        axes.barh(place, rate, 0.78, color=_colour(name))
+        axes.barh(place, rate, 0.78, color=_colour(name, runs))
         axes.annotate(f"{rate:,.0f}", (rate, place), (3, 0), textcoords="offset points", fontsize=7.5, va="center")
         if name in targets:
             axes.vlines(targets[name], place - 0.39, place + 0.39, color="#c2452d", linewidth=1.6)
@@ -70,9 +73,10 @@ def _spread(
         high = compare.over_rounds(runs, name, workload, lambda result: value(result).p99)
         if low is None or high is None:
             continue
-        axes.hlines(place, low, high, color=_colour(name), linewidth=2)
-        axes.plot(low, place, "o", color=_colour(name), markersize=4.5)
-        axes.plot(high, place, "|", color=_colour(name), markersize=8, markeredgewidth=2)
+        colour = _colour(name, runs)
+        axes.hlines(place, low, high, color=colour, linewidth=2)
+        axes.plot(low, place, "o", color=colour, markersize=4.5)
+        axes.plot(high, place, "|", color=colour, markersize=8, markeredgewidth=2)
         axes.annotate(
             f"{_short(low)}–{_short(high)}", (high, place), (5, 0), textcoords="offset points", fontsize=7, va="center"
         )
@@ -91,8 +95,10 @@ def bare(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _colour(name: str) -> str:
-    return OURS[list(MODES).index(name)] if name in MODES else THEIRS
+def _colour(name: str, runs: Sequence[Run]) -> str:
+    if name in MODES:
+        return OURS[list(MODES).index(name)]
+    return CHECKPOINTS if name in compare.checkpoints(runs) else THEIRS
 
 
 def _short(value: float) -> str:

@@ -109,5 +109,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 def _last_words(log: IO[bytes], size: int = 1000) -> str:
-    log.seek(max(0, log.seek(0, 2) - size))
-    return log.read().decode(errors="replace").strip()
+    written = log.seek(0, 2)
+    log.seek(max(0, written - size))
+    words = log.read().decode(errors="replace")
+    return (words.partition("\n")[2] or words if written > size else words).strip()  # from the beginning of a line

@@ -44,5 +44,6 @@ def read(file: Path) -> list[Run]:
 
 
 def _write(stem: Path, content: dict[str, object]) -> None:
-    record = {**machine.describe(), "command": ["python", "-m", "benchmarks.run", *sys.argv[1:]], **content}
-    Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    command = ["python", "-m", "benchmarks.run", *map(machine.anywhere, sys.argv[1:])]
+    record = {**machine.describe(), "command": command, **content}
+    Path(f"{stem}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                                  # everybody, three rounds
     python -m benchmarks.run --contestants bf16,llama-bf16 --workloads ab --rounds 1
+    python -m benchmarks.run --contestants bf16 --ours gptq-w4=path/to/checkpoint --ours awq-w4=path/to/another
     python -m benchmarks.run --peer 'mine=my-server --port {port}'
     python -m benchmarks.run --report results/one.json results/two.json
 
@@ -64,6 +65,7 @@ async def _runs(arguments: argparse.Namespace, stem: Path) -> list[Run]:
     model = str(store.resolve(arguments.model))
     names = arguments.contestants or contestants.everybody()
     chosen = contestants.choose(names, model, arguments.flags.split())
+    chosen += contestants.checkpoints(arguments.ours, arguments.flags.split())
     chosen += [contestants.openai(*peer) for peer in arguments.peer]
     book = await _prompts(contestants.ours("bf16", model), workloads, arguments.rounds, seed, arguments.patience)
     runs: list[Run] = []
@@ -113,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join([*contestants.MODES, *catalogue.peers()])}; default: all that are installed",
     )
     parser.add_argument("--model", default=store.DEFAULT, help="of ours, a name or a path; default: %(default)s")
-    parser.add_argument("--flags", default="", help="more flags of `pagewire serve`, for each of our modes")
+    parser.add_argument("--flags", default="", help="more flags of `pagewire serve`, for each of ours")
+    parser.add_argument(
+        "--ours", type=_checkpoint, action="append", default=[], metavar="NAME=PATH", help="ours with this checkpoint"
+    )
     parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=COMMAND", help="one more")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--address", metavar="HOST:PORT", help="measure a service that runs already, for one round")
@@ -131,6 +136,13 @@ def _workloads(text: str) -> str:
     if not text or not set(text) <= set(load.WORKLOADS):
         raise argparse.ArgumentTypeError(f"{text!r} is not made of {''.join(load.WORKLOADS)}")
     return text
+
+
+def _checkpoint(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
 
 
 def _peer(text: str) -> tuple[str, str]:

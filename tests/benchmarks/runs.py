@@ -25,5 +25,6 @@ def result(workload: str, rate: float, itl_p99: float = 20.0) -> Result:
     )
 
 
-def run(contestant: str, number: int, *results: Result, start: float | None = 1.0) -> Run:
-    return Run(contestant, number, start, start, 300.0, 400.0, 0.004, [Measured(each, 0.02) for each in results])
+def run(contestant: str, number: int, *results: Result, start: float | None = 1.0, checkpoint: bool = False) -> Run:
+    measured = [Measured(each, 0.02) for each in results]
+    return Run(contestant, number, start, start, 300.0, 400.0, 0.004, measured, checkpoint=checkpoint)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,9 @@ def test_run_says_why_a_start_failed(tmp_path: Path) -> None:
     assert done.stderr.startswith("benchmarks/run.py: bf16 exited with ")
 
 
-@pytest.mark.parametrize("arguments", [["--workloads", "az"], ["--peer", "no-port=command"], ["--rounds", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--workloads", "az"], ["--peer", "no-port=command"], ["--ours", "path"], ["--rounds", "0"]]
+)
 def test_run_refuses_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         bench._parser().parse_args(arguments)
@@ -62,10 +65,11 @@ async def test_a_peer_is_started_measured_and_stopped(tmp_path: Path, monkeypatc
     monkeypatch.setattr("benchmarks.measure.SETTLE", 0.0)
     monkeypatch.setattr("benchmarks.measure.IDLE", 0.2)
     script = Path(__file__).parent / "fake_peer.py"
-    peer = contestants.openai("fake", f"{sys.executable} {script} {{port}} {tmp_path}")
+    peer = replace(contestants.openai("fake", f"{sys.executable} {script} {{port}} {tmp_path}"), checkpoint=True)
     prompts = [[i] * SMALL.prompt_tokens for i in range(SMALL.requests)]
     measured = await one_run(peer, [SMALL], {(0, "b"): prompts}, 0, patience=30)
     assert measured.measured[0].result.output_tokens == 28
+    assert measured.checkpoint, "whose the model is goes into the record"
     assert measured.ready_seconds is not None
     assert measured.first_token_seconds is not None
     assert 0 < measured.ready_seconds < measured.first_token_seconds
@@ -103,6 +107,15 @@ async def test_a_peer_that_dies_is_told_with_its_last_words() -> None:
     assert failed.failure is not None
     assert re.fullmatch(r"broken exited with 1: no such model \d+", failed.failure)
     assert failed.measured == []
+
+
+async def test_of_last_words_whole_lines_are_kept_and_of_paths_names() -> None:
+    words = "/aa/bb/lost: " + 200 * "/ee/ff/cut " + "\n/cc/dd/kept: no model"
+    command = (sys.executable, "-c", f"raise SystemExit({words!r})")
+    contestant = contestants.Contestant("mine", command, "grpc", checkpoint=True)
+    failed = await one_run(contestant, [SMALL], {}, 0, patience=30)
+    assert failed.failure == "mine exited with 1: …/kept: no model"
+    assert failed.checkpoint
 
 
 async def test_a_peer_that_never_is_ready_is_a_failure() -> None:
