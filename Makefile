@@ -12,7 +12,7 @@ LOCK := $(UV) pip compile --quiet --generate-hashes --no-header --python-version
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test test-full nightly kernels gpu bench clients ghz lint stubs go-stubs lock
+.PHONY: help setup setup-dev serve test test-full nightly kernels gpu bench clients ghz quant-table lint stubs go-stubs lock
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ gpu: .venv/dev ## on a GPU host: its tests, a GPU worker by itself on the checkp
 
 bench: .venv/dev ## workloads a to e beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+quant-table: .venv/dev ## the tables of docs/quantization.md, from the fixtures
+	$(BIN)/python -m tests.quantized.table --write
 
 clients: .venv/clients ## build and run the example clients against a live server
 	$(BIN)/python -m examples $(ARGS)
