@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.gpu_worker.runner import GpuRunner
+from tests.gpu_worker.runner import KIND, WHERE, GpuRunner
 from tests.models import checkpoints
 from tests.models.stepping import Sequence, run
 from tests.quantized.test_fixtures import FOLDER, float32_logits, tokens_of
+from worker_svc.gpu.quantized import LIBRARY_ROWS, Float8Product, Target
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import SpecError
 
@@ -91,3 +92,23 @@ def test_rows_do_not_feel_each_other_where_they_must_not() -> None:
     for prompt, ours in zip(prompts, together, strict=True):
         (alone,) = run(runner, [Sequence(prompt, [len(prompt)])])
         assert torch.equal(alone, ours)
+
+
+@pytest.mark.parametrize(("per", "given"), [("token", None), ("tensor", 0.02)])
+def test_prompts_are_the_librarys(per: str, given: float | None) -> None:
+    """The same product as our kernel's, but for rounding; where rows must not feel each other it is ours."""
+    rng = torch.Generator().manual_seed(1)
+    codes = torch.randn(48, 96, generator=rng).to(WHERE, torch.float8_e4m3fn)
+    scales, bias = torch.rand(48, 1, generator=rng).to(WHERE) + 0.5, torch.randn(48, generator=rng).to(WHERE)
+    x = torch.randn(LIBRARY_ROWS, 96, generator=rng).to(WHERE)
+
+    def product(rows: int, batch_invariant: bool) -> torch.Tensor:
+        target = Target(WHERE, KIND.kind, torch.float8_e4m3fn, batch_invariant)
+        scale = None if given is None else torch.tensor([given], device=WHERE)
+        made = Float8Product(codes, scales, per, scale, bias, target)
+        assert made._is_the_librarys(rows) == (rows >= LIBRARY_ROWS and not batch_invariant)
+        return made(x[:rows])
+
+    library, ours = product(LIBRARY_ROWS, False), product(LIBRARY_ROWS, True)
+    torch.testing.assert_close(library, ours, rtol=0.01, atol=0.1)
+    torch.testing.assert_close(product(9, False), ours[:9])

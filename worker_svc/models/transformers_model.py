@@ -134,7 +134,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            raise SpecError("quantized checkpoints are not supported")
+            raise SpecError("transformers would run it, and quantized checkpoints are for families of ours alone")
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
         if not kinds <= _KNOWN_LAYERS:
             raise SpecError(f"its layers of type {', '.join(sorted(kinds - _KNOWN_LAYERS))} cannot be paged")
