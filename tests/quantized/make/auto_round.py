@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -24,6 +25,12 @@ POSITIVE = {"positive": True, "also": "o_proj"}
 ASYM = {"sym": False}
 BF16 = {"dtype": "bfloat16"}
 G32 = {"group_size": 32}
+# One of q, k, v and one of gate, up are unlike their neighbours: those cannot be one matrix.
+MIXED = {
+    "model.layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32},
+    "model.layers.1.mlp.up_proj": {"bits": 16},
+    "model.layers.1.self_attn.v_proj": {"bits": 2, "group_size": 32},
+}
 # name: (format, scheme, arguments of AutoRound, model)
 RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_w4_g32": ("auto_gptq", "W4A16", G32, {}),
@@ -39,7 +46,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_mixed": (
         "auto_gptq",
         "W4A16",
-        G32 | {"layer_config": "mixed"},
+        G32 | {"layer_config": MIXED},
         {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"},
     ),
     "auto_round_awq_w4_g32": ("auto_awq", "W4A16", G32, {}),
@@ -56,7 +63,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_own_mixed": (
         "auto_round",
         "W4A16",
-        G32 | {"layer_config": "mixed"},
+        G32 | {"layer_config": MIXED},
         {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"},
     ),
     "auto_round_ct_w4a16_g32": ("llm_compressor", "W4A16", G32, {}),
@@ -66,29 +73,25 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_fp8_block": ("fp8", "FP8_BLOCK", {}, BF16 | {"shape": common.WIDE}),
     "auto_round_fp8_block_short": ("fp8", "FP8_BLOCK", {}, BF16),
 }
-# One of q, k, v and one of gate, up are unlike their neighbours: those cannot be one matrix.
-MIXED = {
-    "model.layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32},
-    "model.layers.1.mlp.up_proj": {"bits": 16},
-    "model.layers.1.self_attn.v_proj": {"bits": 2, "group_size": 32},
-}
 
-
-def write(tiny: Path, target: str, scheme: str, options: dict[str, Any]) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
-    tokens = common.calibration(model.config.to_dict())
+def write(
+    source: Path, target: str, scheme: str, options: dict[str, Any], tokens: list[torch.Tensor] | None = None
+) -> Path:
+    """tokens: to calibrate by, int64 [1, length] each; by default random ones."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tokens = tokens or common.calibration(model.config.to_dict())
     rounding = AutoRound(
         model,
-        AutoTokenizer.from_pretrained(tiny),
+        AutoTokenizer.from_pretrained(source),
         scheme=scheme,
         iters=0,
         disable_opt_rtn=True,
         device_map="cpu",
         dataset=[{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens],
         nsamples=8,
-        seqlen=32,
+        seqlen=tokens[0].shape[1],
         batch_size=1,
-        **(options | {"layer_config": dict(MIXED)} if "layer_config" in options else options),
+        **copy.deepcopy(options),  # which it writes to
     )
     rounding.quantize_and_save("out", format=target)
     return next(Path("out").rglob("config.json")).parent
@@ -157,8 +160,6 @@ def main(names: list[str]) -> None:
         made = {"shape": common.NARROW, "dtype": "float16"} | how
         built = common.model(made["shape"], getattr(torch, made["dtype"]), made.get("positive", False))
         recipe = {"format": target, "scheme": scheme, "iters": 0, "disable_opt_rtn": True} | options
-        if "layer_config" in options:
-            recipe["layer_config"] = MIXED
         common.fixture(
             name,
             "AutoRound",

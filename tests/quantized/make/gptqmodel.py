@@ -56,11 +56,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def write(tiny: Path, options: dict[str, Any]) -> Path:
+def write(source: Path, options: dict[str, Any], calibration: list[torch.Tensor] | None = None) -> Path:
+    """calibration: tokens, int64 [1, length] each; by default random ones."""
     config = QuantizeConfig(**options, offload_to_disk=False, device="cpu")
-    shape = json.loads((tiny / "config.json").read_text())
-    model = GPTQModel.load(str(tiny), config)
-    tokens = [one[0].tolist() for one in common.calibration(shape)]
+    shape = json.loads((source / "config.json").read_text())
+    model = GPTQModel.load(str(source), config)
+    tokens = [one[0].tolist() for one in calibration or common.calibration(shape)]
     data = [{"input_ids": one, "attention_mask": [1] * len(one)} for one in tokens]
     model.quantize(data, batch_size=1, calibration_data_min_length=1)
     model.save("out")

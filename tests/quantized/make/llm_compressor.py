@@ -87,13 +87,14 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def write(tiny: Path, modifier: str, options: dict[str, Any]) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
-    tokens = [one[0].tolist() for one in common.calibration(model.config.to_dict())]
+def write(source: Path, modifier: str, options: dict[str, Any], calibration: list[torch.Tensor] | None = None) -> Path:
+    """calibration: tokens, int64 [1, length] each; by default random ones."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tokens = [one[0].tolist() for one in calibration or common.calibration(model.config.to_dict())]
     oneshot(
         model=model,
         recipe=MODIFIERS[modifier](**options),
-        tokenizer=AutoTokenizer.from_pretrained(tiny),
+        tokenizer=AutoTokenizer.from_pretrained(source),
         dataset=Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(one) for one in tokens]}),
         num_calibration_samples=len(tokens),
         max_seq_length=len(tokens[0]),
