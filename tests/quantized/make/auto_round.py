@@ -74,6 +74,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_fp8_block_short": ("fp8", "FP8_BLOCK", {}, BF16),
 }
 
+
 def write(
     source: Path, target: str, scheme: str, options: dict[str, Any], tokens: list[torch.Tensor] | None = None
 ) -> Path:
@@ -128,24 +129,31 @@ def dequantized(written: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
     ) + ", float32 scales"
 
 
-def logits(written: Path) -> tuple[torch.Tensor | None, str]:
-    """Of transformers with AutoRound's CPU kernels, all in float32 but for what a kernel rounds by itself."""
+def load(written: Path) -> tuple[Any, str]:
+    """Transformers with AutoRound's CPU kernels, all in float32 but for what a kernel rounds by itself; and what its
+    layers are. Raises whatever keeps it from being loaded here.
+    """
     method = json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"]
     if method == "compressed-tensors":
-        return compressed.logits(written)
+        return compressed.load(written)
+    options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
+    model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32, **options)
+    kinds = {f"{type(m).__module__}.{type(m).__name__}" for n, m in model.named_modules() if n.endswith("_proj")}
+    return model, f"transformers in float32 on a CPU; linear layers are {', '.join(sorted(kinds))}"
+
+
+def logits(written: Path) -> tuple[torch.Tensor | None, str]:
     config = json.loads((written / "config.json").read_text())
+    method = config["quantization_config"]["quant_method"]
+    if method == "compressed-tensors":
+        return compressed.logits(written)
     if method == "fp8" and config["hidden_size"] % 128:
         return None, "none: transformers takes the size of a block from the number of scales: wrong where one is short"
-    options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32, **options)
-        whole = common.run(model)
+        model, runner = load(written)
+        return common.run(model), runner
     except (Exception, SystemExit) as error:  # whatever keeps it from running here is told
         return None, f"none: {type(error).__name__}: {str(error)[:160]}"
-    kinds = sorted(
-        {f"{type(m).__module__}.{type(m).__name__}" for n, m in model.named_modules() if n.endswith("_proj")}
-    )
-    return whole, f"transformers in float32 on a CPU; linear layers are {', '.join(kinds)}"
 
 
 def reference(written: Path) -> common.Reference:

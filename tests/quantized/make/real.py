@@ -5,7 +5,9 @@
     python -m tests.quantized.make.real llm_compressor FOLDER [NAME ...]  in the same
     python -m tests.quantized.make.real gptqmodel FOLDER [NAME ...]       in its gptq venv
 
-All from the root of the repository. Each writes FOLDER/NAME, as a producer leaves it, with a made.json that says how.
+All from the root of the repository, with HF_HUB_OFFLINE=1. Each writes FOLDER/NAME, as a producer leaves it, with a
+made.json that says how.
+
 What there is of this model in a package index is a GGUF of Q4_1, so that is where FOLDER/base comes from, in bfloat16:
 its weights have been quantized once before, and what a producer loses comes on top of that.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -83,6 +84,7 @@ PRODUCERS = {
 }
 
 
+@torch.no_grad()
 def base(home: Path) -> None:
     """Writes the model in transformers' layout. Raises AssertionError where transformers and Pagewire differ on it."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -186,12 +188,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("/tmp/quantized"), help="default: %(default)s")
     parser.add_argument("names", nargs="*", help="default: all of this producer")
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     home = arguments.folder.resolve()
     home.mkdir(parents=True, exist_ok=True)
     if arguments.producer == BASE:
-        with torch.no_grad():
-            return base(home)
+        base(home)
+        return
     for name in arguments.names or RECIPES[arguments.producer]:
         quantize(home, arguments.producer, name)
 
