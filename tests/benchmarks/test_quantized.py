@@ -77,7 +77,7 @@ def test_a_checkpoint_that_is_refused_is_told_without_where_it_lies(folder: Path
     config["quantization_config"]["quant_method"] = "bitsandbytes"
     (folder / NAME / "config.json").write_text(json.dumps(config))
     (one,) = measure(folder, [NAME], TEXT, {}, 1)
-    assert one.cpu is one.float32 is one.theirs is None
+    assert (one.cpu, one.float32, one.theirs) == (None, None, None)
     assert one.why_not.startswith("refused: ")
     assert "bitsandbytes" in one.why_not
     assert str(folder) not in one.why_not
