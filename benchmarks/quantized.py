@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="to write")
     parser.add_argument("--theirs", type=Path, metavar="FILE", help="what tests.quantized.make.perplexity wrote")
     parser.add_argument("--write-tokens", type=Path, metavar="FILE", help="write the tokens, and do nothing else")
-    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="at most; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="at most; default: %(default)s")
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens; default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="default: one a core")
     return parser
