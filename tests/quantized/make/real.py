@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, tuple[Any, ...]]] = {
             "QuantizationModifier",
             linear(weights={"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}),
         ),
-        "llm_compressor_w8a8": ("GPTQModifier", scheme("W8A8")),
+        "llm_compressor_w8a8": ("QuantizationModifier", scheme("W8A8")),
         "llm_compressor_fp8_dynamic": ("QuantizationModifier", scheme("FP8_DYNAMIC")),
         "llm_compressor_fp8_block": ("QuantizationModifier", scheme("FP8_BLOCK")),
     },
