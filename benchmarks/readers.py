@@ -48,7 +48,7 @@ class Float32:
     def __init__(self, path: Path, window: int) -> None:
         self._runner = ModelRunner(_opened(path), "float32", window, lambda share: None)
         self.vocab_size = self._runner.vocab_size
-        self._cache = KVCache(self._runner.kv_shape, 1 + window // BLOCK, BLOCK)
+        self._cache = KVCache(self._runner.kv_shape, 1 + -(-window // BLOCK), BLOCK)
 
     def read(self, tokens: Ints, start: int) -> Logits:
         inputs = _row(tokens, start)
@@ -66,12 +66,13 @@ class Ours:
         kernels = library.load()
         store = PackedStore(path, mode, home, kernels)
         packed = store.read() or store.pack(_opened(path), threads, lambda share: None)
-        spec = whole(packed, KVForm(kv, BLOCK, 1 + window // BLOCK), tables(packed.spec, window))
+        spec = whole(packed, KVForm(kv, BLOCK, 1 + -(-window // BLOCK)), tables(packed.spec, window))
         self._model = kernels.open(spec, threads, isa)
         self.name = mode or "bf16"
         self.name += " + int8 KV" if kv == "int8" else ""
         layers, head = MODES[mode]
-        self.about = f"cpu backend, {self._model.isa}: layers {layers}, head {head}, KV {kv}"
+        kernels_of = packed.about if packed.quantization else f"layers {layers}, head {head}"
+        self.about = f"cpu backend, {self._model.isa}: {kernels_of}, KV {kv}"
 
     def read(self, tokens: Ints, start: int) -> Logits:
         inputs = _row(tokens, start)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -24,6 +25,12 @@ POSITIVE = {"positive": True, "also": "o_proj"}
 ASYM = {"sym": False}
 BF16 = {"dtype": "bfloat16"}
 G32 = {"group_size": 32}
+# One of q, k, v and one of gate, up are unlike their neighbours: those cannot be one matrix.
+MIXED = {
+    "model.layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32},
+    "model.layers.1.mlp.up_proj": {"bits": 16},
+    "model.layers.1.self_attn.v_proj": {"bits": 2, "group_size": 32},
+}
 # name: (format, scheme, arguments of AutoRound, model)
 RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_w4_g32": ("auto_gptq", "W4A16", G32, {}),
@@ -37,7 +44,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_gptq_mixed": (
         "auto_gptq",
         "W4A16",
-        G32 | {"layer_config": "mixed"},
+        G32 | {"layer_config": MIXED},
         {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"},
     ),
     "auto_round_awq_w4_g32": ("auto_awq", "W4A16", G32, {}),
@@ -54,7 +61,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_own_mixed": (
         "auto_round",
         "W4A16",
-        G32 | {"layer_config": "mixed"},
+        G32 | {"layer_config": MIXED},
         {"shape": common.DEEP, "also": r"0.self_attn.q_proj|1.self_attn.v_proj"},
     ),
     "auto_round_ct_w4a16_g32": ("llm_compressor", "W4A16", G32, {}),
@@ -64,29 +71,26 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "auto_round_fp8_block": ("fp8", "FP8_BLOCK", {}, BF16 | {"shape": common.WIDE}),
     "auto_round_fp8_block_short": ("fp8", "FP8_BLOCK", {}, BF16),
 }
-# One of q, k, v and one of gate, up are unlike their neighbours: those cannot be one matrix.
-MIXED = {
-    "model.layers.0.self_attn.q_proj": {"bits": 8, "group_size": 32},
-    "model.layers.1.mlp.up_proj": {"bits": 16},
-    "model.layers.1.self_attn.v_proj": {"bits": 2, "group_size": 32},
-}
 
 
-def write(tiny: Path, target: str, scheme: str, options: dict[str, Any]) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
-    tokens = common.calibration(model.config.to_dict())
+def write(
+    source: Path, target: str, scheme: str, options: dict[str, Any], tokens: list[torch.Tensor] | None = None
+) -> Path:
+    """tokens: to calibrate by, int64 [1, length] each; by default random ones."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tokens = tokens or common.calibration(model.config.to_dict())
     rounding = AutoRound(
         model,
-        AutoTokenizer.from_pretrained(tiny),
+        AutoTokenizer.from_pretrained(source),
         scheme=scheme,
         iters=0,
         disable_opt_rtn=True,
         device_map="cpu",
         dataset=[{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in tokens],
         nsamples=8,
-        seqlen=32,
+        seqlen=tokens[0].shape[1],
         batch_size=1,
-        **(options | {"layer_config": dict(MIXED)} if "layer_config" in options else options),
+        **copy.deepcopy(options),  # which it writes to
     )
     rounding.quantize_and_save("out", format=target)
     return next(Path("out").rglob("config.json")).parent
@@ -123,24 +127,31 @@ def dequantized(written: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
     ) + ", float32 scales"
 
 
-def logits(written: Path) -> tuple[torch.Tensor | None, str]:
-    """Of transformers with AutoRound's CPU kernels, all in float32 but for what a kernel rounds by itself."""
+def load(written: Path) -> tuple[Any, str]:
+    """Transformers with AutoRound's CPU kernels, all in float32 but for what a kernel rounds by itself; and what its
+    layers are. Raises whatever keeps it from being loaded here.
+    """
     method = json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"]
     if method == "compressed-tensors":
-        return compressed.logits(written)
+        return compressed.load(written)
+    options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
+    model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32, **options)
+    kinds = {f"{type(m).__module__}.{type(m).__name__}" for n, m in model.named_modules() if n.endswith("_proj")}
+    return model, f"transformers in float32 on a CPU; linear layers are {', '.join(sorted(kinds))}"
+
+
+def logits(written: Path) -> tuple[torch.Tensor | None, str]:
     config = json.loads((written / "config.json").read_text())
+    method = config["quantization_config"]["quant_method"]
+    if method == "compressed-tensors":
+        return compressed.logits(written)
     if method == "fp8" and config["hidden_size"] % 128:
         return None, "none: transformers takes the size of a block from the number of scales: wrong where one is short"
-    options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32, **options)
-        whole = common.run(model)
+        model, runner = load(written)
+        return common.run(model), runner
     except (Exception, SystemExit) as error:  # whatever keeps it from running here is told
         return None, f"none: {type(error).__name__}: {str(error)[:160]}"
-    kinds = sorted(
-        {f"{type(m).__module__}.{type(m).__name__}" for n, m in model.named_modules() if n.endswith("_proj")}
-    )
-    return whole, f"transformers in float32 on a CPU; linear layers are {', '.join(kinds)}"
 
 
 def reference(written: Path) -> common.Reference:
@@ -155,8 +166,6 @@ def main(names: list[str]) -> None:
         made = {"shape": common.NARROW, "dtype": "float16"} | how
         built = common.model(made["shape"], getattr(torch, made["dtype"]), made.get("positive", False))
         recipe = {"format": target, "scheme": scheme, "iters": 0, "disable_opt_rtn": True} | options
-        if "layer_config" in options:
-            recipe["layer_config"] = MIXED
         common.fixture(
             name,
             "AutoRound",

@@ -35,13 +35,19 @@ def weights(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> d
     return read
 
 
+def load(written: Path) -> tuple[Any, str]:
+    """With activations rounded as the config asks, in float32; and that in words. Raises whatever keeps it from it."""
+    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    return model, "transformers with compressed-tensors on a CPU in float32: plain weights, activations fake-quantized"
+
+
 def logits(written: Path) -> tuple[torch.Tensor | None, str]:
-    """With activations rounded as the config asks, in float32; None, and why, where that does not run."""
+    """None, and why, where that does not run."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+        model, runner = load(written)
         whole = common.run(model)
     except Exception as error:  # whatever keeps it from running here is told
         return None, f"none: {type(error).__name__}: {str(error)[:160]}"
     if not torch.isfinite(whole).all():
         return None, "none: transformers gives NaN, its config quantizes a layer that the file keeps plain"
-    return whole, "transformers with compressed-tensors on a CPU in float32: plain weights, activations fake-quantized"
+    return whole, runner

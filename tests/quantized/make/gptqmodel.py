@@ -55,11 +55,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def write(tiny: Path, options: dict[str, Any]) -> Path:
+def write(source: Path, options: dict[str, Any], calibration: list[torch.Tensor] | None = None) -> Path:
+    """calibration: tokens, int64 [1, length] each; by default random ones."""
     config = QuantizeConfig(**options, offload_to_disk=False, device="cpu")
-    shape = json.loads((tiny / "config.json").read_text())
-    model = GPTQModel.load(str(tiny), config)
-    tokens = [one[0].tolist() for one in common.calibration(shape)]
+    shape = json.loads((source / "config.json").read_text())
+    model = GPTQModel.load(str(source), config)
+    tokens = [one[0].tolist() for one in calibration or common.calibration(shape)]
     data = [{"input_ids": one, "attention_mask": [1] * len(one)} for one in tokens]
     model.quantize(data, batch_size=1, calibration_data_min_length=1)
     model.save("out")
@@ -75,18 +76,25 @@ def awq_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def reference(written: Path) -> common.Reference:
+def load(written: Path) -> tuple[Any, str]:
+    """Its model in float32, with the scales that are in the file; and what its layers are."""
     model = GPTQModel.load(str(written), device="cpu", backend=BACKEND.TORCH).model.float()
     tensors = load_file(written / "model.safetensors")
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     for name, module in packed.items():
         module.scales = tensors[f"{name}.scales"].float()  # loading has rounded them to bfloat16
     kinds = ", ".join(sorted({type(module).__name__ for module in packed.values()}))
-    runner = f"GPTQModel on a CPU, backend TORCH ({kinds}), all but what a kernel rounds by itself in float32"
+    return model, f"GPTQModel on a CPU, backend TORCH ({kinds}), all but what a kernel rounds by itself in float32"
+
+
+def reference(written: Path) -> common.Reference:
+    model, runner = load(written)
     if json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"] == "awq":
-        weights = awq_weights(tensors)
+        weights = awq_weights(load_file(written / "model.safetensors"))
         return common.Reference(weights, "gptqmodel dequantize_gemm, float32 scales", common.run(model), runner)
+    packed = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     weights = {f"{name}.weight": module.dequantize_weight().T.contiguous() for name, module in packed.items()}
+    kinds = ", ".join(sorted({type(module).__name__ for module in packed.values()}))
     dequantizer = f"gptqmodel {kinds}.dequantize_weight, float32 scales"
     return common.Reference(weights, dequantizer, common.run(model), runner)
 
