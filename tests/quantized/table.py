@@ -109,6 +109,15 @@ def real() -> str:
     return f"From `benchmarks/results/{runs[-1].name}`.\n\n" + table(rows)
 
 
+def speed() -> str:
+    """The first table of the newest run that has checkpoints."""
+    runs = sorted(RESULTS.glob("*-quantized-speed.md"))
+    if not runs:
+        return "Not measured yet.\n"
+    lines = runs[-1].read_text().split("\n\n")[1]
+    return f"From `benchmarks/results/{runs[-1].name}`.\n\n{lines}\n"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
@@ -134,7 +143,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     page = PAGE.read_text()
-    new = renewed(page, {"fixtures": fixtures(), "real": real()})
+    new = renewed(page, {"fixtures": fixtures(), "real": real(), "speed": speed()})
     if arguments.write:
         PAGE.write_text(new)
     elif shape(new) != shape(page):

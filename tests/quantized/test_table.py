@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.quantized.table import PAGE, fixtures, real, renewed, shape
+from tests.quantized.table import PAGE, fixtures, real, renewed, shape, speed
 
 
 def test_the_page_is_of_these_fixtures() -> None:
     page = PAGE.read_text()
-    new = renewed(page, {"fixtures": fixtures(), "real": real()})
+    new = renewed(page, {"fixtures": fixtures(), "real": real(), "speed": speed()})
     assert shape(new) == shape(page), "renew it: make quant-table"
