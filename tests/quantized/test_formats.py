@@ -111,6 +111,17 @@ def test_bytes(symmetric: bool) -> None:
     assert (tensor.scheme.activations.kind, tensor.scheme.activations.per) == ("int8", "token")
 
 
+def test_bytes_in_an_order_of_their_own() -> None:
+    rng = np.random.default_rng(8)
+    weight, scale = rng.integers(-128, 128, (5, 64)).astype(np.int8), rng.random((5, 4)).astype(np.float32)
+    groups = rng.permutation(np.arange(64) // 16)
+    weights = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 16, "actorder": "group"}
+    config = {"format": "int-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    tensors = {"weight": weight, "weight_scale": scale, "weight_g_idx": groups.astype(np.int32)}
+    tensor = CompressedTensors(config).read(packers.module(**tensors))
+    np.testing.assert_array_equal(tensor.float32(), weight * scale[:, groups])
+
+
 @settings(max_examples=40)
 @given(SEED, st.integers(1, 300), st.integers(1, 300), st.sampled_from(["tensor", "channel", "block"]))
 def test_fp8(seed: int, rows: int, columns: int, per: str) -> None:

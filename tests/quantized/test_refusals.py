@@ -84,7 +84,7 @@ def one_row_more(dtype: str, shape: list[int], data: bytes) -> tuple[str, list[i
 
 def of_tensors(whole: Stored) -> Iterator[tuple[str, Change]]:
     for suffix in own(whole):
-        _, shape, _ = whole.tensors[f"{MODULE}.{suffix}"]
+        dtype, shape, _ = whole.tensors[f"{MODULE}.{suffix}"]
         if suffix != "g_idx":  # which says nothing new where columns are in order
             yield f"{suffix} missing", removed(suffix)
         yield f"{suffix} of another type", changed(suffix, of_another_type)
@@ -97,6 +97,8 @@ def of_tensors(whole: Stored) -> Iterator[tuple[str, Change]]:
         if len(shape) == 2 and shape[0] != shape[1]:
             yield f"{suffix} turned", changed(suffix, lambda d, s, b: (d, s[::-1], b))
         if suffix in SCALES:
+            if dtype != "F16" and suffix != "input_scale":
+                yield f"{suffix} of weights beyond a float32", changed(suffix, with_first(1e38))
             for value in (float("nan"), float("inf")):
                 yield f"{suffix} {value}", changed(suffix, with_first(value))
         if suffix == "input_scale":
@@ -132,6 +134,8 @@ def of_config(whole: Stored) -> Iterator[tuple[str, Change]]:
         yield "a rule that says nothing", set_to("dynamic", {"+:.*up_proj": 4})
         yield "a rule of other bits", set_to("dynamic", {"+:.*up_proj": {"bits": 2}})
         yield "a rule that skips what is there", set_to("dynamic", {"-:.*up_proj": {}})
+        yield "a pattern too deep", set_to("dynamic", {"+:" + "(" * 400 + ")" * 400: {"bits": 8}})
+        yield "a pattern that takes all memory", set_to("dynamic", {"+:((((a{999}){999}){999}){999})": {"bits": 8}})
         yield "a pattern that is none", set_to("dynamic", {"+:(": {"bits": 4}})
         yield "a pattern that never ends", set_to("dynamic", {r"+:(\w|\w)+(\.|\w|\w)*(.|.)*(.|.)*\d$": {"bits": 8}})
     if method == "awq":
@@ -181,6 +185,9 @@ def of_compressed_tensors(whole: Stored) -> Iterator[tuple[str, Change]]:
     if weights["type"] == "int":
         yield "symmetric or not", group("symmetric", not weights["symmetric"])
         yield "bits of another size", group("num_bits", 4 if weights["num_bits"] == 8 else 8)
+    yield "an order that nobody knows", group("actorder", "random")
+    if weights["type"] == "int":
+        yield "an order that is not there", group("actorder", "group")
     if weights.get("group_size"):
         yield "other groups", group("group_size", 16)
         yield "groups of nothing", group("group_size", 0)

@@ -173,6 +173,11 @@ def quantized(
     count = scales.shape[1]
     if not np.isfinite(scales).all():
         raise CheckpointError(f"the scales of {name!r} are not all finite numbers")
+    most = 448 if scheme.kind == "e4m3" else 1 << scheme.bits
+    if scales.size and float(np.abs(scales).max()) * most > GREATEST:
+        raise CheckpointError(
+            f"the scales of {name!r} reach {np.abs(scales).max():g}: its weights are no finite numbers"
+        )
     if len(groups) != columns or (columns and not 0 <= groups.min() <= groups.max() < count):
         raise CheckpointError(f"the groups of {name!r} are not those of {columns} columns with {count} scales a row")
     if zeros is not None and zeros.shape != scales.shape:
@@ -180,6 +185,9 @@ def quantized(
     return QuantizedTensor(
         name, scheme, unpack, scales, zeros, groups.astype(np.int64), np.arange(len(scales)), slice(0, columns)
     )
+
+
+GREATEST: Final = 3.38e38  # of float32, and of bfloat16
 
 
 def _e4m3() -> Floats:

@@ -46,6 +46,7 @@ class Weights:
     group_size: int
     block: fp8.Block | None
     symmetric: bool
+    ordered: bool  # columns are in an order of their own, which weight_g_idx tells
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ class CompressedTensors:
     def read(self, module: Module) -> QuantizedTensor:
         group = self._group_of(module)
         weights = group.weights
+        if weights.ordered and "weight_g_idx" not in module:
+            raise module.trouble("weight_g_idx", "is missing, though quantization_config says actorder group")
         if weights.kind == "float":
+            if "weight_g_idx" in module:
+                raise module.trouble("weight_g_idx", "is there, and float weights have no groups in an order")
             return fp8.read(module, "weight_scale", weights.block, _activations(module, group.inputs, "e4m3"))
         activations = _activations(module, group.inputs, "int8")
         if "weight_packed" in module:
@@ -179,7 +184,11 @@ def _weights(source: str, values: Mapping[str, Any]) -> Weights:
     symmetric = fields.flag("symmetric", True)
     if kind == "float" and not symmetric:
         raise fields.trouble("symmetric", "true for float weights", symmetric)
-    return Weights(kind, bits, strategy, size if strategy == "group" and size else 0, block, symmetric)
+    order = fields.values.get("actorder")
+    if order not in (None, False, True, "group", "dynamic", "weight", "static"):
+        raise fields.trouble("actorder", "group, weight or null", order)
+    ordered = order in (True, "group", "dynamic")
+    return Weights(kind, bits, strategy, size if strategy == "group" and size else 0, block, symmetric, ordered)
 
 
 def _block(fields: Fields) -> fp8.Block:
@@ -263,9 +272,11 @@ def _bytes(module: Module, weights: Weights, activations: Activations | None) ->
         )
     elif "weight_zero_point" in module and module.tensors["weight_zero_point"].data.any():
         raise module.trouble("weight_zero_point", "is not 0, though quantization_config says symmetric")
-    scheme = Scheme("int", 8, size, weights.symmetric, activations=activations)
+    groups = module.groups("weight_g_idx", columns, scales.shape[1])
+    permuted = groups is not None and bool((np.diff(groups) < 0).any())
+    scheme = Scheme("int", 8, size, weights.symmetric, permuted, activations)
 
     def unpack(of_rows: Ints) -> Codes:
         return weight.data[of_rows].view(np.uint8) ^ np.uint8(128)
 
-    return quantized(f"{module.name}.weight", scheme, unpack, scales, zeros, columns)
+    return quantized(f"{module.name}.weight", scheme, unpack, scales, zeros, columns, groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from typing import Final
 
 import regex
@@ -10,6 +12,8 @@ from worker_svc.models.spec import SpecError
 
 PATIENCE = 0.2  # seconds for one name: an honest pattern takes microseconds
 LONGEST = 1000  # characters
+# What compiling takes grows with these, and it has no time limit: (depth of groups, counted repeats, their product).
+MOST_DEPTH, MOST_REPEATS, MOST_PRODUCT = 20, 4, 10_000
 
 
 def keys(text: str) -> frozenset[str]:
@@ -33,10 +37,17 @@ def matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
     """
     if len(pattern) > LONGEST:
         raise SpecError(f"quantization_config: a pattern of {len(pattern)} characters is over the {LONGEST} allowed")
+    counts = [int(count) for count in regex.findall(r"\{[\d, ]*?(\d{1,9})\}", pattern)]
+    depths = accumulate((character == "(") - (character == ")") for character in pattern)
+    repeats = pattern.count("{"), math.prod(counts)
+    if max(depths, default=0) > MOST_DEPTH or repeats[0] > MOST_REPEATS or repeats[1] > MOST_PRODUCT:
+        raise SpecError(
+            f"quantization_config: the pattern {pattern[:60]!r} is deeper, or repeats more, than is allowed"
+        )
     try:
         find = regex.search if anywhere else regex.match
         return find(pattern, name, timeout=PATIENCE) is not None
     except TimeoutError:
         raise SpecError(f"quantization_config: the pattern {pattern!r} takes too long on {name!r}") from None
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise SpecError(f"quantization_config: {pattern!r} is no regular expression: {error}") from None
