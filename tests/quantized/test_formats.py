@@ -117,7 +117,7 @@ def test_bytes_in_an_order_of_their_own() -> None:
     groups = rng.permutation(np.arange(64) // 16)
     weights = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 16, "actorder": "group"}
     config = {"format": "int-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-    tensors = {"weight": weight, "weight_scale": scale, "weight_g_idx": groups.astype(np.int32)}
+    tensors: dict[str, Any] = {"weight": weight, "weight_scale": scale, "weight_g_idx": groups.astype(np.int32)}
     tensor = CompressedTensors(config).read(packers.module(**tensors))
     np.testing.assert_array_equal(tensor.float32(), weight * scale[:, groups])
 

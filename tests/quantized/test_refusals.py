@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.quantized import packers
+from tests.quantized.packers import random_matrix
 from tests.quantized.stored import Stored, stored
 from tests.quantized.test_fixtures import FOLDER
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import SpecError
+from worker_svc.quant.formats.gptq import Gptq
 
 MODULE = "model.layers.0.mlp.up_proj"  # N = 160, K = 96
 FORMATS = {
@@ -131,6 +134,8 @@ def of_config(whole: Stored) -> Iterator[tuple[str, Change]]:
         yield "another layout", set_to("checkpoint_format", "marlin")
         yield "v1 said to be v2", set_to("checkpoint_format", "gptq_v2")
         yield "rotated", set_to("rotation", "hadamard")
+        yield "words of 16 bits", set_to("pack_dtype", "int16")
+        yield "another method inside", set_to("method", "qqq")
         yield "a rule that says nothing", set_to("dynamic", {"+:.*up_proj": 4})
         yield "a rule of other bits", set_to("dynamic", {"+:.*up_proj": {"bits": 2}})
         yield "a rule that skips what is there", set_to("dynamic", {"-:.*up_proj": {}})
@@ -142,6 +147,7 @@ def of_config(whole: Stored) -> Iterator[tuple[str, Change]]:
         yield "another layout", set_to("version", "gemv_fast")
         yield "gemm said to be gemv", set_to("version", "gemv")
         yield "skipped and there", set_to("modules_to_not_convert", ["mlp"])
+        yield "no zero points, which are there", set_to("zero_point", False)
     if method == "auto-round":
         yield "another packing", set_to("packing_format", "auto_round:mlx")
         yield "gptq said to be awq", set_to("packing_format", "auto_round:auto_awq")
@@ -149,10 +155,13 @@ def of_config(whole: Stored) -> Iterator[tuple[str, Change]]:
         yield "16 bits said of what is there", set_to("extra_config", {MODULE: {"bits": 16}})
         yield "other bits said of a module", set_to("extra_config", {MODULE: {"bits": 2}})
         yield "activations", set_to("act_bits", 8)
+        yield "another order", set_to("extra_config", {MODULE: {"desc_act": True}})
     if method == "fp8":
         for block in ([128], [128, 0], "128", [64, 64]):
             yield f"blocks {block!r}", set_to("weight_block_size", block)
         yield "another float", set_to("fmt", "e5m2")
+        yield "other bits", set_to("bits", 4)
+        yield "two scales", lambda w: w.tensors.update({f"{MODULE}.weight_scale": ("F32", [1], bytes(4))})
         yield "other activations", set_to("activation_scheme", "sometimes")
         yield "static without a scale", set_to("activation_scheme", "static")
     if method == "compressed-tensors":
@@ -218,6 +227,13 @@ def test_damage_is_told(name: str, change: Change, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, SpecError)) as told:
         read_all(whole.write(tmp_path))
     assert MODULE in str(told.value) or "quantization_config" in str(told.value)
+
+
+@pytest.mark.parametrize("said", [{"desc_act": True}, {"dynamic": {"+:.*up_proj": {"desc_act": True}}}])
+def test_an_order_that_is_not_there(said: dict[str, Any]) -> None:
+    module = packers.module(**packers.gptq(random_matrix(1, 4, 32, 64, 32)))
+    with pytest.raises(CheckpointError, match="g_idx' is missing, though quantization_config says desc_act"):
+        Gptq({"bits": 4, "group_size": 32, "sym": False} | said).read(module)
 
 
 def test_there_are_twenty_of_each_format() -> None:

@@ -21,6 +21,7 @@ from worker_svc.quant.checkpoint import QuantizedCheckpoint, method_of
 
 DType = Literal["float32", "bfloat16"]
 _SAMPLE = 1 << 16  # bytes
+_OLD_CONFIGS = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))  # of early producers, and their method
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The config's `quantization_config`, or what early producers wrote beside it; empty for a float checkpoint."""
     said = config.get("quantization_config")
     if said is None:
-        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        for name, method in _OLD_CONFIGS:
             if (path / name).is_file():
                 return {"quant_method": method} | _read_json(path / name)
         return {}
@@ -188,7 +189,8 @@ def weights_digest(path: Path) -> str:
     from its first byte (the header) to its last. A retrained or requantized model differs everywhere, so any sample
     tells it; a single flipped bit between two samples is not seen.
     """
-    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    said = ["config.json", *(name for name, _ in _OLD_CONFIGS if (path / name).is_file())]
+    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), *(path / name for name in said)]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size

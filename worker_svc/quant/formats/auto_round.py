@@ -23,7 +23,7 @@ PACKINGS: Final = {
     "auto_round": True,
     "auto_round:auto_awq": None,
 }
-RULE_KEYS: Final = keys("bits group_size sym data_type")
+RULE_KEYS: Final = keys("bits group_size sym data_type desc_act")
 # Activations are float unless these say otherwise, which is looked at.
 ACTIVATION_KEYS: Final = keys("act_bits act_data_type act_group_size act_sym act_dynamic")
 KNOWN: Final = (
@@ -56,7 +56,7 @@ class AutoRound:
         if rule is None:
             raise module.trouble("qweight", "is there, though extra_config says that the module has 16 bits")
         if self._v2 is None:
-            return awq.read_gemm(module, rule.group_size)
+            return awq.symmetric_if(bool(rule.symmetric), module, awq.read_gemm(module, rule.group_size))
         return gptq.read(module, rule, v2=self._v2)
 
     def _rule_for(self, name: str) -> Rule | None:

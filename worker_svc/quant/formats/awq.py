@@ -54,13 +54,24 @@ class Awq:
             raise fields.trouble("version", "gemm or gemv", self.version)
         if fields.flag("desc_act", False):
             raise fields.trouble("desc_act", "false: awq's packing has no order of columns", True)
+        if fields.text("pack_dtype", "int32") != "int32":
+            raise fields.trouble("pack_dtype", "int32", config["pack_dtype"])
+        self._symmetric = fields.flag("sym", False) or not fields.flag("zero_point", True)
         self._skipped = tuple(fields.texts("modules_to_not_convert"))
 
     def read(self, module: Module) -> QuantizedTensor:
         for name in self._skipped:
             if name in module.name:
                 raise module.trouble("qweight", f"is there, though modules_to_not_convert has {name!r}")
-        return read_gemm(module, self.group_size) if self.version == "gemm" else read_gemv(module, self.group_size)
+        read = read_gemm if self.version == "gemm" else read_gemv
+        return symmetric_if(self._symmetric, module, read(module, self.group_size))
+
+
+def symmetric_if(said: bool, module: Module, tensor: QuantizedTensor) -> QuantizedTensor:
+    """Raises CheckpointError where the config says so, and zero points do not."""
+    if said and not tensor.scheme.symmetric:
+        raise module.trouble("qzeros", "has zero points other than 8, though quantization_config says symmetric")
+    return tensor
 
 
 def group_size(fields: Fields) -> int:

@@ -102,11 +102,14 @@ class CompressedTensors:
         if weights.ordered and "weight_g_idx" not in module:
             raise module.trouble("weight_g_idx", "is missing, though quantization_config says actorder group")
         if weights.kind == "float":
-            if "weight_g_idx" in module:
-                raise module.trouble("weight_g_idx", "is there, and float weights have no groups in an order")
+            for suffix in ("weight_g_idx", "weight_zero_point"):
+                if suffix in module and module.tensors[suffix].data.any():
+                    raise module.trouble(suffix, "is there, and float weights have no such thing")
             return fp8.read(module, "weight_scale", weights.block, _activations(module, group.inputs, "e4m3"))
         activations = _activations(module, group.inputs, "int8")
         if "weight_packed" in module:
+            if "weight" in module:
+                raise module.trouble("weight", "is there beside weight_packed: one of them is too many")
             return _packed(module, weights, activations)
         return _bytes(module, weights, activations)
 

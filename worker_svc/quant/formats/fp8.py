@@ -42,6 +42,8 @@ class Fp8:
         for key, only in (("fmt", ("e4m3",)), ("scale_fmt", ("", "float", "fp32", "ue8m0"))):
             if fields.text(key, only[0]) not in only:
                 raise fields.trouble(key, " or ".join(map(repr, only)), config[key])
+        if (bits := fields.whole("bits", 8)) != 8:
+            raise fields.trouble("bits", "8", bits)
         scheme = fields.text("activation_scheme", "dynamic")
         if scheme not in ("dynamic", "static"):
             raise fields.trouble("activation_scheme", "dynamic or static", scheme)
@@ -52,6 +54,8 @@ class Fp8:
         self._block: Block | None = (sizes[0], sizes[1]) if sizes else None
 
     def read(self, module: Module) -> QuantizedTensor:
+        if "weight_scale_inv" in module and "weight_scale" in module:
+            raise module.trouble("weight_scale", "is there beside weight_scale_inv: one of them is too many")
         scale = "weight_scale_inv" if "weight_scale_inv" in module else "weight_scale"
         given = "input_scale" if "input_scale" in module else "activation_scale"
         activations = activations_of(module, given if self._static else "", "group" if self._block else "token")

@@ -50,6 +50,7 @@ class Rule:
     bits: int
     group_size: int  # 0: all columns
     symmetric: bool | None  # None: the zero points tell
+    ordered: bool = False  # columns are in an order of their own, which g_idx tells
 
 
 def read_rule(source: str, values: Mapping[str, Any], base: Rule | None = None) -> Rule:
@@ -64,7 +65,7 @@ def read_rule(source: str, values: Mapping[str, Any], base: Rule | None = None) 
     symmetric = fields.flag("sym", base.symmetric) if base and base.symmetric is not None else None
     if fields.has("sym"):
         symmetric = fields.flag("sym", True)
-    return Rule(bits, max(size, 0), symmetric)
+    return Rule(bits, max(size, 0), symmetric, fields.flag("desc_act", base.ordered if base else False))
 
 
 class Gptq:
@@ -79,6 +80,9 @@ class Gptq:
         if unknown := sorted(config.keys() - KNOWN):
             raise SpecError(f"{source}: {unknown[0]!r} is not known of gptq: it may change what the weights mean")
         refuse_on(fields, OFF)
+        for key, only in (("method", "gptq"), ("pack_dtype", "int32"), ("data_type", "int")):
+            if fields.text(key, only) != only:
+                raise fields.trouble(key, only, config[key])
         layout = fields.text("format", "gptq")
         if fields.text("checkpoint_format", layout) != layout and fields.has("format"):
             raise fields.trouble("checkpoint_format", f"{layout!r}, as format is", config["checkpoint_format"])
@@ -89,7 +93,6 @@ class Gptq:
         self.v2 = layout == "gptq_v2"
         self._borrows = not _of_gptqmodel(fields)
         self._rules = dynamic_rules(fields, self.rule)
-        self._ordered = fields.flag("desc_act", False)  # in what order, g_idx tells
 
     def read(self, module: Module) -> QuantizedTensor:
         rule = self.rule
@@ -99,8 +102,6 @@ class Gptq:
                     raise module.trouble("qweight", f"is there, though quantization_config skips it by {pattern!r}")
                 rule = override
                 break
-        if self._ordered and rule.group_size and "g_idx" not in module:
-            raise module.trouble("g_idx", "is missing, though quantization_config says desc_act")
         return read(module, rule, v2=self.v2, borrows=self._borrows)
 
 
@@ -147,6 +148,8 @@ def read(module: Module, rule: Rule, *, v2: bool, borrows: bool = True) -> Quant
             )
         columns = said
     size = 0 if rule.group_size >= columns else rule.group_size
+    if rule.ordered and size and "g_idx" not in module:
+        raise module.trouble("g_idx", "is missing, though quantization_config says desc_act")
     count = num_groups(columns, size)
     scales = np.ascontiguousarray(module.floats("scales", (count, rows)).T)
     zeros = _zeros(module, count, rows, bits, v2=v2, borrows=borrows)
