@@ -111,6 +111,23 @@ def test_bytes(symmetric: bool) -> None:
     assert (tensor.scheme.activations.kind, tensor.scheme.activations.per) == ("int8", "token")
 
 
+def test_an_order_that_was_never_set_is_none() -> None:
+    matrix = random_matrix(3, 4, 10, 64, 32)
+    tensors = packers.pack_quantized(matrix) | {"weight_g_idx": np.full(64, -1, np.int32)}
+    same(CompressedTensors(packed_config(4, 32, False)).read(packers.module(**tensors)), matrix)
+
+
+def test_names_come_before_patterns_and_those_before_classes() -> None:
+    """Whatever the order of the groups."""
+    matrix = random_matrix(4, 4, 10, 64, 32)
+    right = packed_config(4, 32, False)["config_groups"]["group_0"]
+    wrong = packed_config(8, 16, True)["config_groups"]["group_0"]
+    for better, worse in ((packers.NAME, "re:.*up_proj"), ("re:.*up_proj", "Linear")):
+        groups = {"a": wrong | {"targets": [worse]}, "b": right | {"targets": [better]}}
+        config = {"format": "pack-quantized", "config_groups": groups}
+        same(CompressedTensors(config).read(packers.module(**packers.pack_quantized(matrix))), matrix)
+
+
 def test_bytes_in_an_order_of_their_own() -> None:
     rng = np.random.default_rng(8)
     weight, scale = rng.integers(-128, 128, (5, 64)).astype(np.int8), rng.random((5, 4)).astype(np.float32)

@@ -73,7 +73,8 @@ class Model:
     def kv_scales(self, i: int) -> tuple[float, float]:
         """Of keys and of values in float8, as a quantized checkpoint may have measured them; else 1 of both."""
         found = []
-        for name in (f"model.layers.{i}.self_attn.{which}_scale" for which in "kv"):
+        attention = self.layer(i, "qkv" if "qkv" in self.spec.names.layer else "k").rsplit(".", 2)[0]
+        for name in (f"{attention}.{which}_scale" for which in "kv"):
             tensor = self.checkpoint.tensor(name) if name in self.checkpoint else None
             if tensor is not None and tensor.shape not in ((), (1,)):
                 raise CheckpointError(f"tensor {name!r} has shape {list(tensor.shape)}, and must be one number")
@@ -116,7 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object")

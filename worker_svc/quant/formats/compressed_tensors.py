@@ -114,18 +114,20 @@ class CompressedTensors:
         return _bytes(module, weights, activations)
 
     def _group_of(self, module: Module) -> Group:
-        """Names come before classes, of which all that is quantized here is a Linear."""
+        """Names come before patterns, and those before classes, of which all that is quantized here is a Linear."""
         marker = min(self.markers & module.tensors.keys())
         for target in self._ignored:
             if target == "Linear" or _is_named(module.name, target):
                 raise module.trouble(marker, f"is there, though quantization_config ignores {target!r}")
-        for group in self._groups:
-            if any(_is_named(module.name, target) for target in group.targets):
-                return group
-        for group in self._groups:
-            if "Linear" in group.targets:
-                return group
+        for is_for in (_is_the_name, _is_named, lambda _, target: target == "Linear"):
+            for group in self._groups:
+                if any(is_for(module.name, target) for target in group.targets):
+                    return group
         raise module.trouble(marker, "is there, and no group of quantization_config.config_groups is for the module")
+
+
+def _is_the_name(name: str, target: str) -> bool:
+    return target == name
 
 
 def _is_named(name: str, target: str) -> bool:

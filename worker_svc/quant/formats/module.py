@@ -62,6 +62,8 @@ class Module:
         if suffix not in self:
             return None
         groups = self.shaped(self.tensor(suffix, ("I32",), 1), suffix, (columns,)).astype(np.int64)
+        if (groups == -1).all():  # as early compressed-tensors leaves it where columns are in order
+            return None
         if groups.min() < 0 or groups.max() >= count:
             raise self.trouble(suffix, f"names groups {groups.min()} to {groups.max()}, and there are {count}")
         return groups
