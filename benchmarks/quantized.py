@@ -57,7 +57,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Theirs:
-    """What the producer's library makes of it; apart: mean |difference| of −log p of a token, nats."""
+    """What the producer's library makes of it, or where it runs it not, transformers with the weights that the second
+    reading of its format finds: `how` says which. apart: mean |difference| of −log p of a token, nats.
+    """
 
     how: str
     versions: dict[str, str]
@@ -74,7 +76,7 @@ class Result:
     cpu: Side | None
     float32: Side | None
     theirs: Theirs | None
-    why_not: str = ""  # refused here, or not run there
+    why_not: str = ""  # it is refused here, or not run by its own library
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,14 @@ def _side(about: str, marks: Marks, surprise: torch.Tensor) -> Side:
 
 def _theirs(told: dict[str, Any], cpu: torch.Tensor, exact: torch.Tensor) -> tuple[Theirs | None, str]:
     """`cpu`, `exact`: −log p of each token by our two backends. Raises StartError for another number of tokens."""
+    why_not = f"its library does not run it: {told['reason']}" if "reason" in told else ""
     if "surprise" not in told:
-        return None, f"not run: {told['reason']}" if "reason" in told else ""
+        return None, why_not
     theirs = torch.tensor(told["surprise"], dtype=torch.float64)
     if theirs.shape != exact.shape:
         raise StartError(f"{len(theirs)} tokens are scored there, {len(exact)} here")
     apart = [(theirs - ours).abs().mean().item() for ours in (exact, cpu)]
-    return Theirs(told["how"], told["versions"], math.exp(theirs.mean().item()), *apart), ""
+    return Theirs(told["how"], told["versions"], math.exp(theirs.mean().item()), *apart), why_not
 
 
 def _about(text: Text) -> dict[str, Any]:
