@@ -230,7 +230,8 @@ def table(results: list[Result], about: dict[str, Any]) -> Table:
         f"{about['tokens']} tokens of {about['text']}, windows of {about['window']}\n"
         f"beside {about['compared_with']}; apart: mean |difference| of −log p × 1000 from the producer's library"
     )
-    drawn = Table(title=title, title_justify="left")
+    reasons = "\n".join(f"{r.name}: {r.why_not}" for r in results if r.why_not)
+    drawn = Table(title=title, title_justify="left", caption=reasons, caption_justify="left")
     for name in ("", "MB", "cpu", "KL × 1000", "float32", "KL × 1000", "theirs", "cpu apart", "float32 apart"):
         drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
     for r in results:
@@ -243,8 +244,6 @@ def table(results: list[Result], about: dict[str, Any]) -> Table:
         if r.theirs is not None:
             theirs += [f"{1000 * apart:.3f}" for apart in (r.theirs.apart_from_cpu, r.theirs.apart_from_float32)]
         drawn.add_row(r.name, f"{r.nbytes / 1e6:.0f}", *sides, *theirs)
-        if r.why_not:
-            drawn.add_row(f"  {r.why_not}")
     return drawn
 
 

@@ -79,6 +79,8 @@ def test_a_checkpoint_that_is_refused_is_told_without_where_it_lies(folder: Path
     (one,) = measure(folder, [NAME], TEXT, {}, 1)
     assert (one.cpu, one.float32, one.theirs) == (None, None, None)
     assert one.why_not.startswith("refused: ")
+    drawn = table([one], {"tokens": 12, "text": "t", "window": 12, "compared_with": BASE})
+    assert (drawn.row_count, drawn.caption) == (1, f"{NAME}: {one.why_not}")
     assert "bitsandbytes" in one.why_not
     assert str(folder) not in one.why_not
 
