@@ -57,7 +57,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Theirs:
-    """What the producer's library makes of it; apart: mean |difference| of −log p of a token, nats."""
+    """What the producer's library makes of it, or where it runs it not, transformers with the weights that the second
+    reading of its format finds: `how` says which. apart: mean |difference| of −log p of a token, nats.
+    """
 
     how: str
     versions: dict[str, str]
@@ -74,7 +76,7 @@ class Result:
     cpu: Side | None
     float32: Side | None
     theirs: Theirs | None
-    why_not: str = ""  # refused here, or not run there
+    why_not: str = ""  # it is refused here, or not run by its own library
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,14 @@ def _side(about: str, marks: Marks, surprise: torch.Tensor) -> Side:
 
 def _theirs(told: dict[str, Any], cpu: torch.Tensor, exact: torch.Tensor) -> tuple[Theirs | None, str]:
     """`cpu`, `exact`: −log p of each token by our two backends. Raises StartError for another number of tokens."""
+    why_not = f"its library does not run it: {told['reason']}" if "reason" in told else ""
     if "surprise" not in told:
-        return None, f"not run: {told['reason']}" if "reason" in told else ""
+        return None, why_not
     theirs = torch.tensor(told["surprise"], dtype=torch.float64)
     if theirs.shape != exact.shape:
         raise StartError(f"{len(theirs)} tokens are scored there, {len(exact)} here")
     apart = [(theirs - ours).abs().mean().item() for ours in (exact, cpu)]
-    return Theirs(told["how"], told["versions"], math.exp(theirs.mean().item()), *apart), ""
+    return Theirs(told["how"], told["versions"], math.exp(theirs.mean().item()), *apart), why_not
 
 
 def _about(text: Text) -> dict[str, Any]:
@@ -227,7 +230,8 @@ def table(results: list[Result], about: dict[str, Any]) -> Table:
         f"{about['tokens']} tokens of {about['text']}, windows of {about['window']}\n"
         f"beside {about['compared_with']}; apart: mean |difference| of −log p × 1000 from the producer's library"
     )
-    drawn = Table(title=title, title_justify="left")
+    reasons = "\n".join(f"{r.name}: {r.why_not}" for r in results if r.why_not)
+    drawn = Table(title=title, title_justify="left", caption=reasons, caption_justify="left")
     for name in ("", "MB", "cpu", "KL × 1000", "float32", "KL × 1000", "theirs", "cpu apart", "float32 apart"):
         drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
     for r in results:
@@ -240,8 +244,6 @@ def table(results: list[Result], about: dict[str, Any]) -> Table:
         if r.theirs is not None:
             theirs += [f"{1000 * apart:.3f}" for apart in (r.theirs.apart_from_cpu, r.theirs.apart_from_float32)]
         drawn.add_row(r.name, f"{r.nbytes / 1e6:.0f}", *sides, *theirs)
-        if r.why_not:
-            drawn.add_row(f"  {r.why_not}")
     return drawn
 
 

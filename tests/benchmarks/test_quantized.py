@@ -79,6 +79,8 @@ def test_a_checkpoint_that_is_refused_is_told_without_where_it_lies(folder: Path
     (one,) = measure(folder, [NAME], TEXT, {}, 1)
     assert (one.cpu, one.float32, one.theirs) == (None, None, None)
     assert one.why_not.startswith("refused: ")
+    drawn = table([one], {"tokens": 12, "text": "t", "window": 12, "compared_with": BASE})
+    assert (drawn.row_count, drawn.caption) == (1, f"{NAME}: {one.why_not}")
     assert "bitsandbytes" in one.why_not
     assert str(folder) not in one.why_not
 
@@ -86,7 +88,7 @@ def test_a_checkpoint_that_is_refused_is_told_without_where_it_lies(folder: Path
 def test_why_a_producer_did_not_run_is_told(folder: Path) -> None:
     (one,) = measure(folder, [NAME], TEXT, {NAME: {"reason": "needs a GPU"}}, 1)
     assert one.cpu is not None
-    assert (one.theirs, one.why_not) == (None, "not run: needs a GPU")
+    assert (one.theirs, one.why_not) == (None, "its library does not run it: needs a GPU")
 
 
 def test_results_of_another_text_are_not_merged(folder: Path, tmp_path: Path) -> None:
@@ -113,7 +115,18 @@ def test_a_library_is_asked_for_the_same_tokens(folder: Path, tmp_path: Path) ->
     assert base.theirs.versions.keys() == {"torch", "transformers"}
 
 
-def test_what_keeps_a_library_from_running_is_its_reason(folder: Path) -> None:
+def test_a_second_reading_stands_in_for_a_library_that_does_not_run(folder: Path) -> None:
+    """Here none of the producers is installed."""
+    told = perplexity.of(folder / NAME, "LLM Compressor", [common.TOKENS])
+    assert "compressed_tensors" in told["reason"]
+    assert "reading.py" in told["how"]
+    (one,) = measure(folder, [NAME], TEXT, {NAME: told | {"versions": {}}}, 1)
+    assert one.theirs is not None
+    assert one.theirs.apart_from_float32 < 1e-5
+    assert one.why_not == f"its library does not run it: {told['reason']}"
+
+
+def test_what_neither_reads_has_a_reason_alone(folder: Path) -> None:
     (folder / BASE / "model.safetensors").write_bytes(b"nothing")
     (reason,) = perplexity.of(folder / BASE, "", [common.TOKENS]).values()
     assert "rror" in reason

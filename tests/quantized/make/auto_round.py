@@ -131,9 +131,12 @@ def load(written: Path) -> tuple[Any, str]:
     """Transformers with AutoRound's CPU kernels, all in float32 but for what a kernel rounds by itself; and what its
     layers are. Raises whatever keeps it from being loaded here.
     """
-    method = json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"]
+    config = json.loads((written / "config.json").read_text())
+    method = config["quantization_config"]["quant_method"]
     if method == "compressed-tensors":
         return compressed.load(written)
+    if method == "fp8" and config["hidden_size"] % 128:
+        raise ValueError("transformers takes the size of a block from the number of scales: wrong where one is short")
     options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
     model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu", dtype=torch.float32, **options)
     kinds = {f"{type(m).__module__}.{type(m).__name__}" for n, m in model.named_modules() if n.endswith("_proj")}
@@ -141,12 +144,8 @@ def load(written: Path) -> tuple[Any, str]:
 
 
 def logits(written: Path) -> tuple[torch.Tensor | None, str]:
-    config = json.loads((written / "config.json").read_text())
-    method = config["quantization_config"]["quant_method"]
-    if method == "compressed-tensors":
+    if json.loads((written / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors":
         return compressed.logits(written)
-    if method == "fp8" and config["hidden_size"] % 128:
-        return None, "none: transformers takes the size of a block from the number of scales: wrong where one is short"
     try:
         model, runner = load(written)
         return common.run(model), runner
