@@ -134,7 +134,7 @@ def test_outputs_of_no_forward() -> None:
 
 
 SPECS: list[tuple[dict[str, Any], str]] = [
-    ({"abi": 7}, "abi is 7, and this library's is 3"),
+    ({"abi": 7}, "abi is 7, and this library's is 4"),
     ({"vocab_size": 0}, "vocab_size is 0, and must be 1 to"),
     ({"num_blocks": -3}, "num_blocks is -3"),
     ({"block_size": 48}, "block_size 48 must be a multiple of 32"),
@@ -163,9 +163,31 @@ def test_a_bad_spec(fields: dict[str, Any], reason: str) -> None:
         tiny.library().open(bad, 1)
 
 
+@pytest.mark.parametrize("group", [0, 48])
+def test_groups_that_cannot_be(group: int) -> None:
+    good = spec_of(TINY, "w4a16", "bf16")
+    first = Layer.from_buffer_copy(good.layers[0]).keep(good)
+    first.qkv.group = group
+    bad = type(good).from_buffer_copy(good).keep(good)
+    bad.layers = layers([first, *(Layer.from_buffer_copy(good.layers[i]) for i in range(1, TINY.num_layers))])
+    with pytest.raises(LibraryError, match=f"qkv of layer 0: group {group} is no multiple of 32"):
+        tiny.library().open(bad, 1)
+
+
+def test_orders_that_cannot_be() -> None:
+    good, order = spec_of(TINY, "w4a16", "bf16"), np.arange(TINY.hidden_size, dtype=np.int32)
+    order[3] = TINY.hidden_size
+    first = Layer.from_buffer_copy(good.layers[0]).keep(good)
+    first.qkv.order = address(order)
+    bad = type(good).from_buffer_copy(good).keep(good)
+    bad.layers = layers([first, *(Layer.from_buffer_copy(good.layers[i]) for i in range(1, TINY.num_layers))])
+    with pytest.raises(LibraryError, match=r"qkv of layer 0: order\[3\] is 64, and there are 64 columns"):
+        tiny.library().open(bad, 1)
+
+
 def test_weights_that_are_not_there_or_not_aligned() -> None:
     good = spec_of(TINY, "int8", "bf16")
-    for name, value in [("data", None), ("data", good.lm_head.data + 4), ("scale", None), ("kind", 3)]:
+    for name, value in [("data", None), ("data", good.lm_head.data + 4), ("scale", None), ("kind", 6)]:
         bad = type(good).from_buffer_copy(good).keep(good)
         setattr(bad.lm_head, name, value)
         with pytest.raises(LibraryError, match=f"lm_head: .*{name}"):
