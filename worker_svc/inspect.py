@@ -17,12 +17,12 @@ from typing import Final
 from kernels.cpu import library
 from worker_svc.backends.cpu_model import KVForm, shape, unfit
 from worker_svc.models.checkpoint import CheckpointError
-from worker_svc.models.loader import Model, open_model, read_config
+from worker_svc.models.loader import open_model, read_config
 from worker_svc.models.registry import architecture
 from worker_svc.models.spec import SpecError
 from worker_svc.quant import on_load
 from worker_svc.quant.layout import Matrix, layout
-from worker_svc.quant.plan import chosen, mode_of, plan, tensors_of, uniform
+from worker_svc.quant.plan import check_mode, chosen, mode_of, tensors_of, uniform
 
 BLOCK: Final = 32  # tokens
 MOST: Final = 24  # characters of the numbers of layers
@@ -63,35 +63,36 @@ def inspect(path: Path, mode: str) -> Report:
         name = architecture(read_config(path)) or "its architecture"
         why = f"{name} is no family of ours: transformers runs it, by the torch backend"
         return Report(str(path), name, refused=[why])
+    check_mode(model, mode)
     report = Report(str(path), model.spec.architecture, model.quantization)
     matrices: dict[str, Matrix] = {}
+    stored: dict[str, str] = {}
     for name, matrix in uniform(model.spec, mode).items():
         try:
             tensors = tensors_of(model, name, matrix)
             matrices[name] = chosen(name, matrix, tensors, mode == "a8") if model.quantization else matrix
+            stored[name] = ", ".join(dict.fromkeys(tensor.dtype for tensor in tensors))
         except CheckpointError as error:
             report.refused.append(str(error))
-    report.products = list(_products(model, matrices))
+    report.products = list(_products(matrices, stored))
     report.weights = sum(matrix.n * matrix.k for matrix in matrices.values())
     if trouble := unfit(model.spec):
         report.refused.append(trouble)
     if not report.refused:
         kernels = library.load()
-        report.packed_bytes = layout(model.spec, plan(model, mode), kernels).nbytes
+        report.packed_bytes = layout(model.spec, matrices, kernels).nbytes
         for kind in library.KV_KINDS:
             form = shape(model.spec, KVForm(kind, BLOCK), BLOCK)
             report.kv_bytes_per_token[kind] = kernels.kv_block_bytes(form) // BLOCK
     return report
 
 
-def _products(model: Model, matrices: Mapping[str, Matrix]) -> Iterator[Product]:
+def _products(matrices: Mapping[str, Matrix], stored: Mapping[str, str]) -> Iterator[Product]:
     """One for each matrix that differs: layers alike are told together."""
     seen: dict[Product, list[int]] = {}
     for full_name, matrix in matrices.items():
         layer, _, name = full_name.rpartition(".")
-        stored = ", ".join(dict.fromkeys(tensor.dtype for tensor in tensors_of(model, full_name, matrix)))
-        _, _, why = matrix.origin.partition(" (")
-        product = Product("", name, matrix.n, matrix.k, stored, KERNELS[matrix.kind], why.removesuffix(")"))
+        product = Product("", name, matrix.n, matrix.k, stored[full_name], KERNELS[matrix.kind], matrix.why)
         seen.setdefault(product, []).append(int(layer or -1))
     for product, layers in seen.items():
         yield replace(product, layers="" if layers == [-1] else _ranges(layers))

@@ -39,8 +39,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
 
 def become_inspector(arguments: list[str]) -> NoReturn:
     """Every flag is the worker's, which explains it or refuses it. A name that is known stands for its path."""
-    known = {name: str(store.resolve(name)) for name in store.MODELS if name in arguments}
-    arguments = [known.get(argument, argument) for argument in arguments]
+    arguments = [str(pull(argument)) if argument in store.MODELS else argument for argument in arguments]
     os.execv(sys.executable, [sys.executable, "-m", "worker_svc.inspect", *arguments])
 
 

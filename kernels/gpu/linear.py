@@ -8,7 +8,6 @@ in the step (He et al., "Defeating Nondeterminism in LLM Inference", 2025). It i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -18,16 +17,7 @@ from torch import Tensor
 
 from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import FLOATS, expect
-
-
-@dataclass(frozen=True)
-class Tile:
-    rows: int
-    columns: int
-    depth: int  # of K at a time
-    num_warps: int
-    num_stages: int
-
+from kernels.gpu.tile import Tile
 
 # 64 rows are what sm_90's warpgroup instruction needs; few columns leave programs for all multiprocessors in a step of
 # few rows, which is bound by reading weights. Reasoned, not measured.

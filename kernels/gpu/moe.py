@@ -9,7 +9,6 @@ back by the pairs' numbers: nothing is moved in between. A token adds up its own
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,19 +20,9 @@ from kernels.ahead import Ahead
 from kernels.gpu.activation import gated
 from kernels.gpu.arguments import FLOATS, expect
 from kernels.gpu.routing import Pairs, route, sort_pairs
+from kernels.gpu.tile import Tile
 
 SUM_BLOCK: Final = 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Of a product [pairs, N] over K: rows, columns and K at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 # Few rows read all weights of many experts once: deep tiles keep bytes in flight. Many rows are bound by the tensor

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import FLOATS, expect
-from kernels.gpu.quantized_tiles import TILES, Tile, tile_for
+from kernels.gpu.quantized_tiles import TILES, tile_for
+from kernels.gpu.tile import Tile
 
 TYPES: Final = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Rows of a tile whose x is gathered as it is read. Taller ones would hold more addresses than registers, and every one

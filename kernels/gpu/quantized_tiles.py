@@ -7,22 +7,11 @@ bytes goes from registers into the product, which sm_90 allows on the first side
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows of x, columns of the result (rows of the weight), and the most of K at a time: groups may allow less."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
+from kernels.gpu.tile import Tile
 
 # Few rows are bound by reading weights: many stages keep bytes in flight, and 128 of K are a cache line of codes of 8
 # bits, or two sectors of 32 bytes of codes of 4 bits. Many rows are bound by the tensor cores; the tallest tiles of

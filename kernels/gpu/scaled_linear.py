@@ -22,7 +22,8 @@ from kernels.ahead import MODELS, Ahead
 from kernels.gpu.arguments import FLOATS, expect
 from kernels.gpu.fp8 import from_e4m3
 from kernels.gpu.quantize_rows import GROUP
-from kernels.gpu.quantized_tiles import TILES, Tile, tile_for
+from kernels.gpu.quantized_tiles import TILES, tile_for
+from kernels.gpu.tile import Tile
 
 FLOAT8: Final = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 MOST_COLUMNS: Final = (1 << 31) // (1 << 14) - 1  # of K, whose sum of products of int8 is an int32

@@ -208,6 +208,17 @@ def test_model_list_says_what_is_here(tmp_path: Path) -> None:
     assert re.fullmatch(r"smollm2-135m\t.*\t98 MB\t\(not pulled\)\n", done.stdout)
 
 
+def test_model_inspect_is_the_workers(tmp_path: Path) -> None:
+    """Its report and its exit code."""
+    fixture = Path(__file__).parents[1] / "quantized" / "checkpoints" / "auto_round_awq_w4_g32"
+    shown = pagewire("model", "inspect", str(fixture))
+    assert shown.returncode == 0
+    assert "quantized by   awq" in shown.stdout
+    refused = pagewire("model", "inspect", str(tmp_path))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"pagewire model inspect: {tmp_path} has no config.json")
+
+
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [

@@ -81,6 +81,9 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "auto_round_awq_w4_g32", tmp_path / "awq")
     with pytest.raises(BackendError, match="quantization 'int8' is for float checkpoints: this one is"):
         capacity(tmp_path / "awq", quantization="int8")
+    for name in ("float", "awq"):
+        with pytest.raises(BackendError, match="activations 'int8' does not go with quantization 'fp8'"):
+            capacity(tmp_path / name, quantization="fp8", activations="int8")
     message = setup(tmp_path / "awq", activations="int8", dtype="float32")
     with pytest.raises(BackendError, match="activations 'int8' is not supported by the torch backend"):
         Session(message)

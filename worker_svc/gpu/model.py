@@ -25,7 +25,7 @@ from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
 from worker_svc.parallel.ranks import Ranks
 from worker_svc.parallel.shard import Shard
-from worker_svc.quant.plan import refuse_on_load
+from worker_svc.quant.plan import check_mode
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class GpuModel:
         such; `quantization`: what a float checkpoint becomes. Raises CheckpointError where a weight is missing or
         misshapen, SpecError where the model cannot be split among so many, or quantized so.
         """
-        if quantization:
-            refuse_on_load(model, quantization)
+        check_mode(model, quantization)
         self.ranks, self._invariant = ranks or Ranks(), batch_invariant
         self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
         spec = self.spec = self._shard.spec

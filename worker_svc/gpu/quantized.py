@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 from kernels.gpu.quantize_rows import quantize_by, quantize_groups, quantize_rows
 from kernels.gpu.quantized_linear import GroupedWeight, grouped_linear, pack_grouped
 from kernels.gpu.scaled_linear import as_fnuz, fp8_linear, int8_linear
-from worker_svc.quant.choice import order_of
 from worker_svc.quant.form import Grouped, QuantizedTensor
 from worker_svc.quant.gpu_choice import Kernel
 
@@ -115,7 +114,7 @@ class Stacked:
 
 def product_of(tensors: Sequence[QuantizedTensor], kernel: Kernel, bias: Tensor | None, target: Target) -> Multiply:
     """Of tensors one below the other that are one matrix to `kernel`, which is none of floats."""
-    order = order_of(tensors[0])
+    order = tensors[0].order()
     forms = [tensor.form().sorted() for tensor in tensors]
     if kernel in ("fp8", "fp8 a16"):
         return _float8(forms, tensors[0], kernel, bias, target)
@@ -124,7 +123,7 @@ def product_of(tensors: Sequence[QuantizedTensor], kernel: Kernel, bias: Tensor 
         return Int8Product(codes, _put([form.scales for form in forms], target), bias, target)
     zeros = [form.zeros for form in forms if form.zeros is not None]
     # Orders are checked and codes packed where they are: on the device there is room for what comes of it alone.
-    host = Target(torch.device("cpu"), target.kind, target.float8, target.batch_invariant)
+    host = replace(target, where=torch.device("cpu"))
     weight = pack_grouped(
         _put([form.codes for form in forms], host),
         _put([form.scales for form in forms], host),
@@ -133,10 +132,9 @@ def product_of(tensors: Sequence[QuantizedTensor], kernel: Kernel, bias: Tensor 
         tensors[0].scheme.group_size,
         None if order is None else torch.from_numpy(order).to(torch.int32),
     )
-    on_device = GroupedWeight(
-        weight.codes.to(target.where), weight.grid.to(target.where), weight.scales, weight.columns, weight.bits,
-        weight.group_size, None if weight.order is None else weight.order.to(target.where),
-    )  # fmt: skip
+    where, columns = target.where, weight.order
+    codes, grid = weight.codes.to(where), weight.grid.to(where)
+    on_device = replace(weight, codes=codes, grid=grid, order=None if columns is None else columns.to(where))
     return GroupedProduct(on_device, bias, target)
 
 

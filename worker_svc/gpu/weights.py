@@ -93,6 +93,7 @@ class WeightReader:
         if not (spec.experts and spec.sparse(i)):
             gate_up, down = (self.product(i, product, spec.mlp_bias) for product in ("gate_up", "down"))
             return DenseMLP(gate_up, down, spec.activation)
+        self.kernels["experts: float"] += 1  # whatever they are stored as
         shape = (spec.experts.num, spec.hidden_size)
         router = _tensor(self.model.read(self.model.layer(i, "router"), shape, "float32")).to(self._where)
         return ExpertMLP(

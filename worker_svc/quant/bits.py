@@ -31,13 +31,3 @@ def unpacked(words: Words, bits: int, count: int) -> Codes:
 def num_words(count: int, bits: int) -> int:
     """Of a run of codes, the last of which may be filled up."""
     return -(-count * bits // 32)
-
-
-def packed(codes: Codes, bits: int) -> Words:
-    """[R, count] → [R, num_words(count, bits)]: what `unpacked` reads. For tests and tools."""
-    rows, count = codes.shape
-    spread = np.zeros((rows, num_words(count, bits) * 32), np.uint8)
-    spread[:, : count * bits] = np.unpackbits(codes[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(
-        rows, -1
-    )
-    return np.packbits(spread, axis=1, bitorder="little").view("<u4")

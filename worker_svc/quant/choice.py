@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kernels.cpu.library import GROUP, Kind
 from worker_svc.models.raw_tensor import Tensor
-from worker_svc.quant.form import Codes, Floats, Grouped, Ints, QuantizedTensor
+from worker_svc.quant.form import Codes, Floats, Grouped, QuantizedTensor, same_order
 from worker_svc.quant.on_load import on_load
 
 
@@ -45,16 +45,13 @@ def choose(tensors: Sequence[Tensor], *, may_permute: bool = True, narrow: bool 
 
 
 def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool, narrow: bool) -> Choice:
-    schemes, order = [part.scheme for part in parts], order_of(parts[0])
-    if not all(same_order(order, order_of(part)) for part in parts[1:]):
+    schemes, order = [part.scheme for part in parts], parts[0].order()
+    if not all(same_order(order, part.order()) for part in parts[1:]):
         return Choice("bf16", why="its parts have their columns in different orders")
     if order is not None and not may_permute:
         return Choice("bf16", why="its columns are in an order of their own")
-    columns = parts[0].shape[1]
-    for part in parts:
-        groups = part.column_groups() if order is None else part.column_groups()[order]
-        if not np.array_equal(groups, np.arange(columns) // (part.scheme.group_size or columns)):
-            return Choice("bf16", why="its groups are of different sizes")
+    if not all(part.has_even_groups() for part in parts):
+        return Choice("bf16", why="its groups are of different sizes")
     sizes, wanted = {scheme.group_size for scheme in schemes}, [scheme.activations for scheme in schemes]
     plain = all(scheme.symmetric and scheme.bits == 8 for scheme in schemes) and sizes == {0} and order is None
     if plain and all(activations and activations.symmetric for activations in wanted):
@@ -62,7 +59,7 @@ def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool, narrow: bo
         return Choice("w8a8", why="activations have a scale each token, not one for all" if fixed else "")
     if narrow and max(scheme.bits for scheme in schemes) == 8:
         return Choice("int8", why="bytes are rotated, and rounded again")
-    group = math.gcd(*sizes) or -(-columns // GROUP) * GROUP
+    group = math.gcd(*sizes) or -(-parts[0].shape[1] // GROUP) * GROUP
     if group % GROUP:
         return Choice("bf16", why=f"groups of {group} columns are no multiple of {GROUP}")
     why = "activations stay bfloat16: those of 8 bits and symmetric weights by channel are multiplied as such alone"
@@ -70,21 +67,6 @@ def _of_integers(parts: Sequence[QuantizedTensor], may_permute: bool, narrow: bo
     if narrow and all(_are_halves(part) for part in parts):
         return Choice("int4", permuted=order is not None, why="zero points are multiplied by scales, in float16")
     return Choice("w4a16" if bits <= 4 else "w8a16", group, permuted=order is not None, why=why)
-
-
-def order_of(tensor: Tensor) -> Ints | None:
-    """[K] a tensor's columns, those of a group together; None where they are already."""
-    if not isinstance(tensor, QuantizedTensor):
-        return None
-    groups = tensor.column_groups()
-    return np.argsort(groups, kind="stable") if (np.diff(groups) < 0).any() else None
-
-
-def same_order(one: Ints | None, other: Ints | None) -> bool:
-    """Of what `order_of` gives."""
-    if one is None or other is None:
-        return one is other
-    return np.array_equal(one, other)
 
 
 def affine(tensor: Tensor, group: int) -> tuple[Codes, Floats, Codes]:

@@ -75,15 +75,9 @@ class Grouped:
         values *= self.scales[:, self.groups]
         return values
 
-    def order(self) -> Ints | None:
-        """[K] the columns, those of a group together; None where they are already."""
-        if (np.diff(self.groups) >= 0).all():
-            return None
-        return np.argsort(self.groups, kind="stable")
-
     def sorted(self) -> Grouped:
-        """The same matrix with its columns in `order`."""
-        order = self.order()
+        """The same matrix with its columns in `order_of` its groups."""
+        order = order_of(self.groups)
         if order is None:
             return self
         return replace(self, codes=np.ascontiguousarray(self.codes[:, order]), groups=self.groups[order])
@@ -131,6 +125,15 @@ class QuantizedTensor:
         rebased: Ints = groups - groups.min()
         return rebased
 
+    def order(self) -> Ints | None:
+        """[K] the columns taken, those of a group together; None where they are already."""
+        return order_of(self.column_groups())
+
+    def has_even_groups(self) -> bool:
+        """Whether groups, their columns together, are of the scheme's size each, but for the last: kernels count so."""
+        groups, size = self.column_groups(), self.scheme.group_size or self.shape[1]
+        return np.array_equal(np.sort(groups), np.arange(len(groups)) // size)
+
     def form(self) -> Grouped:
         codes, groups = self.unpack(self.rows)[:, self.columns], self.column_groups()
         first = int(self.groups[self.columns].min())
@@ -142,7 +145,7 @@ class QuantizedTensor:
         return self.form().float32()
 
     def finite(self) -> Floats:
-        return self.float32()  # scales and floats are looked at when a checkpoint's tensor is opened
+        return self.float32()  # scales are looked at when a tensor is opened, floats as they are unpacked
 
     def bfloat16(self) -> NDArray[np.uint16]:
         return to_bfloat16(self.float32())
@@ -150,8 +153,17 @@ class QuantizedTensor:
     def finite_bfloat16(self) -> NDArray[np.uint16]:
         return self.bfloat16()
 
-    def check_blocks(self) -> None:
-        """There is nothing left to look at."""
+
+def order_of(groups: Ints) -> Ints | None:
+    """[K] the columns, those of a group together; None where they are already."""
+    return np.argsort(groups, kind="stable") if (np.diff(groups) < 0).any() else None
+
+
+def same_order(one: Ints | None, other: Ints | None) -> bool:
+    """Of what `order_of` gives."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
 
 
 def quantized(

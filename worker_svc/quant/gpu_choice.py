@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
-import numpy as np
-
 from worker_svc.models.raw_tensor import Tensor
-from worker_svc.quant.choice import order_of, same_order
-from worker_svc.quant.form import QuantizedTensor
+from worker_svc.quant.form import QuantizedTensor, same_order
 
 Kernel = Literal["float", "w4a16", "w8a16", "w8a8", "fp8", "fp8 a16"]
 FP8_GROUP: Final = 128  # columns
@@ -26,8 +23,7 @@ def choose(tensor: Tensor, float8: bool) -> Choice:
         return Choice("float")
     scheme, columns = tensor.scheme, tensor.shape[1]
     size = scheme.group_size or columns
-    groups, order = tensor.column_groups(), order_of(tensor)
-    if not np.array_equal(groups if order is None else groups[order], np.arange(columns) // size):
+    if not tensor.has_even_groups():
         return Choice("float", "its groups are of different sizes")
     wanted = scheme.activations
     if scheme.kind == "e4m3":
@@ -36,7 +32,7 @@ def choose(tensor: Tensor, float8: bool) -> Choice:
         if wanted and not float8:
             return Choice("fp8 a16", "activations stay as they are: the device does not multiply float8")
         return Choice("fp8" if wanted else "fp8 a16")
-    if scheme.bits == 8 and scheme.symmetric and size >= columns and order is None and wanted and wanted.symmetric:
+    if scheme.bits == 8 and scheme.symmetric and size >= columns and wanted and wanted.symmetric:
         return Choice("w8a8", "activations have a scale each token, not one for all" if wanted.per == "tensor" else "")
     if size < columns and size != 32 and size % 64:
         return Choice("float", f"groups of {size} columns are neither 32 nor a multiple of 64")
@@ -46,15 +42,8 @@ def choose(tensor: Tensor, float8: bool) -> Choice:
 
 def joined(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors one below the other are one matrix to a kernel: bits, groups, activations and order agree."""
-    first, *others = tensors
-    if not all(isinstance(tensor, QuantizedTensor) for tensor in tensors):
-        return not any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
-    return all(
-        other.dtype == first.dtype and _activations(other) == _activations(first)
-        and same_order(order_of(other), order_of(first))
-        for other in others
-    )  # fmt: skip
-
-
-def _activations(tensor: Tensor) -> object:
-    return tensor.scheme.activations if isinstance(tensor, QuantizedTensor) else None
+    quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if len(quantized) < len(tensors):
+        return not quantized
+    first, *others = quantized
+    return all(other.scheme == first.scheme and same_order(other.order(), first.order()) for other in others)

@@ -22,7 +22,8 @@ class Matrix(NamedTuple):
     group: int = 0  # of w4a16 and w8a16: columns that share a scale
     scaled: bool = False  # rows have scales beside
     ordered: bool = False  # x's columns are put in an order first
-    origin: str = ""  # what it is in the checkpoint, where that is quantized, and why it is not multiplied so
+    origin: str = ""  # what it is in the checkpoint, where that is quantized
+    why: str = ""  # it is not multiplied as the checkpoint has it
 
 
 class Array(NamedTuple):

@@ -15,7 +15,8 @@ from kernels.cpu.library import PANEL, Bytes, Floats, Library
 from worker_svc.models.loader import Model
 from worker_svc.models.raw_tensor import Tensor
 from worker_svc.models.spec import Part
-from worker_svc.quant.choice import affine, codes_and_scale, floats_and_scale, halves, order_of
+from worker_svc.quant.choice import affine, codes_and_scale, floats_and_scale, halves
+from worker_svc.quant.form import QuantizedTensor
 from worker_svc.quant.int4 import int4
 from worker_svc.quant.layout import Layout, Matrix, panels
 from worker_svc.quant.plan import tensors_of
@@ -45,7 +46,7 @@ def pack(
     for name, matrix in layout.matrices.items():
         rows = _rows(model, name, matrix, layout)
         if matrix.ordered:
-            order = order_of(rows.tensors[0])
+            order = _order(rows.tensors[0])
             assert order is not None
             arrays[f"{name}.order"][:] = order
         tasks += _tasks(name, matrix, rows, arrays, library)
@@ -142,8 +143,12 @@ def _rows(model: Model, name: str, matrix: Matrix, layout: Layout) -> Rows:
 
 def _inner_order(model: Model, down: Matrix, name: str) -> Ints:
     """Rows of gate, and of up, in the order in which down's columns are packed: then nobody has to move them."""
-    order = order_of(*tensors_of(model, name, down)) if down.kind in ("w4a16", "w8a16", "int4") else None
+    order = _order(*tensors_of(model, name, down)) if down.kind in ("w4a16", "w8a16", "int4") else None
     return np.arange(down.k) if order is None else order
+
+
+def _order(tensor: Tensor) -> Ints | None:
+    return tensor.order() if isinstance(tensor, QuantizedTensor) else None
 
 
 def _stacked(parts: Sequence[Part], interleaved: bool) -> Ints:

@@ -10,8 +10,8 @@ from kernels.cpu.library import Kind
 from worker_svc.models.loader import Model
 from worker_svc.models.raw_tensor import Tensor
 from worker_svc.models.spec import ModelSpec, SpecError
-from worker_svc.quant.checkpoint import QuantizedCheckpoint
 from worker_svc.quant.choice import choose
+from worker_svc.quant.form import QuantizedTensor
 from worker_svc.quant.layout import Matrix, panels
 
 
@@ -32,29 +32,32 @@ MODES: Final = {
 
 
 def mode_of(quantization: str, activations: str) -> str:
-    """Float checkpoints in integers have activations of 8 bits anyhow."""
-    return "a8" if activations == "int8" and quantization not in ("int8", "int4") else quantization
+    """Float checkpoints in integers have activations of 8 bits anyhow. Raises SpecError for what goes not together."""
+    if activations == "auto" or quantization in ("int8", "int4"):
+        return quantization
+    if quantization:
+        raise SpecError(f"activations {activations!r} does not go with quantization {quantization!r}")
+    return "a8"
 
 
 def plan(model: Model, mode: str) -> dict[str, Matrix]:
     """Raises CheckpointError where a tensor is missing or misshapen, SpecError for a mode that is not for it."""
-    matrices, checkpoint = uniform(model.spec, mode), model.checkpoint
-    if not isinstance(checkpoint, QuantizedCheckpoint):
-        if mode == "a8":
-            raise SpecError("activations 'int8' is for quantized checkpoints, or goes with --quantization int8 or int4")
+    check_mode(model, mode)
+    matrices = uniform(model.spec, mode)
+    if not model.quantization:
         return matrices
-    if mode not in ("", "a8"):
-        refuse_on_load(model, mode)
     narrow = mode == "a8"
     return {name: chosen(name, matrix, tensors_of(model, name, matrix), narrow) for name, matrix in matrices.items()}
 
 
-def refuse_on_load(model: Model, mode: str) -> None:
-    """Raises SpecError for a model whose weights cannot be quantized as they are loaded."""
-    if model.quantization:
-        name = model.quantization
-        raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {name}")
-    if model.spec.experts:
+def check_mode(model: Model, mode: str) -> None:
+    """Raises SpecError for a mode that is not for this model."""
+    by = model.quantization
+    if mode == "a8" and not by:
+        raise SpecError("activations 'int8' is for quantized checkpoints, or goes with --quantization int8 or int4")
+    if mode not in ("", "a8") and by:
+        raise SpecError(f"quantization {mode!r} is for float checkpoints: this one is quantized already, by {by}")
+    if mode and model.spec.experts:
         raise SpecError(f"quantization {mode!r}: experts are not quantized as they are loaded")
 
 
@@ -69,20 +72,27 @@ def tensors_of(model: Model, name: str, matrix: Matrix) -> list[Tensor]:
 
 def described(matrices: Mapping[str, Matrix]) -> list[str]:
     """How many matrices of which scheme are multiplied by which kernel, most first; none where nothing is quantized."""
-    counts = Counter(f"{matrix.origin or 'float'}: {matrix.kind}" for matrix in matrices.values())
     if not any(matrix.origin for matrix in matrices.values()):
         return []
+    counts: Counter[str] = Counter()
+    for matrix in matrices.values():
+        why = f" ({matrix.why})" if matrix.why else ""
+        counts[f"{matrix.origin or 'float'}{why}: {matrix.kind}"] += 1
     return [f"{count} × {what}" for what, count in counts.most_common()]
 
 
 def chosen(name: str, matrix: Matrix, tensors: list[Tensor], narrow: bool) -> Matrix:
     """The matrix by what its tensors are. `narrow`: activations get 8 bits where a kernel takes them."""
     choice = choose(tensors, may_permute=name != "lm_head", narrow=narrow)
-    schemes = list(dict.fromkeys(tensor.dtype for tensor in tensors if hasattr(tensor, "scheme")))
-    origin = ", ".join(schemes) + (f" ({choice.why})" if choice.why else "")
-    # What down wants in another order its rows are made in: see pack.
-    ordered = choice.permuted and not name.endswith(".down")
-    return matrix._replace(kind=choice.kind, group=choice.group, scaled=choice.scaled, ordered=ordered, origin=origin)
+    schemes = dict.fromkeys(tensor.dtype for tensor in tensors if isinstance(tensor, QuantizedTensor))
+    return matrix._replace(
+        kind=choice.kind,
+        group=choice.group,
+        scaled=choice.scaled,
+        ordered=choice.permuted and not name.endswith(".down"),  # whose columns others make in order: see pack
+        origin=", ".join(schemes),
+        why=choice.why,
+    )
 
 
 def uniform(spec: ModelSpec, mode: str) -> dict[str, Matrix]:

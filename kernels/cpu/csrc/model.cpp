@@ -125,6 +125,10 @@ Model::Model(const pw_spec &given, int threads, int cpus, const char *isa)
     fail("num_blocks %d is more KV than can be addressed", spec.num_blocks);
   kv_layer_bytes = size_t(bytes / spec.num_layers);
   kv.reserve(size_t(bytes), "KV cache");
+  for (const pw_layer &layer : layers)
+    for (const pw_weight *w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+      if (w->order && w->k > widest) widest = round_up(w->k, 16);
+  reordered.reserve(size_t(team.size()) * size_t(widest) * sizeof(float), "reordered rows");
 }
 
 }  // namespace pw

@@ -85,8 +85,9 @@ struct Model {
   // The last forward's, [tokens, …]: `x` holds the residual, and outputs are made from it until the next one — or from
   // `last_x`, where the last layer was computed for some tokens alone: token t is row rows[t], or −1 of none.
   int num_tokens = 0;
-  Memory x, qkv, attended, gated, unnormed, attend_scratch, last_x, last_qkv, last_scratch, reordered;
-  int64_t widest = 0;  // floats that a thread has in `reordered`
+  Memory x, qkv, attended, gated, unnormed, attend_scratch, last_x, last_qkv, last_scratch;
+  Memory reordered;    // rows whose columns go in another order: one for each thread
+  int64_t widest = 0;  // floats of one
   std::vector<int32_t> rows;  // [tokens]; empty where all were computed
   Rows hidden_rows, attended_rows, gated_rows;
   // Outputs.

@@ -72,10 +72,6 @@ class Forward {
     m_.hidden_rows.reserve(first.qkv, rows, copies);
     m_.attended_rows.reserve(first.o, rows, copies);
     m_.gated_rows.reserve(first.down, rows, copies);
-    for (const pw_layer &layer : m_.layers)
-      for (const pw_weight *w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-        if (w->order && w->k > m_.widest) m_.widest = round_up(w->k, 16);
-    m_.reordered.reserve(size_t(m_.team.size()) * size_t(m_.widest) * sizeof(float), "reordered rows");
     all_ = part(b_, m_.x, m_.qkv, m_.attend_scratch);
     last_ = some_ ? part(wanted_.batch, m_.last_x, m_.last_qkv, m_.last_scratch) : all_;
     m_.rows.clear();

@@ -185,7 +185,7 @@ def quantize(home: Path, producer: str, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("producer", choices=[BASE, *RECIPES])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("/tmp/quantized"), help="default: %(default)s")
+    parser.add_argument("folder", type=Path, help="where models are, and go")
     parser.add_argument("names", nargs="*", help="default: all of this producer")
     arguments = parser.parse_args()
     home = arguments.folder.resolve()

@@ -54,8 +54,9 @@ class Awq:
             raise fields.trouble("version", "gemm or gemv", self.version)
         if fields.flag("desc_act", False):
             raise fields.trouble("desc_act", "false: awq's packing has no order of columns", True)
-        if fields.text("pack_dtype", "int32") != "int32":
-            raise fields.trouble("pack_dtype", "int32", config["pack_dtype"])
+        for key, only in (("method", "awq"), ("pack_dtype", "int32"), ("data_type", "int")):
+            if fields.text(key, only) != only:
+                raise fields.trouble(key, only, config[key])
         self._symmetric = fields.flag("sym", False) or not fields.flag("zero_point", True)
         self._skipped = tuple(fields.texts("modules_to_not_convert"))
 

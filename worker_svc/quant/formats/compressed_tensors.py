@@ -21,7 +21,7 @@ from worker_svc.models.spec import SpecError
 from worker_svc.quant.bits import Codes, num_words, unpacked
 from worker_svc.quant.form import Activations, Ints, QuantizedTensor, Scheme, quantized
 from worker_svc.quant.formats import fp8
-from worker_svc.quant.formats.module import Module, check_rows, middle, num_groups
+from worker_svc.quant.formats.module import Module, middle, num_groups
 from worker_svc.quant.formats.names import keys, matches
 
 FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -233,7 +233,11 @@ def _packed(module: Module, weights: Weights, activations: Activations | None) -
     rows, columns = (int(size) for size in shape)
     if rows != words.shape[0]:
         raise module.trouble("weight_packed", f"has {words.shape[0]} rows, and weight_shape says {rows}")
-    check_rows(module, "weight_packed", words, columns, bits, "columns")
+    if words.shape[1] != num_words(columns, bits):
+        fill = num_words(columns, bits)
+        raise module.trouble(
+            "weight_packed", f"has {words.shape[1]} words a row, and {columns} columns of {bits} bits fill {fill}"
+        )
     size = 0 if weights.group_size >= columns else weights.group_size
     scales, size = _scales(module, weights, rows, columns, size)
     count = scales.shape[1]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker_svc.models.raw_tensor import CheckpointError, RawTensor
-from worker_svc.quant.bits import Codes, Words, num_words
+from worker_svc.quant.bits import Codes, Words
 from worker_svc.quant.form import Floats, Ints, QuantizedTensor
 
 FLOATS = ("F16", "BF16", "F32")
@@ -89,15 +89,6 @@ class Method(Protocol):
 
     def read(self, module: Module) -> QuantizedTensor:
         """Raises CheckpointError, naming the tensor and what is wrong with it or with what the config says of it."""
-
-
-def check_rows(module: Module, suffix: str, words: Words, count: int, bits: int, along: str) -> None:
-    """Raises CheckpointError where words have not as many columns as `count` codes fill."""
-    if words.shape[1] != num_words(count, bits):
-        raise module.trouble(
-            suffix,
-            f"has {words.shape[1]} words a row, and {count} {along} of {bits} bits fill {num_words(count, bits)}",
-        )
 
 
 def middle(bits: int, shape: Shape) -> Codes:
