@@ -1,4 +1,4 @@
-"""What a kernel is not given: matrices whose columns it would count wrongly. And configs that lie beside config.json."""
+"""What a kernel is not given: matrices whose columns it would count wrongly. And configs that lie beside the config."""
 
 from __future__ import annotations
 
