@@ -38,6 +38,13 @@ class FrontendBeat(Wire, frozen=True):
     frontend: str
 
 
+class Grammar(Wire, frozen=True):
+    """What the output has to be. `kind`: json_schema | regex | ebnf | choice (a JSON list) | json | structural_tag."""
+
+    kind: str
+    text: str = ""
+
+
 class Submit(Wire, frozen=True):
     """One sequence. `n` > 1 arrives as n Submits with one request_id and indices 0..n−1."""
 
@@ -54,6 +61,8 @@ class Submit(Wire, frozen=True):
     adapter: str = ""
     frontend: str = ""
     skip_cache: bool = False  # reads nothing from the prefix cache (prompt logprobs imply it)
+    grammar: Grammar | None = None
+    pooling: str = ""  # last | mean | cls: ends with `pooled` in place of tokens
 
 
 class Abort(Wire, frozen=True):
@@ -83,6 +92,7 @@ class TokenDelta(Wire, frozen=True):
     tenant: str = ""  # of a request that was refused
     queued: float = 0.0  # seconds from its Submit to its first admission, by the Ticks
     shed_for: float = 0.0  # seconds, with REJECTED: no fewer sequences of this tenant, of no better priority, will do
+    pooled: bytes = b""  # little-endian float32, not normalized
 
 
 class Shed(Wire, frozen=True):
@@ -133,6 +143,17 @@ class Question(IntEnum):
     FLUSH_CACHE = 2
     DRAIN = 3  # answered when the last accepted sequence has ended
     CANCEL = 4
+    LOAD_ADAPTER = 5  # answered when every worker group has it, or one could not load it
+    UNLOAD_ADAPTER = 6  # answered when nobody uses it any more
+    LIST_ADAPTERS = 7
+
+
+class Adapter(Wire, frozen=True):
+    name: str
+    path: str = ""
+    digest: str = ""  # of its files
+    rank: int = 0
+    users: int = 0  # sequences that name it
 
 
 class Ask(Wire, frozen=True):
@@ -143,6 +164,7 @@ class Ask(Wire, frozen=True):
     request_id: str = ""  # with CANCEL
     frontend: str = ""
     tenant: str | None = None  # with CANCEL: of this tenant's requests alone; None: of anybody's
+    adapter: Adapter | None = None  # with LOAD_ADAPTER and UNLOAD_ADAPTER
 
 
 class Histogram(Wire, frozen=True):
@@ -280,6 +302,8 @@ class Answer(Wire, frozen=True):
     found: bool = True  # with CANCEL
     freed_blocks: int = 0  # with FLUSH_CACHE
     frontend: str = ""
+    trouble: str = ""  # why it was not done, in one line
+    adapters: list[Adapter] = []  # with LIST_ADAPTERS
 
 
 ToEngine = FrontendHello | FrontendLost | FrontendBeat | Submit | Shed | Abort | Ask | WatchKv | Observed

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-PROTOCOL = 4  # raised when a peer of the previous version could misread a message
+PROTOCOL = 5  # raised when a peer of the previous version could misread a message
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
@@ -80,7 +80,7 @@ class Setup(Wire, frozen=True):
     max_model_len: int = 0  # 0: the model's own
     max_step_tokens: int = 0  # positions of one step at most; no backend sizes anything by it yet
     kv_bytes: int = 0  # memory for KV pages; 0: the worker chooses
-    speculation: str = ""
+    speculation: str = ""  # who proposes drafts: ngram | suffix | draft | eagle3; empty: nobody
     tp_rank: int = 0
     tp_size: int = 1
     tp_address: str = ""
@@ -89,6 +89,10 @@ class Setup(Wire, frozen=True):
     sharing: int = 1  # workers on this host: what each chooses by itself (threads, memory) leaves as much to the others
     batch_invariant: bool = False  # a worker that is not exact is refused
     activations: str = "auto"  # what quantized weights are multiplied by; auto: what the checkpoint says
+    num_drafts: int = 0  # of a row at most, so that shapes can be warmed; 0 without speculation
+    draft_model: str = ""  # path of what `speculation` draft or eagle3 proposes with
+    max_adapters: int = 0  # loaded at once; 0: none can be
+    max_adapter_rank: int = 0
 
 
 class Admit(Wire, frozen=True):
@@ -100,7 +104,8 @@ class Admit(Wire, frozen=True):
     block_ids: list[list[int]]  # per KV group, in position order
     sampling: Sampling
     adapter: str = ""
-    domain: bytes = b""  # opaque digest of tenant and salt: for caches that a worker will share; none reads it yet
+    domain: bytes = b""  # opaque digest of tenant and salt: who may meet in a cache that a worker keeps by itself
+    pooling: str = ""  # last | mean | cls: the row in which the prompt ends brings `pooled` and samples nothing
 
 
 class Row(Wire, frozen=True):
@@ -156,6 +161,8 @@ class Mask(Wire, frozen=True):
 
 
 class LoadAdapter(Wire, frozen=True):
+    """Between two steps: rows of `step` + 1 on may name it. Answered by AdapterReady."""
+
     epoch: Epoch
     step: int
     adapter: str
@@ -164,6 +171,8 @@ class LoadAdapter(Wire, frozen=True):
 
 
 class UnloadAdapter(Wire, frozen=True):
+    """No row of a later step names it, and none in flight does (R4)."""
+
     epoch: Epoch
     step: int
     adapter: str
@@ -206,11 +215,16 @@ class Ready(Wire, frozen=True):
     fingerprint: str = ""  # digest of all that decides the arithmetic: a stream may be resumed only under the same one
     quantization: str = ""  # of the weights as they are multiplied; empty: they are in `dtype`
     kv_dtype: str = ""
+    step_seconds: tuple[tuple[int, float], ...] = ()  # measured at warm-up: positions of a decode step, its seconds
+    hidden_size: int = 0  # floats of `pooled`
 
 
 class AdapterReady(Wire, frozen=True):
+    """`trouble`: why it could not be loaded, in one line naming file, tensor or field; the epoch goes on without it."""
+
     epoch: Epoch
     adapter: str
+    trouble: str = ""
 
 
 class RowResult(Wire, frozen=True):
@@ -222,7 +236,7 @@ class RowResult(Wire, frozen=True):
     logprobs: list[TokenLogprobs] = []  # one for each of token_ids, where asked
     num_drafted: int = 0
     prompt_logprobs: list[TokenLogprobs] = []  # of the prompt tokens at row.start+1 …, where asked
-    pooled: bytes = b""
+    pooled: bytes = b""  # little-endian float32 [hidden_size], not normalized, where the Admit asked for it
 
 
 class Timings(Wire, frozen=True):
