@@ -247,4 +247,3 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         prompt_cost=tenants.prompt_cost,
         output_cost=tenants.output_cost,
     )
-

@@ -295,6 +295,7 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("to see what it does", _seeing_flags),
 ]
 
+
 def _whole(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
     def convert(text: str) -> int:
         value = int(text)
