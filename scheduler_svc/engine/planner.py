@@ -66,7 +66,8 @@ class Planner:
         else:
             if self.roster.ledger.several:
                 self._displace(step)
-            one_behind, further_behind = [], []
+            one_behind: list[Sequence] = []
+            further_behind: list[Sequence] = []
             for sequence in self._in_order():
                 is_next = sequence.ahead or sequence.computed + 1 == sequence.settled
                 (one_behind if is_next else further_behind).append(sequence)
