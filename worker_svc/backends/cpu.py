@@ -41,6 +41,7 @@ from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
 from worker_svc.quant.plan import mode_of
 from worker_svc.results import build_results
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.base import Proposer, host_proposer, propose
 
 _KV_KINDS: Final = {"auto": "bf16", "bf16": "bf16", "int8": "int8"}
 
@@ -99,6 +100,7 @@ class CpuBackend:
         self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
         self._host = HostBlocks(self._model.kv(), num_host_blocks)
         self._sampler = CpuSampler(self._vocab_size)
+        self._proposer: Proposer | None = host_proposer(setup)
         self.reset(setup)
         return Capacity(
             num_blocks=kv.num_blocks,
@@ -127,6 +129,8 @@ class CpuBackend:
             copy=self._host.copy,
         )
         self._sampler.reset()
+        if self._proposer:
+            self._proposer.reset()
 
     def forward(self, plan: StepPlan) -> None:
         """Where no mask has to be waited for, sampling is in the same call."""
@@ -143,6 +147,9 @@ class CpuBackend:
         self._forward_any(plan)
 
     def _forward_any(self, plan: StepPlan) -> None:
+        if self._proposer:
+            for slot in plan.release:
+                self._proposer.release(self._slots, slot)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
         outputs = None
@@ -170,7 +177,10 @@ class CpuBackend:
                 self._model.sample(outputs)
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
-        return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        if self._proposer:
+            propose(self._proposer, plan, inputs, self._slots)
+        return results
 
     def close(self) -> None:
         self._pending = self._last = self._decode = None
@@ -217,6 +227,7 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         activations=("auto", "int8"),
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
+        speculation=("ngram",),
     )
 
 

@@ -35,6 +35,7 @@ from worker_svc.parallel.ranks import Ranks, join
 from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.base import Proposer, host_proposer, propose
 
 LOGIT_ROWS = 64  # a prompt's positions scored at once
 
@@ -76,6 +77,7 @@ class TorchBackend:
             kv_dtype=("auto", "bf16") if setup.dtype == "bfloat16" else ("auto",),
             splits=True,
             offloads=True,
+            speculation=("ngram",),
         )
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
@@ -92,6 +94,7 @@ class TorchBackend:
         self._host = HostBlocks(self._cache.runs, num_host_blocks)
         self._max_len = served_len(setup, self._cache.num_blocks, runner.max_model_len)
         self._sampler = Sampler(runner.vocab_size)
+        self._proposer: Proposer | None = host_proposer(setup)
         self.reset(setup)
         progress(Phase.COMPILING, 0.0)
         backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
@@ -122,8 +125,13 @@ class TorchBackend:
             copy=self._host.copy,
         )
         self._sampler.reset()
+        if self._proposer:
+            self._proposer.reset()
 
     def forward(self, plan: StepPlan) -> None:
+        if self._proposer:
+            for slot in plan.release:
+                self._proposer.release(self._slots, slot)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
         vocab_size = self._runner.vocab_size
@@ -138,7 +146,10 @@ class TorchBackend:
         for first in range(0, len(inputs.prompt_logprob_tokens), LOGIT_ROWS):
             tokens = inputs.prompt_logprob_tokens[first : first + LOGIT_ROWS]
             scores += self._sampler.prompt_logprobs(logits(tokens), inputs, self._slots, first)
-        return build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
+        results = build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
+        if self._proposer:
+            propose(self._proposer, plan, inputs, self._slots)
+        return results
 
     def close(self) -> None:
         self._pending = None
