@@ -115,7 +115,9 @@ def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
 
 
 def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints, drafts: Ints) -> None:
-    """What R1 promises of a row that computes starts:ends, then `drafts`. The arrays first, so that a sound step costs a few comparisons."""
+    """What R1 promises of a row that computes starts:ends, then `drafts`. The arrays first, so that a sound step costs a
+    few comparisons.
+    """
     computed, known = slots.computed[ids], slots.lengths[ids]
     covered = slots.block_counts[ids] * slots.block_size
     going_on = (starts == computed) | (computed < 0)

@@ -114,8 +114,8 @@ class LogitEditor:
         self.reset()
 
     def edits(self, slots: SlotTable, ids: Ints, positions: Ints, masks: StepMask | None) -> Edits | None:
-        """For logits whose row i is of slot ids[i], behind its tokens up to positions[i], drafts among them; rows ascend
-        in each list. None: no edit.
+        """For logits whose row i is slot ids[i]'s behind its tokens up to positions[i], drafts included; rows ascend in
+        each list. None: no edit.
         """
         bias_at: list[Ints] = []
         bias: list[NDArray[np.float32]] = []

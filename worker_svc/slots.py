@@ -111,8 +111,8 @@ class SlotTable:
     def append_each(
         self, slots: NDArray[np.int64], token_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None
     ) -> None:
-        """Adds token_ids[i], which was sampled, to slots[i], whose drafts are gone. No slot twice, but at `positions` that
-        follow each other.
+        """Adds token_ids[i], which was sampled, to slots[i], and drops its drafts. No slot twice, unless at `positions`
+        that follow each other.
         """
         positions = self.lengths[slots] if positions is None else positions
         if positions.max(initial=0) >= self.max_model_len:

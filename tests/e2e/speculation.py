@@ -18,9 +18,7 @@ from pagewire.v1 import inference_pb2
 
 from tests.e2e.service import Service, service
 
-_WORDS = "the,a,cat,sea,old,river,wrote,sings,blue,seven,stones,over,under,light,and,never,because,Paris,1984".split(
-    ","
-)
+_WORDS = "the cat sea old river wrote sings blue seven stones over under light never because Paris 1984".split()
 _TASKS = (
     "Repeat the following line three times: {}\n",
     "Write a list of ten numbered items, each of which begins with: {}\n1. {}\n2.",
@@ -173,8 +171,8 @@ async def _main(args: argparse.Namespace) -> int:
     done = await compare(args.model, made, speculation, flags, small, args.kills)
     rate = done.accepted / max(1, done.drafted)
     print(
-        f"{args.proposer}, {args.num_drafts} drafts: {len(made)} requests, {done.streams} streams, {done.tokens} tokens; "
-        f"{done.drafted} drafted, {done.accepted} accepted ({rate:.0%}); {done.preemptions} preemptions, "
+        f"{args.proposer}, {args.num_drafts} drafts: {len(made)} requests, {done.streams} streams, {done.tokens} "
+        f"tokens; {done.drafted} drafted, {done.accepted} accepted ({rate:.0%}); {done.preemptions} preemptions, "
         f"{done.recoveries} worker deaths; {len(done.different)} different {done.different[:20]}"
     )
     return 1 if done.different else 0

@@ -19,8 +19,8 @@ PROPOSERS: Final = ("ngram", "suffix", "draft")  # of the cpu and torch backends
 
 class Proposer(Protocol):
     def propose(self, slots: SlotTable, ids: Ints, most: Ints) -> None:
-        """Puts at most most[i] drafts behind the tokens of slot ids[i] (SlotTable.propose), for all slots of a step, those
-        among them that were in a prompt or want none: there most[i] is 0.
+        """Puts at most most[i] drafts behind the tokens of slot ids[i] (SlotTable.propose), for each slot of a step. Of
+        one that is in a prompt still, or wants none, most[i] is 0.
         """
 
     def release(self, slots: SlotTable, slot: int) -> None:
