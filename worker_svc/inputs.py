@@ -65,8 +65,23 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
         drafts = np.where(samples, np.minimum(drafts, slots.drafts[ids]), 0)
     check(slots, ids, starts, ends, samples, drafts)
     slots.computed[ids] = ends
-    counts, ends = counts + drafts, ends + drafts
+    return flat_inputs(slots, ids, starts, ends + drafts, np.flatnonzero(samples), drafts=drafts)
 
+
+def flat_inputs(
+    slots: SlotTable,
+    ids: Ints,
+    starts: Ints,
+    ends: Ints,
+    sample_rows: Ints,
+    block_tables: Ints | None = None,
+    drafts: Ints | None = None,
+) -> StepInputs:
+    """Positions starts[i]:ends[i] of slots ids[i] as rows, the last drafts[i] of them drafts.
+
+    `block_tables` [R, B]: others than the slots' own.
+    """
+    counts = ends - starts
     if (counts == 1).all():  # nobody is in a prompt: most steps
         cu, owners, positions = np.arange(len(ids) + 1), np.arange(len(ids)), starts
     else:
@@ -74,22 +89,24 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
         np.cumsum(counts, out=cu[1:])
         owners = np.repeat(np.arange(len(ids)), counts)  # [T] row of each token
         positions = np.arange(cu[-1]) - cu[owners] + starts[owners]
-    of_tokens = ids[owners]
+    if block_tables is None:
+        width = -(-int(ends.max(initial=0)) // slots.block_size)
+        block_tables = slots.block_tables[ids, :width].astype(np.int64)
     pages, offsets = np.divmod(positions, slots.block_size)
-    width = -(-int(ends.max(initial=0)) // slots.block_size)
     scored = _scored(slots, ids, owners, positions)
-    sample_rows = np.flatnonzero(samples)
     sample_tokens = cu[sample_rows + 1] - 1
-    if drafts.any():
+    if drafts is None:
+        drafts = np.zeros_like(ids)
+    elif drafts.any():
         sample_rows, sample_tokens = _outputs(sample_rows, sample_tokens, drafts[sample_rows])
     return StepInputs(
         slots=ids,
         cu=cu,
         context_lens=ends,
-        token_ids=slots.token_ids[of_tokens, positions].astype(np.int64),
+        token_ids=slots.token_ids[ids[owners], positions].astype(np.int64),
         positions=positions,
-        slot_mapping=slots.block_tables[of_tokens, pages] * np.int64(slots.block_size) + offsets,
-        block_tables=slots.block_tables[ids, :width].astype(np.int64),
+        slot_mapping=block_tables[owners, pages] * slots.block_size + offsets,
+        block_tables=block_tables,
         num_drafts=drafts,
         sample_rows=sample_rows,
         sample_tokens=sample_tokens,
@@ -115,8 +132,9 @@ def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
 
 
 def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints, drafts: Ints) -> None:
-    """What R1 promises of a row that computes starts:ends, then `drafts`. The arrays first, so that a sound step costs a
-    few comparisons.
+    """What R1 promises of a row that computes starts:ends, then `drafts`.
+
+    The arrays first, so that a sound step costs a few comparisons.
     """
     computed, known = slots.computed[ids], slots.lengths[ids]
     covered = slots.block_counts[ids] * slots.block_size

@@ -122,7 +122,7 @@ class SlotTable:
         self.lengths[slots] = positions + 1  # the last one stays
         self.drafts[slots] = 0
 
-    def propose(self, slot: int, token_ids: Sequence[int]) -> None:
+    def propose(self, slot: int, token_ids: Sequence[int] | NDArray[np.int32]) -> None:
         """Puts drafts behind the slot's tokens, in place of those before."""
         start = int(self.lengths[slot])
         self.token_ids[slot, start : start + len(token_ids)] = token_ids

@@ -18,7 +18,7 @@ from pagewire.v1 import inference_pb2
 
 from tests.e2e.service import Service, service
 
-_WORDS = "the cat sea old river wrote sings blue seven stones over under light never because Paris 1984".split()
+_WORDS = tuple("the cat sea old river wrote sings blue seven stones over under light never because Paris".split(" "))
 _TASKS = (
     "Repeat the following line three times: {}\n",
     "Write a list of ten numbered items, each of which begins with: {}\n1. {}\n2.",

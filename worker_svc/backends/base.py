@@ -133,6 +133,15 @@ def refuse_unsupported(
         raise BackendError(f"block_size {setup.block_size} must be at least 1")
 
 
+def check_draft_model(setup: Setup, vocab_size: int, draft_vocab_size: int) -> None:
+    """Raises BackendError where its tokens are not the model's."""
+    if vocab_size != draft_vocab_size:
+        raise BackendError(
+            f"draft_model {setup.draft_model} has a vocabulary of {draft_vocab_size} tokens, "
+            f"and {setup.model} one of {vocab_size}"
+        )
+
+
 def kv_blocks(setup: Setup, block_bytes: int) -> int:
     """How many blocks the memory for KV holds, null block included. Raises BackendError where it is too little."""
     memory = _memory()

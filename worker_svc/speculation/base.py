@@ -18,9 +18,10 @@ PROPOSERS: Final = ("ngram", "suffix", "draft")  # of the cpu and torch backends
 
 
 class Proposer(Protocol):
-    def propose(self, slots: SlotTable, ids: Ints, most: Ints) -> None:
-        """Puts at most most[i] drafts behind the tokens of slot ids[i] (SlotTable.propose), for each slot of a step. Of
-        one that is in a prompt still, or wants none, most[i] is 0.
+    def propose(self, inputs: StepInputs, slots: SlotTable, most: Ints) -> None:
+        """Behind a step's sampling: puts at most most[i] drafts behind the tokens of slot inputs.slots[i].
+
+        Of one that is in a prompt still, or wants none, most[i] is 0.
         """
 
     def release(self, slots: SlotTable, slot: int) -> None:
@@ -29,6 +30,8 @@ class Proposer(Protocol):
     def reset(self) -> None:
         """A new epoch: no slot is what it was."""
 
+    def close(self) -> None: ...
+
 
 def host_proposer(setup: Setup) -> Proposer | None:
     """The one that `setup` names, where it needs no model of its own; None for one that does, or none."""
@@ -36,7 +39,18 @@ def host_proposer(setup: Setup) -> Proposer | None:
         from worker_svc.speculation.ngram import NgramProposer
 
         return NgramProposer()
+    if setup.speculation == "suffix":
+        from worker_svc.speculation.suffix import SuffixProposer
+
+        return SuffixProposer()
     return None
+
+
+def release(proposer: Proposer, plan: StepPlan, slots: SlotTable) -> None:
+    """Before a plan is applied."""
+    for slot in plan.release:
+        slots.held(slot)
+        proposer.release(slots, slot)
 
 
 def propose(proposer: Proposer, plan: StepPlan, inputs: StepInputs, slots: SlotTable) -> None:
@@ -46,4 +60,4 @@ def propose(proposer: Proposer, plan: StepPlan, inputs: StepInputs, slots: SlotT
         wanting = np.array([row.sample and not row.masked for row in plan.rows], np.bool_)
         room = slots.limits[ids] - slots.lengths[ids] - 1
         most = np.where(wanting, np.clip(room, 0, plan.num_propose), 0)
-    proposer.propose(slots, ids, most)
+    proposer.propose(inputs, slots, most)

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from worker_svc.inputs import Ints
+from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
 
 LEAST, MOST = 2, 8  # tokens that have to be the same, and that are looked at
@@ -19,8 +19,8 @@ class NgramProposer:
     Keeps nothing: to look through the tokens of all slots at once costs less than an index that follows them.
     """
 
-    def propose(self, slots: SlotTable, ids: Ints, most: Ints) -> None:
-        ids, most = ids[most > 0], most[most > 0]
+    def propose(self, inputs: StepInputs, slots: SlotTable, most: Ints) -> None:
+        ids, most = inputs.slots[most > 0], most[most > 0]
         if not len(ids):
             return
         ends = slots.lengths[ids]
@@ -47,11 +47,15 @@ class NgramProposer:
         best = np.full(len(ids), -1, np.int64)
         np.maximum.at(best, owners[at], lengths * len(known) + at)
         for i in np.flatnonzero(best >= LEAST * len(known)).tolist():
-            begin = int(best[i]) % len(known) + 1
-            slots.propose(int(ids[i]), known[begin : min(begin + int(most[i]), int(borders[i]))].tolist())
+            begin, end = int(best[i]) % len(known) + 1, int(borders[i])
+            # Where the continuation ends with what is known, it begins anew: so it was since `begin`.
+            slots.propose(int(ids[i]), known[begin + np.arange(most[i]) % (end - begin)])
 
     def release(self, slots: SlotTable, slot: int) -> None:
         pass
 
     def reset(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
