@@ -18,7 +18,7 @@ from pagewire.v1 import inference_pb2
 
 from tests.e2e.service import Service, service
 
-_WORDS = tuple("the cat sea old river wrote sings blue seven stones over under light never because Paris".split(" "))
+_WORDS = "the cat sea old river wrote sings blue seven stones over under light never because Paris 1984"
 _TASKS = (
     "Repeat the following line three times: {}\n",
     "Write a list of ten numbered items, each of which begins with: {}\n1. {}\n2.",
@@ -61,7 +61,7 @@ def requests(count: int, max_tokens: int, rng: random.Random) -> list[inference_
 
 
 def _request(number: int, max_tokens: int, rng: random.Random) -> inference_pb2.GenerateRequest:
-    line = " ".join(rng.choices(_WORDS, k=rng.choice((3, 6, 12))))
+    line = " ".join(rng.choices(_WORDS.split(), k=rng.choice((3, 6, 12))))
     text = rng.choice(_TASKS).replace("{}", line)
     sampling = inference_pb2.SamplingParams(max_tokens=rng.randint(1, max_tokens))
     if number % 2:
@@ -78,12 +78,12 @@ def _request(number: int, max_tokens: int, rng: random.Random) -> inference_pb2.
         sampling.repetition_penalty = rng.choice((1.1, 0.9))
         sampling.presence_penalty, sampling.frequency_penalty = rng.choice(((0.5, 0), (0, 0.3), (-0.2, 0.1)))
     if rng.random() < 0.25:
-        sampling.bad_words.extend(["the cat", " and", rng.choice(_WORDS) + " " + rng.choice(_WORDS)])
+        sampling.bad_words.extend(["the cat", " and", rng.choice(_WORDS.split()) + " " + rng.choice(_WORDS.split())])
     if rng.random() < 0.25:
         sampling.min_tokens = rng.randint(0, sampling.max_tokens)
         sampling.stop_token_ids.extend(rng.choices(range(3, 400), k=20))
     if rng.random() < 0.2:
-        sampling.stop.extend([rng.choice(_WORDS), "\n\n\n"])
+        sampling.stop.extend([rng.choice(_WORDS.split()), "\n\n\n"])
     if rng.random() < 0.2:
         sampling.logprobs = rng.choice((0, 3))
     if rng.random() < 0.1:
