@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from protos.wire import Row, RowResult, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.verify import accept
 
 
 def build_results(
@@ -19,14 +22,14 @@ def build_results(
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
 ) -> list[RowResult]:
-    """One result a row of the plan; appends the sampled tokens to the slots.
+    """One result a row of the plan; appends the sampled tokens to the slots, but for those behind a draft that fell.
 
     `token_ids` [S] and `logprobs` [S] (None: not asked for) belong to inputs.sample_rows, `prompt_logprobs` [Q] to
     inputs.prompt_logprob_rows.
     """
     starts = slots.lengths[inputs.slots].tolist()
-    slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
-    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs)
+    counts = accept(inputs, slots, token_ids)
+    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs, counts)
 
 
 def row_results(
@@ -36,13 +39,26 @@ def row_results(
     token_ids: Ints,
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
+    counts: NDArray[np.bool_] | None = None,
 ) -> list[RowResult]:
-    """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before."""
-    if len(token_ids) == len(starts) and not prompt_logprobs:  # most steps
+    """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before.
+
+    `counts` [S]: which of the tokens are the stream's; None: all of them.
+    """
+    drafts = inputs.num_drafts
+    if len(token_ids) == len(starts) and not prompt_logprobs and not drafts.any():  # most steps
         return sampled_results(plan.rows, starts, token_ids.tolist(), logprobs)
-    results = [RowResult(row.slot, start, []) for row, start in zip(plan.rows, starts, strict=True)]
-    for i, token, entry in zip(inputs.sample_rows.tolist(), token_ids.tolist(), logprobs, strict=True):
-        results[i] = RowResult(results[i].slot, starts[i], [token], [] if entry is None else [entry])
+    results = [
+        RowResult(row.slot, start, [], [], num_drafted)
+        for row, start, num_drafted in zip(plan.rows, starts, drafts.tolist(), strict=True)
+    ]
+    kept = range(len(token_ids)) if counts is None else np.flatnonzero(counts).tolist()
+    rows, tokens = inputs.sample_rows.tolist(), token_ids.tolist()
+    for i in kept:
+        result = results[rows[i]]
+        result.token_ids.append(tokens[i])
+        if (entry := logprobs[i]) is not None:
+            result.logprobs.append(entry)
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
     return results

@@ -99,7 +99,7 @@ class Sequence:
         self.settled = self.given = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
-        self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
+        self.max_drafts = num_drafts
         self.record = Record()
         self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
         self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
@@ -170,9 +170,3 @@ _ELSEWHERE: list[int] = []
 def _ends(eos_token_ids: tuple[int, ...], stop_token_ids: tuple[int, ...]) -> frozenset[int]:
     """One set for all who asked for the same: a long queue is mostly the same few."""
     return frozenset(eos_token_ids + stop_token_ids)
-
-
-def _counts_tokens(submit: Submit) -> bool:
-    """True where sampling depends on counts of earlier tokens, which do not include unverified drafts."""
-    s = submit.sampling
-    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0 or s.min_tokens > 0
