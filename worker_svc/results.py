@@ -48,20 +48,32 @@ def row_results(
     drafts = inputs.num_drafts
     if len(token_ids) == len(starts) and not prompt_logprobs and not drafts.any():  # most steps
         return sampled_results(plan.rows, starts, token_ids.tolist(), logprobs)
+    if counts is None:
+        rows, tokens, entries = inputs.sample_rows.tolist(), token_ids.tolist(), logprobs
+    else:
+        kept = np.flatnonzero(counts)
+        rows, tokens = inputs.sample_rows[kept].tolist(), token_ids[kept].tolist()
+        entries = [logprobs[i] for i in kept.tolist()]
+    of_rows: list[list[int]] = [[] for _ in starts]
+    for i, token in zip(rows, tokens, strict=True):
+        of_rows[i].append(token)
+    slot_ids = inputs.slots.tolist()
     results = [
-        RowResult(row.slot, start, [], [], num_drafted)
-        for row, start, num_drafted in zip(plan.rows, starts, drafts.tolist(), strict=True)
+        RowResult(*each)
+        for each in zip(slot_ids, starts, of_rows, _scores(rows, entries, len(starts)), drafts.tolist(), strict=True)
     ]
-    kept = range(len(token_ids)) if counts is None else np.flatnonzero(counts).tolist()
-    rows, tokens = inputs.sample_rows.tolist(), token_ids.tolist()
-    for i in kept:
-        result = results[rows[i]]
-        result.token_ids.append(tokens[i])
-        if (entry := logprobs[i]) is not None:
-            result.logprobs.append(entry)
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
     return results
+
+
+def _scores(rows: list[int], entries: Sequence[TokenLogprobs | None], count: int) -> list[list[TokenLogprobs]]:
+    """By row."""
+    scores: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+    for i, entry in zip(rows, entries, strict=True):
+        if entry is not None:
+            scores[i].append(entry)
+    return scores
 
 
 def sampled_results(

@@ -34,6 +34,7 @@ from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_draft import CpuDraft
 from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
+from worker_svc.backends.cpu_warmup import step_seconds
 from worker_svc.backends.cpu_weights import Weights
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
@@ -111,6 +112,7 @@ class CpuBackend:
             quantization=packed.about,
             kv_dtype="int8" if kind == "int8" else "bfloat16",
             fingerprint=self._fingerprint(packed, kind, ropes),
+            step_seconds=self._step_seconds(setup) if setup.speculation else (),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -189,6 +191,15 @@ class CpuBackend:
         longest = min(self._max_len, packed.spec.max_positions)
         model = CpuDraft(self._library, packed, setup.draft_model, mirror, longest, self._model)
         return DraftProposer(model, kv.num_blocks, setup.num_drafts, setup.block_size)
+
+    def _step_seconds(self, setup: Setup) -> tuple[tuple[int, float], ...]:
+        return step_seconds(
+            self._model,
+            num_blocks=self._num_blocks,
+            block_size=setup.block_size,
+            max_model_len=self._max_len,
+            max_step_tokens=setup.max_step_tokens,
+        )
 
     def _fingerprint(self, packed: PackedModel, kv_kind: str, ropes: Tables) -> str:
         """Digest of all that decides the arithmetic: weights and how they were rounded, the form of KV, instructions,

@@ -10,6 +10,7 @@ from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
 
 LEAST, MOST = 2, 8  # tokens that have to be the same, and that are looked at
+BACK: Final = np.arange(1, MOST + 1)
 LATEST: Final = 4096  # of a slot's tokens: who is longer forgets what came before
 
 
@@ -25,31 +26,27 @@ class NgramProposer:
             return
         ends = slots.lengths[ids]
         sizes = np.minimum(ends, LATEST)
-        known = np.concatenate(
-            [slots.token_ids[slot, end - size : end] for slot, end, size in zip(ids, ends, sizes, strict=True)]
-        )
+        parts = zip(ids.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True)
+        known = np.concatenate([slots.token_ids[slot, begin:end] for slot, begin, end in parts])
         borders = np.cumsum(sizes)
-        owners = np.repeat(np.arange(len(ids)), sizes)
-        # Where the last token stands: the end of a match of one token. Then those of which a token more is the same.
-        at = np.flatnonzero(known == known[borders - 1][owners])
-        at = at[at != borders[owners[at]] - 1]
-        lengths = np.zeros(len(at), np.int64)
-        same = np.arange(len(at))
-        for length in range(1, MOST + 1):
-            lengths[same] = length
-            owner = owners[at[same]]
-            before = at[same] - length
-            inside = before >= borders[owner] - sizes[owner]
-            same, before, owner = same[inside], before[inside], owner[inside]
-            same = same[known[before] == known[borders[owner] - 1 - length]]
-            if not len(same):
-                break
-        best = np.full(len(ids), -1, np.int64)
-        np.maximum.at(best, owners[at], lengths * len(known) + at)
-        for i in np.flatnonzero(best >= LEAST * len(known)).tolist():
-            begin, end = int(best[i]) % len(known) + 1, int(borders[i])
-            # Where the continuation ends with what is known, it begins anew: so it was since `begin`.
-            slots.propose(int(ids[i]), known[begin + np.arange(most[i]) % (end - begin)])
+        tails = known[np.maximum(borders[:, None] - BACK, 0)]
+        same = known == np.repeat(tails[:, 0], sizes)
+        same[1:] &= known[:-1] == np.repeat(tails[:, 1], sizes)[1:]
+        at = np.flatnonzero(same)
+        owners = np.searchsorted(borders, at, "right")
+        earlier = at != borders[owners] - 1
+        at, owners = at[earlier], owners[earlier]
+        back = at[:, None] + 1 - BACK
+        alike = (known[np.maximum(back, 0)] == tails[owners]) & (back >= (borders - sizes)[owners, None])
+        lengths = np.logical_and.accumulate(alike, 1).sum(1)
+        best = np.full(len(ids), -1)
+        np.maximum.at(best, owners, lengths * len(known) + at)
+        for slot, most_of, found, end in zip(ids.tolist(), most.tolist(), best.tolist(), borders.tolist(), strict=True):
+            if found >= LEAST * len(known):
+                begin = found % len(known) + 1
+                # Where the continuation ends with what is known, it begins anew: so it was since `begin`.
+                again = known[begin : min(begin + most_of, end)].tolist()
+                slots.propose(slot, (again * most_of)[:most_of])
 
     def release(self, slots: SlotTable, slot: int) -> None:
         pass

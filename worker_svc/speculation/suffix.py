@@ -37,12 +37,14 @@ class Corpus:
         for i in range(max(begin, LEAST), len(tokens)):
             after.setdefault((tokens[i - 2], tokens[i - 1]), []).append(i)
 
-    def matches(self, tail: Sequence[int]) -> tuple[list[int], int]:
+    def matches(self, tail: list[int]) -> tuple[list[int], int]:
         """Where the longest match of the last tokens of `tail` goes on, the latest first, and its length."""
         if len(tail) < LEAST:
             return [], 0
         tokens, longest = self.tokens, LEAST
         found = self._after.get((tail[-2], tail[-1]), [])[: -MATCHES - 1 : -1]
+        if whole := [at for at in found if tokens[at - MOST : at] == tail]:
+            return whole, MOST
         while found and longest < min(MOST, len(tail)):
             longer = [at for at in found if at > longest and tokens[at - longest - 1] == tail[-longest - 1]]
             if not longer:
@@ -50,11 +52,17 @@ class Corpus:
             found, longest = longer, longest + 1
         return found, longest
 
-    def drafts(self, tail: Sequence[int], most: int) -> tuple[list[int], float]:
+    def drafts(self, tail: list[int], most: int) -> tuple[list[int], float]:
         """What most often follows, and how many of them are likely to be right."""
         found, longest = self.matches(tail)
-        tokens, drafts, likely, score = self.tokens, list[int](), 1.0, 0.0
-        for step in range(min(most, FACTOR * longest)):
+        if not found:
+            return [], 0.0
+        tokens, most = self.tokens, min(most, FACTOR * longest)
+        ways = [tokens[at : at + most] for at in found]
+        if ways.count(ways[0]) == len(ways) and GAP not in ways[0]:  # the usual case, quickly
+            return ways[0], float(len(ways[0]))
+        drafts, likely, score = list[int](), 1.0, 0.0
+        for step in range(most):
             nexts = Counter(tokens[at + step] for at in found if at + step < len(tokens))
             if not nexts:
                 break
@@ -119,7 +127,7 @@ class SuffixProposer:
         tail = own.tokens[-MOST:]
         corpora = [own]
         if domain := self._domains.get(slots.domains[slot]):
-            corpora += [domain.newer, domain.older]
+            corpora += [corpus for corpus in (domain.newer, domain.older) if corpus.tokens]
         return max((corpus.drafts(tail, most) for corpus in corpora), key=lambda made: made[1])[0]
 
     def _corpus(self, slots: SlotTable, slot: int) -> Corpus:
