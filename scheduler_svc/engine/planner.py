@@ -67,7 +67,7 @@ class Planner:
                 self._displace(step)
             further_behind = []
             for sequence in self._in_order():
-                if sequence.ahead or sequence.computed + 1 == sequence.settled:
+                if sequence.only_samples:
                     self._next_token(step, sequence)
                 else:
                     further_behind.append(sequence)
@@ -146,21 +146,22 @@ class Planner:
         return 0
 
     def _chunk(self, step: Step, sequence: Sequence) -> None:
-        """A row of known tokens that samples where they end. The account pays for those that were given."""
+        """A row of known tokens; where they end it samples, if ever. The account pays for those that were given."""
         if sequence.state is not State.RUNNING:
             return  # preempted a moment ago
         missing = sequence.settled - sequence.computed
         count = self._chunk_size(step, sequence.computed, missing)
         if not count:
             return
-        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], count == missing))
+        sample = count == missing and sequence.samples
+        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], sample))
         step.sequences.append(sequence)
         step.budget -= count
         if sequence.unpaid:
             paid = min(count, sequence.unpaid)
             sequence.unpaid -= paid
             sequence.account.paid += paid * sequence.account.prompt_cost
-        if count == missing:
+        if sample:
             sequence.ahead += 1
         else:
             sequence.computed += count
@@ -267,6 +268,7 @@ class Planner:
                 sequence.sampling,
                 submit.adapter,
                 domain(submit.tenant, submit.cache_salt),
+                submit.pooling,
             )
         )
 
@@ -289,7 +291,7 @@ class Planner:
         if suspect.state is State.WAITING and (entrant := self._entrant()):
             self._admit(step, *entrant)
             self.lone = suspect
-        if suspect.ahead or suspect.computed + 1 == suspect.settled:
+        if suspect.only_samples:
             self._next_token(step, suspect)
         else:
             self._chunk(step, suspect)
