@@ -219,7 +219,7 @@ class Ready(Wire, frozen=True):
     quantization: str = ""  # of the weights as they are multiplied; empty: they are in `dtype`
     kv_dtype: str = ""
     step_seconds: tuple[tuple[int, float], ...] = ()  # measured at warm-up: positions of a decode step, its seconds
-    hidden_size: int = 0  # floats of `pooled`
+    hidden_size: int = 0  # floats of `pooled`; 0: it makes none
 
 
 class AdapterReady(Wire, frozen=True):

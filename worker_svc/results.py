@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
 
 import msgspec
 
 from protos.wire import Row, RowResult, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
+
+_NONE: Final[Mapping[int, bytes]] = MappingProxyType({})
 
 
 def build_results(
@@ -18,15 +22,16 @@ def build_results(
     token_ids: Ints,
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
+    pooled: Mapping[int, bytes] = _NONE,
 ) -> list[RowResult]:
     """One result a row of the plan; appends the sampled tokens to the slots.
 
     `token_ids` [S] and `logprobs` [S] (None: not asked for) belong to inputs.sample_rows, `prompt_logprobs` [Q] to
-    inputs.prompt_logprob_rows.
+    inputs.prompt_logprob_rows; `pooled` is by row.
     """
     starts = slots.lengths[inputs.slots].tolist()
     slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
-    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs)
+    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs, pooled)
 
 
 def row_results(
@@ -36,6 +41,7 @@ def row_results(
     token_ids: Ints,
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
+    pooled: Mapping[int, bytes] = _NONE,
 ) -> list[RowResult]:
     """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before."""
     if len(token_ids) == len(starts) and not prompt_logprobs:  # most steps
@@ -45,6 +51,8 @@ def row_results(
         results[i] = RowResult(results[i].slot, starts[i], [token], [] if entry is None else [entry])
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
+    for i, vector in pooled.items():
+        results[i] = msgspec.structs.replace(results[i], pooled=vector)
     return results
 
 

@@ -118,6 +118,7 @@ class Worker:
                 fingerprint=capacity.fingerprint,
                 quantization=capacity.quantization,
                 kv_dtype=capacity.kv_dtype,
+                hidden_size=capacity.hidden_size,
             )
         )
         self._idle_since = self._clock()

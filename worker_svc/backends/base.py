@@ -34,6 +34,7 @@ class Capacity:
     kv_dtype: str = ""  # empty: as dtype
     graph_shapes: tuple[int, ...] = ()
     num_host_blocks: int = 0
+    hidden_size: int = 0  # floats of a pooled output; 0: it makes none
 
 
 @dataclass(frozen=True)

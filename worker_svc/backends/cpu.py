@@ -36,6 +36,7 @@ from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import open_model
 from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.pooling import Pooler
 from worker_svc.quant import on_load
 from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
 from worker_svc.quant.plan import mode_of
@@ -113,6 +114,7 @@ class CpuBackend:
             quantization=packed.about,
             kv_dtype="int8" if kind == "int8" else "bfloat16",
             fingerprint=self._fingerprint(packed, kind, ropes),
+            hidden_size=packed.spec.hidden_size,
         )
 
     def reset(self, setup: Setup) -> None:
@@ -126,6 +128,7 @@ class CpuBackend:
             vocab_size=self._vocab_size,
             copy=self._host.copy,
         )
+        self._pooler = Pooler(self._slots)
         self._sampler.reset()
 
     def forward(self, plan: StepPlan) -> None:
@@ -170,7 +173,8 @@ class CpuBackend:
                 self._model.sample(outputs)
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
-        return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        pooled = self._pooler.pool(inputs, self._model.hidden)
+        return build_results(plan, inputs, self._slots, token_ids, logprobs, scores, pooled)
 
     def close(self) -> None:
         self._pending = self._last = self._decode = None
