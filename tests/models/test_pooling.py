@@ -48,7 +48,8 @@ def states(model: Any, prompt: list[int]) -> Vector:
 
 
 def by(pooling: str, states: Vector) -> NDArray[np.float64]:
-    return {"last": states[-1], "mean": states.astype(np.float64).mean(0), "cls": states[0]}[pooling].astype(np.float64)
+    exact: NDArray[np.float64] = states.astype(np.float64)
+    return exact.mean(0) if pooling == "mean" else exact[-1] if pooling == "last" else exact[0]
 
 
 def embed(one: Session, prompts: list[list[int]], poolings: list[str], seed: int | None) -> list[bytes]:
@@ -84,7 +85,8 @@ def embed(one: Session, prompts: list[list[int]], poolings: list[str], seed: int
 
 
 def normalized(vector: NDArray[Any]) -> NDArray[Any]:
-    return vector / np.linalg.norm(vector)
+    unit: NDArray[Any] = vector / np.linalg.norm(vector)
+    return unit
 
 
 @pytest.mark.parametrize("name", FAMILIES)
