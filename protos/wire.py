@@ -220,6 +220,7 @@ class Ready(Wire, frozen=True):
     kv_dtype: str = ""
     step_seconds: tuple[tuple[int, float], ...] = ()  # measured at warm-up: positions of a decode step, its seconds
     hidden_size: int = 0  # floats of `pooled`; 0: it makes none
+    propose_seconds: tuple[tuple[int, float], ...] = ()  # slots that propose, seconds of one more draft of each
 
 
 class AdapterReady(Wire, frozen=True):

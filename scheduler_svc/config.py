@@ -1,4 +1,4 @@
-"""The service's settings: flags by vLLM's names where it has one. A flag that would do nothing yet is refused."""
+"""The service's settings: flags by vLLM's names where it has one. A flag that would do nothing is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from protos import curve, model_cache
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.flags import STEP_TOKENS, UNBUILT, build_parser
+from scheduler_svc.flags import STEP_TOKENS, build_parser
 from scheduler_svc.gateway import GatewayConfig
 from scheduler_svc.record import RecordConfig
 from scheduler_svc.tenants import Tenants, TenantsError
@@ -73,7 +73,6 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
     """Exits with code 2 and one line where an argument is wrong or asks for what is not built."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    _refuse_unbuilt(parser, args)
     model: str = args.model
     if not model.startswith(FAKE):
         if not Path(model).exists():
@@ -88,12 +87,13 @@ def parse(argv: Sequence[str] | None = None) -> ServiceConfig:
         parser.error(
             f"--kv-host-gib {args.kv_host_gib:g} holds what prefixes are found in: not with --no-enable-prefix-caching"
         )
+    draft_model = _draft_model(parser, args)
     if args.openai_port and args.frontends > 1:
         parser.error(f"--openai-port {args.openai_port} goes with --frontends 1: more of them start no gateway yet")
     if args.openai_port and args.openai_port == args.port:
         parser.error(f"--openai-port {args.openai_port}: gRPC has that port, see --port")
     try:
-        loop = _loop_config(args, model)
+        loop = _loop_config(args, model, draft_model)
     except (TenantsError, ValueError) as error:
         parser.error(str(error))
     return ServiceConfig(
@@ -148,7 +148,21 @@ def _curve_keys(args: argparse.Namespace) -> Path | None:
     return given.resolve() if given else None
 
 
-def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
+def _draft_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Its path; empty where the proposer needs none."""
+    needs_model, given = args.speculation in ("draft", "eagle3"), args.draft_model
+    if needs_model and not given:
+        parser.error(f"--speculation {args.speculation} needs --draft-model")
+    if given and not needs_model:
+        parser.error(f"--draft-model {given} goes with --speculation draft or eagle3")
+    if not given or given.startswith(FAKE):
+        return given or ""
+    if not Path(given).exists():
+        parser.error(f"--draft-model {given!r}: no such file or directory")
+    return str(Path(given).resolve())
+
+
+def _loop_config(args: argparse.Namespace, model: str, draft_model: str) -> LoopConfig:
     """Raises TenantsError, ValueError."""
     engine = _engine_config(args)
     setup = Setup(
@@ -165,6 +179,9 @@ def _loop_config(args: argparse.Namespace, model: str) -> LoopConfig:
         kv_host_bytes=int(args.kv_host_gib * (1 << 30)),
         batch_invariant=args.batch_invariant,
         activations=args.activations,
+        speculation=args.speculation,
+        num_drafts=engine.num_drafts,
+        draft_model=draft_model,
         threads=args.threads,
         sharing=max(1, args.workers) * args.tensor_parallel_size,
         tp_size=args.tensor_parallel_size,
@@ -220,6 +237,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         long_step=args.max_num_seqs,  # whoever decodes fits into one that is not
         short_step=SHORT_STEP,
         short_depth=2 * args.depth if args.depth > 1 else 1,
+        num_drafts=args.num_drafts if args.speculation else 0,
         max_model_len=args.max_model_len,
         max_waiting=args.max_waiting,
         max_waiting_tokens=args.max_waiting_tokens,
@@ -229,10 +247,3 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         prompt_cost=tenants.prompt_cost,
         output_cost=tenants.output_cost,
     )
-
-
-def _refuse_unbuilt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for flag, _, default in UNBUILT:
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value != default:
-            parser.error(f"{flag} {value}: not built yet; only {default!r} is served")

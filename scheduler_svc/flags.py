@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from protos import curve
 from scheduler_svc.logs import FORMATS, LEVELS
 
+SPECULATION = ("ngram", "suffix", "draft", "eagle3")
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
 
 
@@ -27,9 +28,6 @@ def build_parser() -> Parser:
     )
     for title, add_flags in _GROUPS:
         add_flags(parser.add_argument_group(title).add_argument)
-    unbuilt = parser.add_argument_group("known, and refused until they are built")
-    for flag, kind, default in UNBUILT:
-        unbuilt.add_argument(flag, type=kind, default=default, metavar="X")
     return parser
 
 
@@ -121,6 +119,20 @@ def _batching_flags(add: Add) -> None:
     add("--block-size", type=_whole(1, 512), default=32, metavar="N", help="tokens of a KV block")
     add("--depth", type=_whole(1, 4), default=2, metavar="N", help="plans in flight; none behind a long one")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+
+
+def _speculation_flags(add: Add) -> None:
+    add(
+        "--speculation",
+        choices=("", *SPECULATION),
+        metavar="{" + ",".join(SPECULATION) + "}",
+        default="",
+        help="who proposes tokens that a step then verifies, several at once: the streams stay the same, to the bit. "
+        "ngram: what followed the same words before, in the stream itself; suffix: and in the tenant's earlier "
+        "outputs; draft: a smaller model; eagle3: a head that reads the model's hidden states",
+    )
+    add("--num-drafts", type=_whole(1, 63), default=7, metavar="N", help="… of a stream in a step at most")
+    add("--draft-model", metavar="MODEL", help="a .gguf file or a directory, for --speculation draft and eagle3")
 
 
 def _gateway_flags(add: Add) -> None:
@@ -275,15 +287,12 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("OpenAI's API", _gateway_flags),
     ("model", _model_flags),
     ("batching and memory", _batching_flags),
+    ("speculation", _speculation_flags),
     ("access", _access_flags),
     ("tenants", _tenant_flags),
     ("workers", _worker_flags),
     ("for operators", _operator_flags),
     ("to see what it does", _seeing_flags),
-]
-
-UNBUILT: list[tuple[str, type[str] | type[int], str | int]] = [
-    ("--speculation", str, ""),
 ]
 
 

@@ -59,10 +59,10 @@ class EngineConfig:
         names = [tenant.name for tenant in self.tenants]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"tenants holds {twice!r} twice")
-        if self.max_step_tokens < self.max_num_seqs * (1 + self.num_drafts):
+        if self.max_step_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_step_tokens is {self.max_step_tokens}: must be at least max_num_seqs * (1 + num_drafts) = "
-                f"{self.max_num_seqs * (1 + self.num_drafts)}, so that every running sequence can decode in one step"
+                f"max_step_tokens is {self.max_step_tokens}: must be at least max_num_seqs = {self.max_num_seqs}, "
+                "so that every running sequence can decode in one step"
             )
 
     @property

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from protos.engine_wire import Submit
 from protos.wire import TokenLogprobs
+from scheduler_svc.engine.speculation import Record
 
 if TYPE_CHECKING:
     from scheduler_svc.engine.device import Device
@@ -64,9 +65,11 @@ class Sequence:
         "max_drafts",
         "prompt_len",
         "prompt_logprobs_from",
+        "proposed",
         "publish_at",
         "published",
         "queued_tokens",
+        "record",
         "request_id",
         "reusable",
         "root",
@@ -79,6 +82,7 @@ class Sequence:
         "token_ids",
         "unpaid",
         "waited",
+        "wanted",
     )
 
     def __init__(self, submit: Submit, arrival: int, num_drafts: int, account: Account) -> None:
@@ -98,6 +102,7 @@ class Sequence:
         self.samples = sampling.max_tokens > 0  # else it ends with its prompt
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
         self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
+        self.record = Record()
         self.reusable = _reusable(submit)  # positions of the prompt that may come from the cache
         self.prompt_logprobs_from = sampling.prompt_logprobs_from  # the first whose logprobs were not delivered yet
         self.cached_tokens = -1  # until the first admission
@@ -117,6 +122,8 @@ class Sequence:
         """What a preemption or a dead worker takes away. The tokens stay: they are all that a worker needs."""
         self.device: Device | None = None  # while it runs, holds or leaves there
         self.computed = 0
+        self.wanted = 0  # drafts that its next sampling row has proposed, and those that the last one had
+        self.proposed = 0
         self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
         self.flying = 0  # plans in flight that name it
         self.last_step = 0  # of the newest plan that names it

@@ -647,7 +647,7 @@ def test_the_engine_leaves_nothing_for_the_cycle_collector() -> None:
         ({"depth": 0}, "depth"),
         ({"num_drafts": -1}, "num_drafts"),
         ({"max_waiting": 0}, "max_waiting"),
-        ({"max_num_seqs": 8, "max_step_tokens": 15, "num_drafts": 1}, "max_step_tokens"),
+        ({"max_num_seqs": 8, "max_step_tokens": 7}, "max_step_tokens"),
     ],
 )
 def test_a_configuration_that_serves_nobody_is_refused_by_name(config: dict[str, int], name: str) -> None:

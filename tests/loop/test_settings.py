@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from scheduler_svc import config
-from scheduler_svc.flags import UNBUILT, build_parser
+from scheduler_svc.flags import build_parser
 from scheduler_svc.settings import HIDDEN, SECRET, effective
 
 
@@ -30,22 +30,24 @@ def test_every_flag_can_be_seen_in_it() -> None:
     values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
     values |= {"--depth": "3", "--max-step-tokens": "512", "--frontends": "2", "--workers": "2"}
     values |= {"--tensor-parallel-size": "2", "--device": "cuda:1", "--gpu-memory-utilization": "0.5"}
-    values |= {"--vllm-listen": "127.0.0.1:7"}
+    values |= {"--vllm-listen": "127.0.0.1:7", "--num-drafts": "3", "--draft-model": "fake:", "--speculation": "ngram"}
     needs = {
+        "--num-drafts": ["--speculation", "ngram"],
+        "--draft-model": ["--speculation", "draft"],
         "--tls-cert": ["--tls-key", "k"],
         "--tls-key": ["--tls-cert", "c"],
         "--tls-client-ca": ["--tls-cert", "c", "--tls-key", "k"],
         "--curve-keys": ["--listen", "tcp://127.0.0.1:5"],
     }
-    unbuilt = {flag for flag, *_ in UNBUILT}
+    partial = {"--tls-client-ca", "--curve-keys", "--num-drafts"}  # what they need does something by itself
     plain = _chosen(["fake:"])
     for action in build_parser()._actions:
         flag = next((option for option in action.option_strings if option.startswith("--")), "")
-        if not flag or flag in unbuilt | {"--help", "--tenants", "--enable-prefix-caching"}:
+        if not flag or flag in {"--help", "--tenants", "--enable-prefix-caching"}:
             continue
         value = values.get(flag) or (str(list(action.choices)[-1]) if action.choices else "300")
         arguments = [flag] if action.nargs == 0 else [flag, value]
-        without = _chosen(["fake:", *needs[flag]]) if flag in ("--tls-client-ca", "--curve-keys") else plain
+        without = _chosen(["fake:", *needs[flag]]) if flag in partial else plain
         assert _chosen(["fake:", *arguments, *needs.get(flag, [])]) != without, arguments
 
 
