@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ async def test_the_real_models_scores_are_those_of_generate_and_its_vectors_the_
 
 
 async def _command_line(running: Service, expected: list[float]) -> None:
-    async def told(*arguments: str) -> dict[str, object]:
+    async def told(*arguments: str) -> Any:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "client.cli", *arguments, "--address", running.address),
             cwd=ROOT,
@@ -107,12 +108,11 @@ async def _command_line(running: Service, expected: list[float]) -> None:
         )
         out, _ = await process.communicate()
         assert process.returncode == 0
-        answer: dict[str, object] = json.loads(out)
-        return answer
+        return json.loads(out)
 
     embedded = await told("embed", TEXTS[0], "--pooling", "last")
     assert embedded["embeddings"] == [expected]
     scored = await told("score", "One, two,", " three", " apple")
-    first, second = scored["scores"]  # type: ignore[misc]
-    assert first["sum"] > second["sum"]  # type: ignore[index]
-    assert first["candidate"] == " three"  # type: ignore[index]
+    first, second = scored["scores"]
+    assert first["sum"] > second["sum"]
+    assert first["candidate"] == " three"

@@ -49,7 +49,8 @@ def states(model: Any, prompt: list[int]) -> Vector:
 
 def by(pooling: str, states: Vector) -> NDArray[np.float64]:
     exact: NDArray[np.float64] = states.astype(np.float64)
-    return exact.mean(0) if pooling == "mean" else exact[-1] if pooling == "last" else exact[0]
+    one: NDArray[np.float64] = {"mean": exact.mean(0), "last": exact[-1], "cls": exact[0]}[pooling]
+    return one
 
 
 def embed(one: Session, prompts: list[list[int]], poolings: list[str], seed: int | None) -> list[bytes]:
