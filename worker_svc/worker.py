@@ -119,6 +119,7 @@ class Worker:
                 quantization=capacity.quantization,
                 kv_dtype=capacity.kv_dtype,
                 step_seconds=capacity.step_seconds,
+                propose_seconds=capacity.propose_seconds,
             )
         )
         self._idle_since = self._clock()

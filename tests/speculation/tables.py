@@ -47,12 +47,14 @@ def step(slots: SlotTable, *rows: Row) -> tuple[StepPlan, StepInputs]:
 
 
 def known(slots: SlotTable, slot: int) -> list[int]:
-    return slots.token_ids[slot, : slots.lengths[slot]].tolist()
+    tokens: list[int] = slots.token_ids[slot, : slots.lengths[slot]].tolist()
+    return tokens
 
 
 def drafts(slots: SlotTable, slot: int) -> list[int]:
     length = int(slots.lengths[slot])
-    return slots.token_ids[slot, length : length + slots.drafts[slot]].tolist()
+    ahead: list[int] = slots.token_ids[slot, length : length + slots.drafts[slot]].tolist()
+    return ahead
 
 
 def wishes(*most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -35,6 +35,7 @@ class Capacity:
     graph_shapes: tuple[int, ...] = ()
     num_host_blocks: int = 0
     step_seconds: tuple[tuple[int, float], ...] = ()  # where it speculates: positions of a decode step, its seconds
+    propose_seconds: tuple[tuple[int, float], ...] = ()  # slots that propose, seconds of one more draft of each
 
 
 @dataclass(frozen=True)
