@@ -120,6 +120,7 @@ class Worker:
                 kv_dtype=capacity.kv_dtype,
                 step_seconds=capacity.step_seconds,
                 hidden_size=capacity.hidden_size,
+                propose_seconds=capacity.propose_seconds,
             )
         )
         self._idle_since = self._clock()

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, Qwen3Config
 from protos.wire import Setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
-from tests.models.session import EPOCH
+from tests.models.session import EPOCH, load
 from tests.speculation.house import House, submits
 from worker_svc import backends
 from worker_svc.backends.base import BackendError, DeviceBackend, Options
+from worker_svc.backends.cpu import CpuBackend
 
 VOCAB: int = SMALL["vocab_size"]
 MODES: dict[str, dict[str, Any]] = {
@@ -87,6 +88,19 @@ PLAIN: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+
+def test_what_a_step_takes_is_measured(models: Path) -> None:
+    message = setup(models, "draft", 3, dtype="bfloat16", max_step_tokens=40)
+    backend = create(message)
+    capacity = load(backend, message)
+    assert [size for size, _ in capacity.step_seconds] == [1, 2, 4, 8, 16, 32]
+    assert [size for size, _ in capacity.propose_seconds] == [1, 2, 4, 8, 16]
+    assert all(seconds > 0 for _, seconds in (*capacity.step_seconds, *capacity.propose_seconds))
+    assert isinstance(backend, CpuBackend)
+    assert not backend._model.kv()[:, 1:].any()
+    plain = setup(models, "", 0, dtype="bfloat16")
+    assert load(create(plain), plain).step_seconds == ()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

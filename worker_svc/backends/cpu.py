@@ -97,8 +97,9 @@ class CpuBackend:
         self._host = HostBlocks(self._model.kv(), num_host_blocks)
         self._sampler = CpuSampler(self._vocab_size)
         self._proposer: Proposer | None = host_proposer(setup)
-        if self._draft:
-            self._proposer = self._draft_proposer(setup, self._draft.packed(threads, told), kv)
+        draft = self._open_draft(setup, self._draft.packed(threads, told), kv) if self._draft else None
+        if draft:
+            self._proposer = DraftProposer(draft, kv.num_blocks, setup.num_drafts, setup.block_size)
         self.reset(setup)
         return Capacity(
             num_blocks=kv.num_blocks,
@@ -115,6 +116,7 @@ class CpuBackend:
             fingerprint=self._fingerprint(packed, kind, ropes),
             step_seconds=self._step_seconds(setup) if setup.speculation else (),
             hidden_size=packed.spec.hidden_size,
+            propose_seconds=draft.seconds(kv.num_blocks, kv.block_size) if draft else (),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -189,21 +191,13 @@ class CpuBackend:
             self._proposer.close()
         self._model.close()
 
-    def _draft_proposer(self, setup: Setup, packed: PackedModel, kv: KVForm) -> DraftProposer:
+    def _open_draft(self, setup: Setup, packed: PackedModel, kv: KVForm) -> CpuDraft:
         spare = spare_blocks(setup.max_slots or MAX_SLOTS, setup.num_drafts, setup.block_size)
         mirror = KVForm(kv.kind, kv.block_size, kv.num_blocks + spare)
-        longest = min(self._max_len, packed.spec.max_positions)
-        model = CpuDraft(self._library, packed, setup.draft_model, mirror, longest, self._model)
-        return DraftProposer(model, kv.num_blocks, setup.num_drafts, setup.block_size)
+        return CpuDraft(self._library, packed, setup.draft_model, mirror, self._max_len, self._model)
 
     def _step_seconds(self, setup: Setup) -> tuple[tuple[int, float], ...]:
-        return step_seconds(
-            self._model,
-            num_blocks=self._num_blocks,
-            block_size=setup.block_size,
-            max_model_len=self._max_len,
-            max_step_tokens=setup.max_step_tokens,
-        )
+        return step_seconds(self._model, self._num_blocks, setup.block_size, self._max_len, setup.max_step_tokens)
 
     def _fingerprint(self, packed: PackedModel, kv_kind: str, ropes: Tables) -> str:
         """Digest of all that decides the arithmetic: weights and how they were rounded, the form of KV, instructions,

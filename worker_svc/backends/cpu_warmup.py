@@ -20,7 +20,7 @@ PATIENCE: Final = 0.03  # seconds: a size that has taken as long is not tried ag
 
 
 def step_seconds(
-    model: Model, *, num_blocks: int, block_size: int, max_model_len: int, max_step_tokens: int
+    model: Model, num_blocks: int, block_size: int, max_model_len: int, max_step_tokens: int
 ) -> tuple[tuple[int, float], ...]:
     """(positions, median seconds) of greedy steps of SIZES up to `max_step_tokens` (0: all). Leaves KV as it began."""
     context = min(CONTEXT, max_model_len)

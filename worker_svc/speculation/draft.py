@@ -10,6 +10,7 @@ took no drafts, or it came from the host's tier) costs acceptance and nothing el
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -68,12 +69,20 @@ class DraftProposer:
         tables = self._tables(slots, ids, lengths + ahead)
 
         moving = reached > starts
-        wanting = ahead[moving] > 0
-        self._step(slots, ids[moving], tables[moving], starts[moving], reached[moving], wanting, lengths[moving])
+        if moving.any():
+            sampling = np.flatnonzero(ahead[moving] > 0)
+            self._step(
+                slots, flat_inputs(slots, ids[moving], starts[moving], reached[moving], sampling, tables[moving])
+            )
+        going = np.flatnonzero(ahead > 1)
+        at = lengths[going] + 1
+        step = flat_inputs(slots, ids[going], at - 1, at, np.arange(len(going)), tables[going])
         for k in range(1, int(ahead.max(initial=0))):
-            going = ahead > k
-            at = lengths[going] + k
-            self._step(slots, ids[going], tables[going], at - 1, at, np.ones(len(at), np.bool_), at)
+            if (ahead[going] <= k).any():
+                going = np.flatnonzero(ahead > k)
+                at = lengths[going] + k
+                step = flat_inputs(slots, ids[going], at - 1, at, np.arange(len(going)), tables[going])
+            step = _one_further(step, self._step(slots, step), slots.block_size)
         slots.drafts[ids] = ahead
         covered = slots.block_counts[ids] * slots.block_size  # what lies in spare blocks is lost
         self._computed[ids] = np.where(ahead > 0, np.minimum(lengths + ahead - 1, covered), reached)
@@ -97,12 +106,21 @@ class DraftProposer:
             tables[i, count : count + self._spare] = spare[: width - count]
         return tables
 
-    def _step(
-        self, slots: SlotTable, ids: Ints, tables: Ints, starts: Ints, ends: Ints, drafts: Ints, positions: Ints
-    ) -> None:
-        """Computes starts:ends of each slot; where `drafts`, what comes next becomes its token at `positions`."""
-        if not len(ids):
-            return
-        inputs = flat_inputs(slots, ids, starts, ends, np.flatnonzero(drafts), tables)
+    def _step(self, slots: SlotTable, inputs: StepInputs) -> Ints:
+        """Computes it, and puts what comes next where it would stand."""
         tokens = self._model.greedy(inputs)
-        slots.token_ids[inputs.sample_slots, positions[inputs.sample_rows]] = tokens
+        slots.token_ids[inputs.sample_slots, inputs.sample_positions] = tokens
+        return tokens
+
+
+def _one_further(inputs: StepInputs, tokens: Ints, block_size: int) -> StepInputs:
+    """The same rows of one token each, a position on: `tokens`."""
+    positions = inputs.positions + 1
+    pages, offsets = np.divmod(positions, block_size)
+    return replace(
+        inputs,
+        context_lens=positions + 1,
+        token_ids=tokens,
+        positions=positions,
+        slot_mapping=inputs.block_tables[inputs.sample_rows, pages] * block_size + offsets,
+    )
