@@ -33,6 +33,7 @@ class StepInputs:
     sample_tokens: Ints  # [S] index into T of the token whose logits they sample from (the row's last)
     prompt_logprob_rows: Ints  # [Q] for each logit wanted for prompt logprobs: its row …
     prompt_logprob_tokens: Ints  # [Q] … and its index into T (the logits there score the next prompt token)
+    adapters: NDArray[np.int32] | None = None  # [R] index of each row's, 0 for none; None: no row has one
 
 
 def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
@@ -75,6 +76,7 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
         sample_tokens=cu[sampling + 1] - 1,
         prompt_logprob_rows=owners[scored],
         prompt_logprob_tokens=scored,
+        adapters=slots.adapters_of(ids),
     )
 
 

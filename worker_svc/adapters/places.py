@@ -1,0 +1,26 @@
+"""Which adapters a worker holds: each at an index of its own, 1 … max_adapters; 0 is none."""
+
+from __future__ import annotations
+
+from worker_svc.adapters.peft import AdapterError
+
+
+class Places:
+    def __init__(self, max_adapters: int) -> None:
+        self.max_adapters = max_adapters
+        self.by_name: dict[str, int] = {}
+
+    def free(self, name: str) -> int:
+        """Where `name` may go; it is there once it is in `by_name`. Raises AdapterError where it cannot be taken in."""
+        if name in self.by_name:
+            raise AdapterError(f"adapter {name!r} is loaded already")
+        free = sorted({*range(1, self.max_adapters + 1)} - {*self.by_name.values()})
+        if not free:
+            raise AdapterError(f"max_adapters is {self.max_adapters}, and so many are loaded")
+        return free[0]
+
+    def remove(self, name: str) -> int:
+        """Where it was."""
+        if name not in self.by_name:
+            raise AdapterError(f"adapter {name!r} is not loaded")
+        return self.by_name.pop(name)
