@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from protos.adapter_files import CONFIG, WEIGHTS
+from worker_svc.inputs import StepInputs
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
+def adapted(inputs: StepInputs, adapters: list[int]) -> StepInputs:
+    """The same step, its rows with these adapters."""
+    return replace(inputs, adapters=np.array(adapters, np.int32))
+
+
 def modules_of(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The layers' projections that PEFT would find under these names."""
     found = dict(model.named_modules())
-    return {
-        name: module for name, module in found.items() if name.rpartition(".")[2] in names and "layers." in name
-    }  # type: ignore[return-value]
+    return {name: module for name, module in found.items() if name.rpartition(".")[2] in names and "layers." in name}  # type: ignore[return-value]
 
 
 def save_adapter(
@@ -48,7 +54,14 @@ def save_adapter(
             tensors[f"base_model.model.{name}.lora_{side}.weight"] = values.to(dtype)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS)
-    said = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(names), "bias": "none", **config}
+    said = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(names),
+        "bias": "none",
+        **config,
+    }
     (path / CONFIG).write_text(json.dumps(said))
     return tensors
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Phi3Config, Qwen3Config
 
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
-from tests.models.lora import ALL, ATTENTION, merge, save_adapter
+from tests.models.lora import ALL, ATTENTION, adapted, merge, save_adapter
 from tests.models.stepping import tokens
 from worker_svc.adapters.peft import read_adapter
 from worker_svc.inputs import StepInputs
@@ -57,9 +57,9 @@ def opened(made: Made, dtype: Any = "float32") -> ModelRunner:
     return runner
 
 
-def adapted(inputs: StepInputs, adapters: list[int]) -> StepInputs:
-    object.__setattr__(inputs, "adapters", np.array(adapters, np.int32))
-    return inputs
+@pytest.fixture(scope="module")
+def runner(llama: Made) -> ModelRunner:
+    return opened(llama)
 
 
 def rows_of(count: int, length: int) -> list[TrialRow]:
@@ -95,9 +95,9 @@ def test_eight_in_one_step_are_the_merged_models(family: str, llama: Made, tmp_p
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-def test_a_row_has_the_same_bits_in_any_company(llama: Made) -> None:
+def test_a_row_has_the_same_bits_in_any_company(runner: ModelRunner) -> None:
     """Mixed, alone, in chunks; and without an adapter as in a server that has none (R2)."""
-    runner, order = opened(llama), [1, 0, 4, 4, 8, 0, 6]
+    order = [1, 0, 4, 4, 8, 0, 6]
     rows = rows_of(len(order), 33)
     mixed = logits(runner, adapted(trial_step(rows, SIZE), order)).view(len(order), 33, -1)
     plain = logits(runner, trial_step(rows, SIZE)).view(len(order), 33, -1)
@@ -112,15 +112,15 @@ def test_a_row_has_the_same_bits_in_any_company(llama: Made) -> None:
         assert torch.equal(ours, torch.cat(parts))
 
 
-def test_bfloat16_is_near(llama: Made) -> None:
+def test_bfloat16_is_near(llama: Made, runner: ModelRunner) -> None:
     rows, order = rows_of(4, 12), [2, 4, 0, 8]
     coarse = logits(opened(llama, "bfloat16"), adapted(trial_step(rows, SIZE), order))
-    fine = logits(opened(llama), adapted(trial_step(rows, SIZE), order))
+    fine = logits(runner, adapted(trial_step(rows, SIZE), order))
     assert float((coarse - fine).norm() / fine.norm()) < 0.02
 
 
-def test_what_was_unloaded_makes_room(llama: Made) -> None:
-    runner, rows = opened(llama), rows_of(1, 9)
+def test_what_was_unloaded_makes_room(llama: Made, runner: ModelRunner) -> None:
+    rows = rows_of(1, 9)
     model = open_model(llama.model)
     assert model is not None
     second = logits(runner, adapted(trial_step(rows, SIZE), [2]))

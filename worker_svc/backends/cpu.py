@@ -16,7 +16,9 @@ import numpy as np
 
 from kernels.cpu import library
 from kernels.cpu.library import LibraryError, source_digest, usable_threads
-from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
+from protos.wire import LoadAdapter, Mask, Phase, RowResult, Setup, StepPlan
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import Places
 from worker_svc.backends.base import (
     MAX_SLOTS,
     BackendError,
@@ -28,6 +30,7 @@ from worker_svc.backends.base import (
     refuse_unsupported,
     served_len,
 )
+from worker_svc.backends.cpu_adapters import loras
 from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, unfit, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
@@ -98,7 +101,8 @@ class CpuBackend:
             raise BackendError(f"{setup.model}: {error}") from error
         self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
         self._host = HostBlocks(self._model.kv(), num_host_blocks)
-        self._sampler = CpuSampler(self._vocab_size)
+        self._sampler, self._places = CpuSampler(self._vocab_size), Places(0)
+        self._max_adapter_rank = setup.max_adapter_rank
         self.reset(setup)
         return Capacity(
             num_blocks=kv.num_blocks,
@@ -118,6 +122,9 @@ class CpuBackend:
     def reset(self, setup: Setup) -> None:
         self._pending = self._last = self._decode = None
         self._host.forget()
+        for name in list(self._places.by_name):
+            self.unload_adapter(name)
+        self._places = Places(setup.max_adapters)
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
@@ -125,6 +132,7 @@ class CpuBackend:
             num_blocks=self._num_blocks,
             vocab_size=self._vocab_size,
             copy=self._host.copy,
+            adapters=self._places.by_name,
         )
         self._sampler.reset()
 
@@ -172,6 +180,16 @@ class CpuBackend:
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
         return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
 
+    def load_adapter(self, load: LoadAdapter) -> int:
+        index = self._places.free(load.adapter)
+        adapter = read_adapter(Path(load.path), self._spec, self._max_adapter_rank, load.digest)
+        self._model.set_adapter(index, loras(adapter))
+        self._places.by_name[load.adapter] = index
+        return adapter.rank
+
+    def unload_adapter(self, name: str) -> None:
+        self._model.set_adapter(self._places.remove(name), [])
+
     def close(self) -> None:
         self._pending = self._last = self._decode = None
         self._model.close()
@@ -217,6 +235,7 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         activations=("auto", "int8"),
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
+        adapts=True,
     )
 
 

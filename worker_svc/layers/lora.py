@@ -19,6 +19,8 @@ from worker_svc.inputs import StepInputs
 from worker_svc.layers.linear import Linear, padded_rows
 from worker_svc.models.spec import ModelSpec
 
+RANKS = 16  # a rank goes up to a multiple: each shape is compiled and probed once, so there are few
+
 Adapt = Callable[[str, Tensor, Tensor], Tensor]  # (product, x [T, in], y [T, out]) → y, with what is added
 
 
@@ -76,6 +78,8 @@ class Adapters:
         for section in self._spec.sections(product):
             if lora := layer.get(section.role):
                 a, b = self._part(product, lora)
+                more = -len(a) % RANKS
+                a, b = np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
                 terms.append(Term(top, self._linear(a), self._linear(b), lora.scale))
             top += section.rows
         return tuple(terms)
@@ -87,7 +91,7 @@ class Adapters:
         return np.split(lora.a, self._size, axis=1)[self._rank], lora.b
 
     def _linear(self, weight: NDArray[np.float32]) -> Linear:
-        return Linear(torch.from_numpy(np.ascontiguousarray(weight)).to(self._dtype))
+        return Linear(torch.from_numpy(weight).to(self._dtype))
 
 
 def _rows(of_tokens: NDArray[np.int32], index: int) -> Tensor:
