@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pagewire.v1.admin_pb2 import GetStatsResponse
+from pagewire.v1.admin_pb2 import Adapter, GetStatsResponse
 from pagewire.v1.inference_pb2 import (
     ChatMessage,
     ChatMessages,
@@ -23,6 +23,7 @@ from client.retry import Resume, Retry
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Adapter",
     "ChatMessage",
     "ChatMessages",
     "Chunk",
@@ -96,9 +97,11 @@ def channel_options(keepalive: Keepalive | None) -> list[tuple[str, int]]:
 
 
 def generate_request(
-    prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str
+    prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str, adapter: str
 ) -> GenerateRequest:
-    request = GenerateRequest(request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt)
+    request = GenerateRequest(
+        request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt, adapter=adapter
+    )
     match prompt:
         case str():
             request.text = prompt

@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "hold a conversation",
     "bench": "measure a running service",
     "model": "pull and list models",
+    "adapters": "load, unload and list LoRA adapters",
     "top": "watch a running service",
     "token": "make a token that lets a client in",
     "keys": "make keys for a worker on another host",

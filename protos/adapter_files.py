@@ -16,10 +16,12 @@ class AdapterFilesError(ValueError):
 
 
 def digest(directory: Path) -> str:
-    """BLAKE2b of both files: the same wherever the same adapter lies. Raises AdapterFilesError where one cannot be read."""
+    """BLAKE2b of both files: the same wherever the same adapter lies. Raises AdapterFilesError for one that is none."""
     hasher = hashlib.blake2b(digest_size=16)
     for name in (CONFIG, WEIGHTS):
         try:
+            if (directory / name).exists() and not (directory / name).is_file():  # a pipe would never end
+                raise AdapterFilesError(f"{directory / name}: not a file")
             with (directory / name).open("rb") as file:
                 hasher.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
         except OSError as error:

@@ -97,6 +97,24 @@ def _model_flags(add: Add) -> None:
     )
 
 
+def _adapter_flags(add: Add) -> None:
+    add(
+        "--max-adapters",
+        type=_whole(0, 1024),
+        default=0,
+        metavar="N",
+        help="LoRA adapters loaded at once, see `pagewire adapters`; 0: none are served",
+    )
+    add("--max-adapter-rank", type=_whole(1, 512), default=16, metavar="R", help="of each")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="load this one at the start: a directory as PEFT writes it; may be repeated",
+    )
+
+
 def _batching_flags(add: Add) -> None:
     add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="sequences running at once in each worker")
     add(
@@ -286,6 +304,7 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("service", _service_flags),
     ("OpenAI's API", _gateway_flags),
     ("model", _model_flags),
+    ("adapters", _adapter_flags),
     ("batching and memory", _batching_flags),
     ("speculation", _speculation_flags),
     ("access", _access_flags),

@@ -141,9 +141,7 @@ class ModelRunner:
         """float32; as it is where there is no such norm."""
         return x.float() if weight is None else rms_norm(x.float(), weight, self.spec.norm_eps)
 
-    def _qkv(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, adapt: Adapt
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, adapt: Adapt) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], q and k turned."""
         spec = self.spec
         normed = rms_norm(x, layer.attn_norm, spec.norm_eps).to(self.dtype)

@@ -175,7 +175,8 @@ def weight(
 
 def array_of(each: Sequence[Layer] | Sequence[Lora]) -> Any:
     """What Spec.layers or `set_adapter` points to; not empty."""
-    array: Any = (type(each[0]) * len(each))(*each)
+    kind: Any = type(each[0])
+    array: Any = (kind * len(each))(*each)
     array.kept = each  # the elements are copies, which keep nothing
     return array
 

@@ -29,7 +29,11 @@ def adapted(inputs: StepInputs, adapters: list[int]) -> StepInputs:
 def modules_of(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The layers' projections that PEFT would find under these names."""
     found = dict(model.named_modules())
-    return {name: module for name, module in found.items() if name.rpartition(".")[2] in names and "layers." in name}  # type: ignore[return-value]
+    return {
+        name: module
+        for name, module in found.items()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names and "layers." in name
+    }
 
 
 def save_adapter(

@@ -1,4 +1,4 @@
-"""Adapters in the C library's step: near what merged models compute, the same bits in any company, nothing to others."""
+"""Adapters in the C library's step: near merged models, the same bits in any company, and nothing to other rows."""
 
 from __future__ import annotations
 

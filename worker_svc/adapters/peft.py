@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., 2106.09685) as PEFT saves them: adapter_config.json and adapter_model.safetensors. No torch.
+"""LoRA adapters (Hu et al., 2106.09685) as PEFT saves them: adapter_config.json, adapter_model.safetensors. No torch.
 
     y = W x + scale · B (A x)      scale = alpha / r, or alpha / √r of rank-stabilized ones (Kalajdzievski, 2312.03732)
 
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ _HARMLESS: Final = {
 _READ: Final = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora",
 }  # fmt: skip
-# Others (pissa, olora, loftq, corda …) change the base model's weights as well, which a server of many adapters has once.
+# Others (pissa, olora, loftq, corda …) change the base model's weights, which a server of many adapters has once.
 _STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
 
 

@@ -14,10 +14,10 @@ class Places:
         """Where `name` may go; it is there once it is in `by_name`. Raises AdapterError where it cannot be taken in."""
         if name in self.by_name:
             raise AdapterError(f"adapter {name!r} is loaded already")
-        free = sorted({*range(1, self.max_adapters + 1)} - {*self.by_name.values()})
-        if not free:
+        if len(self.by_name) >= self.max_adapters:
             raise AdapterError(f"max_adapters is {self.max_adapters}, and so many are loaded")
-        return free[0]
+        taken = self.by_name.values()
+        return next(index for index in range(1, self.max_adapters + 1) if index not in taken)
 
     def remove(self, name: str) -> int:
         """Where it was."""

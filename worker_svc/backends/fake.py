@@ -18,7 +18,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from protos.adapter_files import AdapterFilesError, digest
-from protos.wire import Admit, Copy, Direction, LoadAdapter, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
+from protos.wire import (
+    Admit,
+    Copy,
+    Direction,
+    LoadAdapter,
+    Mask,
+    Phase,
+    Row,
+    RowResult,
+    Sampling,
+    Setup,
+    StepPlan,
+    TokenLogprobs,
+)
 from worker_svc.adapters.peft import AdapterError
 from worker_svc.adapters.places import Places
 from worker_svc.backends.base import BackendError, Capacity, Landing, Progress

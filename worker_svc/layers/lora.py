@@ -51,7 +51,9 @@ class Adapters:
 
     def load(self, index: int, adapter: LoraAdapter, exact: bool) -> None:
         """Raises AdapterError where `exact` is promised and these shapes are not."""
-        layers = [{product: self._terms(product, layer) for product in PRODUCTS} for layer in adapter.layers]
+        layers: list[Terms] = [
+            {product: self._terms(product, layer) for product in PRODUCTS} for layer in adapter.layers
+        ]
         for linear in (linear for layer in layers for terms in layer.values() for t in terms for linear in (t.a, t.b)):
             shape = (linear.out_features, linear.in_features)
             if shape not in self._probed and not linear.probe() and exact:
