@@ -86,7 +86,7 @@ def read_adapter(path: Path, spec: ModelSpec, max_rank: int, expected_digest: st
         config = _Config(Fields(CONFIG, read_json(path / CONFIG)))
         return _Reader(config, SafetensorsFile(path / WEIGHTS), spec, max_rank).read()
     except (CheckpointError, SpecError, AdapterFilesError) as error:
-        raise AdapterError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise AdapterError(str(error)) from None
     except OSError as error:
         raise AdapterError(f"{path}: {error.strerror or error}") from None
 
@@ -148,10 +148,10 @@ class _Reader:
                 raise self._trouble(name, "is none of LoRA on a layer's projection: nothing else of a model is adapted")
             modules.setdefault(match[1], set()).add(match[2])
         if not modules:
-            raise AdapterError(f"{self._file.path}: there is no tensor in it")
+            raise AdapterError(f"{WEIGHTS}: there is no tensor in it")
         for module, sides in modules.items():
             for missing in {"A", "B"} - sides:
-                raise AdapterError(f"{self._file.path}: tensor {_name(module, missing)!r} is missing")
+                raise AdapterError(f"{WEIGHTS}: tensor {_name(module, missing)!r} is missing")
             self._add(module, layers)
         return LoraAdapter(tuple(layers))
 
@@ -187,7 +187,7 @@ class _Reader:
         return np.array(tensor.finite(), np.float32)
 
     def _trouble(self, tensor: str, what: str) -> AdapterError:
-        return AdapterError(f"{self._file.path}: tensor {tensor!r} {what}")
+        return AdapterError(f"{WEIGHTS}: tensor {tensor!r} {what}")
 
 
 def _name(module: str, side: str) -> str:
