@@ -19,6 +19,13 @@ MODES: dict[str, tuple[str, ...]] = {
     "int8+kv8": ("--quantization", "int8", "--kv-cache-dtype", "int8"),
     "int4": ("--quantization", "int4"),
 }
+# … and with drafts; these run only where they are named
+SPECULATING: dict[str, tuple[str, ...]] = {
+    f"{mode}+{proposer}": (*flags, "--speculation", proposer)
+    for proposer in ("ngram", "suffix")
+    for mode, flags in MODES.items()
+}
+ALL_MODES = MODES | SPECULATING
 
 
 class UnknownContestantError(Exception):
@@ -51,7 +58,7 @@ class Contestant:
 
 
 def ours(mode: str, model: str, flags: Sequence[str] = ()) -> Contestant:
-    command = (sys.executable, "-m", "client.cli", "serve", model, "--port", "{port}", *MODES[mode], *flags)
+    command = (sys.executable, "-m", "client.cli", "serve", model, "--port", "{port}", *ALL_MODES[mode], *flags)
     return Contestant(mode, command, "grpc")
 
 
@@ -60,7 +67,7 @@ def checkpoints(named: Sequence[tuple[str, str]], flags: Sequence[str]) -> list[
 
     Raises UnknownContestantError for a name that a mode, a peer or another checkpoint has, and store.StoreError.
     """
-    taken = {*MODES, *catalogue.peers()}
+    taken = {*ALL_MODES, *catalogue.peers()}
     found = []
     for name, path in named:
         if name in taken:
@@ -85,7 +92,7 @@ def choose(names: Sequence[str], model: str, flags: Sequence[str]) -> list[Conte
     installed = catalogue.installed()
     chosen = []
     for name in names:
-        if name in MODES:
+        if name in ALL_MODES:
             chosen.append(ours(name, model, flags))
         elif name in installed:
             chosen.append(peer(name))
@@ -93,7 +100,7 @@ def choose(names: Sequence[str], model: str, flags: Sequence[str]) -> list[Conte
             engine = catalogue.peers()[name].engine
             raise UnknownContestantError(f"{name} is not installed: python -m benchmarks.peers install {engine}")
         else:
-            known = ", ".join([*MODES, *catalogue.peers()])
+            known = ", ".join([*ALL_MODES, *catalogue.peers()])
             raise UnknownContestantError(f"{name!r} is no contestant; there are {known}")
     return chosen
 

@@ -1,6 +1,6 @@
 """Times whole steps of the CPU library in this process, with random weights at the shapes of SmolLM2-135M.
 
-    python -m benchmarks.cpu_step [--modes bf16 int8 …] [--threads N] [--isa NAME] [--quick] [--phases]
+    python -m benchmarks.cpu_step [--modes bf16 int8 …] [--threads N] [--isa NAME] [--quick] [--rows 1 2 4 8]
 
 Beside the milliseconds: where they went, and what this machine's memory and dot products give at the same moment.
 """
@@ -63,9 +63,10 @@ class Bench:
             tokens=np.array(tokens, np.int64), params=params, token_ids=np.zeros(len(tokens), np.int64)
         )
 
-    def decode(self, size: int, context: int) -> Callable[[], None]:
-        batch = self.batch([(i, context - 1, 1) for i in range(size)])
-        samples = self.samples(list(range(size)))
+    def decode(self, size: int, context: int, rows: int = 1) -> Callable[[], None]:
+        """`rows`: of each sequence, all of them sampled from, as where drafts are verified."""
+        batch = self.batch([(i, context - rows, rows) for i in range(size)])
+        samples = self.samples(list(range(size * rows)))
         return lambda: self.model.step(batch, samples)
 
     def prefill(self) -> Callable[[], None]:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--quick", action="store_true", help="batch 1 and 16 at context 256 alone")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="… of each sequence: one and its drafts")
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure")
     arguments = parser.parse_args()
     decodes = DECODES[:2] if arguments.quick else DECODES
@@ -127,9 +129,9 @@ def main() -> None:
         sequences, longest = max(size for size, _ in decodes), max(PROMPT, *(context for _, context in decodes))
         bench = Bench(mode, arguments.threads, arguments.isa, sequences, longest)
         print(f"{mode}, {bench.model.isa}, {arguments.threads} threads; {bench.machine(arguments.threads)}")
-        for size, context in decodes:
-            times, phases = timed(bench.decode(size, context), bench.model, arguments.seconds)
-            report(f"batch {size}, context {context}", times, phases)
+        for size, context, rows in ((*decode, rows) for decode in decodes for rows in arguments.rows):
+            times, phases = timed(bench.decode(size, context, rows), bench.model, arguments.seconds)
+            report(f"batch {size}, context {context}" + f", {rows} rows" * (rows > 1), times, phases)
         if not arguments.quick:
             report(f"prefill {PROMPT} by {CHUNK}", *timed(bench.prefill(), bench.model, arguments.seconds))
         bench.model.close()

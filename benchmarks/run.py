@@ -1,8 +1,9 @@
-"""Workloads a to e over gRPC: all our modes and all installed peers, in one run.
+"""Workloads a to e, and r where asked for, over gRPC: all our modes and all installed peers, in one run.
 
     python -m benchmarks.run                                  # everybody, three rounds
     python -m benchmarks.run --contestants bf16,llama-bf16 --workloads ab --rounds 1
     python -m benchmarks.run --contestants bf16 --ours gptq-w4=path/to/checkpoint --ours awq-w4=path/to/another
+    python -m benchmarks.run --workloads rbc --rounds 5 --contestants bf16,bf16+ngram,bf16+suffix,llama-bf16
     python -m benchmarks.run --peer 'mine=my-server --port {port}'
     python -m benchmarks.run --report results/one.json results/two.json
 
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--contestants",
         type=lambda text: text.split(","),
         metavar="NAME,…",
-        help=f"of {', '.join([*contestants.MODES, *catalogue.peers()])}; default: all that are installed",
+        help=f"of {', '.join([*contestants.ALL_MODES, *catalogue.peers()])}; default: all that are installed",
     )
     parser.add_argument("--model", default=store.DEFAULT, help="of ours, a name or a path; default: %(default)s")
     parser.add_argument("--flags", default="", help="more flags of `pagewire serve`, for each of ours")

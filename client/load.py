@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from client import api, english
+from client import api, english, repeating
 from client.aio import Client
 
 
@@ -24,6 +24,7 @@ class Workload:
     prompt_tokens: int  # own tokens, behind the shared ones
     output_tokens: int
     shared_tokens: int = 0  # at the beginning of every prompt
+    repeats: bool = False  # its prompts say what is to be written again
 
 
 WORKLOADS = {
@@ -34,6 +35,7 @@ WORKLOADS = {
         Workload("c", "wide", concurrency=32, requests=64, prompt_tokens=256, output_tokens=64),
         Workload("d", "long prefill", concurrency=4, requests=8, prompt_tokens=1500, output_tokens=32),
         Workload("e", "shared prefix", 16, requests=32, prompt_tokens=32, output_tokens=32, shared_tokens=1000),
+        Workload("r", "repeating", 1, requests=6, prompt_tokens=320, output_tokens=128, repeats=True),
     )
 }
 
@@ -104,6 +106,8 @@ class ShortStreamError(Exception):
 
 async def prompts(client: Client, workload: Workload, seed: int) -> list[list[int]]:
     """Distinct prompts of exactly the right length, other ones for another seed."""
+    if workload.repeats:
+        return [await _repeating(client, workload, seed, number) for number in range(workload.requests)]
     ids = await client.tokenize(english.text(seed), add_special_tokens=False)
     needed = workload.shared_tokens + workload.requests * workload.prompt_tokens
     if len(ids) < needed:
@@ -111,6 +115,16 @@ async def prompts(client: Client, workload: Workload, seed: int) -> list[list[in
     shared, own = ids[: workload.shared_tokens], ids[workload.shared_tokens :]
     size = workload.prompt_tokens
     return [shared + own[i * size : (i + 1) * size] for i in range(workload.requests)]
+
+
+async def _repeating(client: Client, workload: Workload, seed: int, number: int) -> list[int]:
+    """A passage, and the beginning of the same passage: what is left of it is as long as the output."""
+    kind = repeating.KINDS[number % len(repeating.KINDS)]
+    before, between = [await client.tokenize(text, add_special_tokens=False) for text in repeating.FRAMES[kind]]
+    size = (workload.prompt_tokens - len(before) - len(between) + workload.output_tokens) // 2
+    text = repeating.passages(kind, seed + number)
+    passage = (await client.tokenize(text, add_special_tokens=False))[:size]
+    return [*before, *passage, *between, *passage][: workload.prompt_tokens]
 
 
 async def run(

@@ -223,6 +223,9 @@ class EngineStats(Wire, frozen=True):
     cached_host_blocks: int = 0
     copied_to_host: int = 0  # blocks, since the start
     copied_to_device: int = 0
+    draft_rows: int = 0  # rows of steps that verified drafts, since the start
+    draft_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()  # drafts that were right, by their place in the row
 
 
 class WorkerStatus(Wire, frozen=True):
@@ -266,8 +269,6 @@ class FrontendStats(Wire, frozen=True):
     output_tokens: Histogram = Histogram()
     finished: tuple[tuple[str, int], ...] = ()  # streams: stop, length, abort, error
     calls: tuple[tuple[str, int], ...] = ()  # "/service/method CODE"
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
     open_calls: int = 0
 
 

@@ -41,8 +41,6 @@ class StreamFacts:
     total: float
     cached_tokens: int
     output_tokens: int
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Observer:
@@ -53,7 +51,6 @@ class Observer:
         self._first_token, self._between = self._spreads["first_token"], self._spreads["between_tokens"]
         self._finished: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
-        self._draft_tokens = self._accepted_tokens = 0
 
     def first_token(self, seconds: float) -> None:
         self._first_token.add(seconds)
@@ -64,8 +61,6 @@ class Observer:
 
     def stream_ended(self, facts: StreamFacts, prompt_tokens: int) -> None:
         self._finished[facts.finish] += 1
-        self._draft_tokens += facts.draft_tokens
-        self._accepted_tokens += facts.accepted_tokens
         if facts.finish not in ("stop", "length"):
             return
         spreads = self._spreads
@@ -85,8 +80,6 @@ class Observer:
             **{name: spread.freeze() for name, spread in self._spreads.items()},
             finished=tuple(self._finished.items()),
             calls=tuple(self._calls.items()),
-            draft_tokens=self._draft_tokens,
-            accepted_tokens=self._accepted_tokens,
             open_calls=open_calls,
         )
 
@@ -115,8 +108,7 @@ def check(stats: FrontendStats) -> None:
 
     Raises msgspec.ValidationError, as for a message that is wrong in form.
     """
-    counts = {"draft_tokens": stats.draft_tokens, "accepted_tokens": stats.accepted_tokens}
-    counts |= {"open_calls": stats.open_calls, **dict(stats.finished), **dict(stats.calls)}
+    counts = {"open_calls": stats.open_calls, **dict(stats.finished), **dict(stats.calls)}
     for name, bounds in _HISTOGRAMS.items():
         histogram: Histogram = getattr(stats, name)
         if histogram == Histogram():
@@ -141,8 +133,6 @@ def merged(parts: Sequence[FrontendStats]) -> FrontendStats:
         **{name: merged_histogram([getattr(part, name) for part in parts]) for name in _HISTOGRAMS},
         finished=tuple(finished.items()),
         calls=tuple(calls.items()),
-        draft_tokens=sum(part.draft_tokens for part in parts),
-        accepted_tokens=sum(part.accepted_tokens for part in parts),
         open_calls=sum(part.open_calls for part in parts),
     )
 

@@ -72,10 +72,14 @@ class Page(Collector):
             ("prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", stats.prompt_tokens),
             ("prefix_cache_hits", "… and found there.", stats.cached_tokens),
             ("num_preemptions", "Streams that gave their blocks to others for a while.", stats.preemptions),
-            ("spec_decode_num_draft_tokens", "Tokens that were proposed.", frontends.draft_tokens),
-            ("spec_decode_num_accepted_tokens", "… and were right.", frontends.accepted_tokens),
+            ("spec_decode_num_drafts", "Rows of steps in which proposed tokens were verified.", stats.draft_rows),
+            ("spec_decode_num_draft_tokens", "Tokens that were proposed, and verified.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "… and were right.", sum(stats.accepted_at)),
         ):
             yield _counter(f"vllm:{name}", text, {(): value}, (), self._labels)
+        places: dict[tuple[str, ...], float] = {(str(i),): count for i, count in enumerate(stats.accepted_at)}
+        text, name = "Accepted tokens by their place among those proposed.", "spec_decode_num_accepted_tokens_per_pos"
+        yield _counter(f"vllm:{name}", text, places, ("position",), self._labels)
         finished = dict.fromkeys(FINISHES, 0) | dict(frontends.finished)
         by_reason: dict[tuple[str, ...], float] = {(reason,): count for reason, count in finished.items()}
         labels = ("finished_reason",)

@@ -296,7 +296,7 @@ class WorkerLink:
             return
         first = msgspec.structs.replace(self.ranks[0].ready or ready, rank=0)
         for each in self.ranks:
-            if each.ready and msgspec.structs.replace(each.ready, rank=0) != first:
+            if each.ready and _comparable(each.ready) != _comparable(first):
                 yield from self.lose(f"it can do {each.ready}, the first rank {first}", now, each)
                 return
         self.ready, self._step = first, 0
@@ -309,6 +309,8 @@ class WorkerLink:
             first.max_model_len,
             self._group,
             first.num_host_blocks,
+            first.step_seconds,
+            first.propose_seconds,
         )
         for adapter in self._adapters():
             self.load_adapter(adapter, now)
@@ -394,3 +396,8 @@ class WorkerLink:
         self.reason = f"the worker was lost: {place}{reason}"
         log.warning("worker %d: lost: %s%s", rank.pid, place, reason)
         rank.history.lost(rank.pid, place + reason, now)
+
+
+def _comparable(ready: Ready) -> Ready:
+    """What ranks of one group have to say alike."""
+    return msgspec.structs.replace(ready, rank=0, step_seconds=(), propose_seconds=())

@@ -20,6 +20,8 @@ class StepInputs:
     """R rows, T tokens in all, in the plan's row order; a row's tokens are consecutive positions of one slot.
 
     row i is tokens cu[i]:cu[i+1], at positions context_lens[i] − (cu[i+1] − cu[i]) … context_lens[i] − 1
+
+    A row that samples has 1 + num_drafts outputs: one behind its last known token, and one behind each draft.
     """
 
     slots: Ints  # [R]
@@ -29,11 +31,22 @@ class StepInputs:
     positions: Ints  # [T]
     slot_mapping: Ints  # [T] block * block_size + offset: where each token's K and V are written
     block_tables: Ints  # [R, B] padded with the null block; B covers the longest row
-    sample_rows: Ints  # [S] rows that sample, in row order
-    sample_tokens: Ints  # [S] index into T of the token whose logits they sample from (the row's last)
+    num_drafts: Ints  # [R] how many of the row's last tokens are drafts
+    sample_rows: Ints  # [S] the row of each output, in row order
+    sample_tokens: Ints  # [S] index into T of the token whose logits it is sampled from
     prompt_logprob_rows: Ints  # [Q] for each logit wanted for prompt logprobs: its row …
     prompt_logprob_tokens: Ints  # [Q] … and its index into T (the logits there score the next prompt token)
     adapters: NDArray[np.int32] | None = None  # [R] index of each row's, 0 for none; None: no row has one
+
+    @property
+    def sample_slots(self) -> Ints:
+        """[S]"""
+        return self.slots[self.sample_rows]
+
+    @property
+    def sample_positions(self) -> Ints:
+        """[S] where the token stands that is sampled."""
+        return self.positions[self.sample_tokens] + 1
 
 
 def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
@@ -41,17 +54,37 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
 
     Raises SlotError where a row does not go on where its slot stands, or names positions without tokens or blocks.
     """
-    asked = np.array([(row.slot, row.start, row.num_tokens, row.sample) for row in plan.rows], np.int64)
-    ids, starts, most, samples = asked.reshape(-1, 4).T
+    rows = [(row.slot, row.start, row.num_tokens, row.sample, row.num_drafts) for row in plan.rows]
+    ids, starts, most, samples, drafts = np.array(rows, np.int64).reshape(-1, 5).T
     computed, known = slots.computed[ids], slots.lengths[ids]
     own = starts < 0
     # A row at the slot's own length computes what is there: drafts that were rejected leave less than was planned for.
     counts = np.where(own, np.minimum(most, known - computed), most)
     starts = np.where(own, computed, starts)
     ends = starts + counts
-    check(slots, ids, starts, ends, samples)
+    if drafts.any():
+        drafts = np.where(samples, np.minimum(drafts, slots.drafts[ids]), 0)
+    check(slots, ids, starts, ends, samples, drafts)
     slots.computed[ids] = ends
+    adapters = slots.adapters_of(ids)
+    return flat_inputs(slots, ids, starts, ends + drafts, np.flatnonzero(samples), drafts=drafts, adapters=adapters)
 
+
+def flat_inputs(
+    slots: SlotTable,
+    ids: Ints,
+    starts: Ints,
+    ends: Ints,
+    sample_rows: Ints,
+    block_tables: Ints | None = None,
+    drafts: Ints | None = None,
+    adapters: NDArray[np.int32] | None = None,
+) -> StepInputs:
+    """Positions starts[i]:ends[i] of slots ids[i] as rows, the last drafts[i] of them drafts.
+
+    `block_tables` [R, B]: others than the slots' own. `adapters`: a draft model has none.
+    """
+    counts = ends - starts
     if (counts == 1).all():  # nobody is in a prompt: most steps
         cu, owners, positions = np.arange(len(ids) + 1), np.arange(len(ids)), starts
     else:
@@ -59,25 +92,39 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
         np.cumsum(counts, out=cu[1:])
         owners = np.repeat(np.arange(len(ids)), counts)  # [T] row of each token
         positions = np.arange(cu[-1]) - cu[owners] + starts[owners]
-    of_tokens = ids[owners]
+    if block_tables is None:
+        width = -(-int(ends.max(initial=0)) // slots.block_size)
+        block_tables = slots.block_tables[ids, :width].astype(np.int64)
     pages, offsets = np.divmod(positions, slots.block_size)
-    width = -(-int(ends.max(initial=0)) // slots.block_size)
     scored = _scored(slots, ids, owners, positions)
-    sampling = np.flatnonzero(samples)
+    sample_tokens = cu[sample_rows + 1] - 1
+    if drafts is None:
+        drafts = np.zeros_like(ids)
+    elif drafts.any():
+        sample_rows, sample_tokens = _outputs(sample_rows, sample_tokens, drafts[sample_rows])
     return StepInputs(
         slots=ids,
         cu=cu,
         context_lens=ends,
-        token_ids=slots.token_ids[of_tokens, positions].astype(np.int64),
+        token_ids=slots.token_ids[ids[owners], positions].astype(np.int64),
         positions=positions,
-        slot_mapping=slots.block_tables[of_tokens, pages] * np.int64(slots.block_size) + offsets,
-        block_tables=slots.block_tables[ids, :width].astype(np.int64),
-        sample_rows=sampling,
-        sample_tokens=cu[sampling + 1] - 1,
+        slot_mapping=block_tables[owners, pages] * slots.block_size + offsets,
+        block_tables=block_tables,
+        num_drafts=drafts,
+        sample_rows=sample_rows,
+        sample_tokens=sample_tokens,
         prompt_logprob_rows=owners[scored],
         prompt_logprob_tokens=scored,
-        adapters=slots.adapters_of(ids),
+        adapters=adapters,
     )
+
+
+def _outputs(rows: Ints, last: Ints, drafts: Ints) -> tuple[Ints, Ints]:
+    """Row and token of each output of `rows` whose last tokens are `last`, `drafts` of them drafts."""
+    outputs = drafts + 1
+    ends = np.cumsum(outputs)
+    behind = np.repeat(ends, outputs) - 1 - np.arange(ends[-1])  # how many outputs of its row come after it
+    return np.repeat(rows, outputs), np.repeat(last, outputs) - behind
 
 
 def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
@@ -88,17 +135,21 @@ def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
     return np.flatnonzero(wanted[owners] & (positions + 1 < slots.prompt_lens[ids][owners]))
 
 
-def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints) -> None:
-    """What R1 promises of a row. The arrays first, so that a sound step costs a few comparisons."""
+def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints, drafts: Ints) -> None:
+    """What R1 promises of a row that computes starts:ends, then `drafts`.
+
+    The arrays first, so that a sound step costs a few comparisons.
+    """
     computed, known = slots.computed[ids], slots.lengths[ids]
     covered = slots.block_counts[ids] * slots.block_size
     going_on = (starts == computed) | (computed < 0)
-    sound = going_on & (starts >= 0) & (starts < ends) & (ends <= known) & (ends <= covered)
+    sound = going_on & (starts >= 0) & (starts < ends) & (ends <= known) & (ends + drafts <= covered)
     sound &= (samples == 0) | (ends == known)
     if sound.all():
         return
     i = int(np.flatnonzero(~sound)[0])
+    behind = f" and {drafts[i]} drafts" * bool(drafts[i]) + " and sample" * bool(samples[i])
     raise SlotError(
-        f"slot {ids[i]} cannot compute positions {starts[i]}..{ends[i] - 1}{' and sample' * bool(samples[i])}: "
+        f"slot {ids[i]} cannot compute positions {starts[i]}..{ends[i] - 1}{behind}: "
         f"it knows {known[i]} tokens, has computed {computed[i]} (−1: none yet) and has blocks for {covered[i]}"
     )

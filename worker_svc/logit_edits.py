@@ -50,6 +50,17 @@ class TokenCounts:
             self.counts[at] += position >= prompt_len
         self._length = len(token_ids)
 
+    def after(self, drafts: list[int]) -> tuple[Ints, Ints]:
+        """The distinct tokens and their counts with `drafts` in the output, too; they are not remembered."""
+        new = [token for token in dict.fromkeys(drafts) if token not in self._index]
+        # np.array copies: a view of the growing arrays would forbid them to grow.
+        distinct = np.concatenate((np.array(self.token_ids, np.int64), np.array(new, np.int64)))
+        counts = np.concatenate((np.array(self.counts, np.int64), np.zeros(len(new), np.int64)))
+        for token in drafts:
+            at = self._index.get(token)
+            counts[len(self.token_ids) + new.index(token) if at is None else at] += 1
+        return distinct, counts
+
 
 class SlotEdits:
     """One slot's wishes, with tokens that the model does not have left out: they can never be sampled."""
@@ -102,8 +113,10 @@ class LogitEditor:
         self.vocab_size = vocab_size
         self.reset()
 
-    def edits(self, slots: SlotTable, ids: Ints, masks: StepMask | None) -> Edits | None:
-        """For logits whose row i belongs to slot ids[i]; rows ascend in each list. None: no edit."""
+    def edits(self, slots: SlotTable, ids: Ints, positions: Ints, masks: StepMask | None) -> Edits | None:
+        """For logits whose row i is slot ids[i]'s behind its tokens up to positions[i], drafts included; rows ascend in
+        each list. None: no edit.
+        """
         bias_at: list[Ints] = []
         bias: list[NDArray[np.float32]] = []
         ban_at: list[Ints] = []
@@ -111,18 +124,19 @@ class LogitEditor:
         penalty_rows: list[Ints] = []
         penalty_counts: list[Ints] = []
         for row in self._wishing(slots, ids):
-            slot = int(ids[row])
-            wishes = self._slots[slot]
+            slot, position = int(ids[row]), int(positions[row])
+            wishes, prompt_len = self._slots[slot], int(slots.prompt_lens[slot])
             base = row * self.vocab_size
             bias_at.append(base + wishes.bias_ids)
             bias.append(wishes.bias)
-            ban_at.append(base + wishes.bans(slots.output_ids(slot), None if masks is None else masks.allowed(row)))
+            output = slots.token_ids[slot, prompt_len:position]
+            ban_at.append(base + wishes.bans(output, None if masks is None else masks.allowed(row)))
             if wishes.counts is not None:
-                wishes.counts.catch_up(slots.token_ids[slot, : slots.lengths[slot]], int(slots.prompt_lens[slot]))
-                # np.array copies: a view of the growing arrays would forbid them to grow.
-                distinct = np.array(wishes.counts.token_ids, np.int64)
+                known = int(slots.lengths[slot])
+                wishes.counts.catch_up(slots.token_ids[slot, :known], prompt_len)
+                distinct, counts = wishes.counts.after(slots.token_ids[slot, known:position].tolist())
                 penalty_at.append(base + distinct)
-                penalty_counts.append(np.array(wishes.counts.counts, np.int64))
+                penalty_counts.append(counts)
                 penalty_rows.append(np.full(len(distinct), row, np.int64))
         if not ban_at:
             return None

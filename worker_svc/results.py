@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from protos.wire import Row, RowResult, StepPlan, TokenLogprobs
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.verify import accept
 
 
 def build_results(
@@ -19,14 +22,14 @@ def build_results(
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
 ) -> list[RowResult]:
-    """One result a row of the plan; appends the sampled tokens to the slots.
+    """One result a row of the plan; appends the sampled tokens to the slots, but for those behind a draft that fell.
 
     `token_ids` [S] and `logprobs` [S] (None: not asked for) belong to inputs.sample_rows, `prompt_logprobs` [Q] to
     inputs.prompt_logprob_rows.
     """
     starts = slots.lengths[inputs.slots].tolist()
-    slots.append_each(inputs.slots[inputs.sample_rows], token_ids)
-    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs)
+    counts = accept(inputs, slots, token_ids)
+    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs, counts)
 
 
 def row_results(
@@ -36,16 +39,41 @@ def row_results(
     token_ids: Ints,
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
+    counts: NDArray[np.bool_] | None = None,
 ) -> list[RowResult]:
-    """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before."""
-    if len(token_ids) == len(starts) and not prompt_logprobs:  # most steps
+    """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before.
+
+    `counts` [S]: which of the tokens are the stream's; None: all of them.
+    """
+    drafts = inputs.num_drafts
+    if len(token_ids) == len(starts) and not prompt_logprobs and not drafts.any():  # most steps
         return sampled_results(plan.rows, starts, token_ids.tolist(), logprobs)
-    results = [RowResult(row.slot, start, []) for row, start in zip(plan.rows, starts, strict=True)]
-    for i, token, entry in zip(inputs.sample_rows.tolist(), token_ids.tolist(), logprobs, strict=True):
-        results[i] = RowResult(results[i].slot, starts[i], [token], [] if entry is None else [entry])
+    if counts is None:
+        rows, tokens, entries = inputs.sample_rows.tolist(), token_ids.tolist(), logprobs
+    else:
+        kept = np.flatnonzero(counts)
+        rows, tokens = inputs.sample_rows[kept].tolist(), token_ids[kept].tolist()
+        entries = [logprobs[i] for i in kept.tolist()]
+    of_rows: list[list[int]] = [[] for _ in starts]
+    for i, token in zip(rows, tokens, strict=True):
+        of_rows[i].append(token)
+    slot_ids = inputs.slots.tolist()
+    results = [
+        RowResult(*each)
+        for each in zip(slot_ids, starts, of_rows, _scores(rows, entries, len(starts)), drafts.tolist(), strict=True)
+    ]
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
     return results
+
+
+def _scores(rows: list[int], entries: Sequence[TokenLogprobs | None], count: int) -> list[list[TokenLogprobs]]:
+    """By row."""
+    scores: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+    for i, entry in zip(rows, entries, strict=True):
+        if entry is not None:
+            scores[i].append(entry)
+    return scores
 
 
 def sampled_results(

@@ -64,11 +64,11 @@ class Sampler:
         self, logits: Tensor, plan: StepPlan, inputs: StepInputs, slots: SlotTable, mask: Mask | None
     ) -> Sampled:
         """`logits` float32 [S, V] of inputs.sample_tokens; left as they are. Appends nothing. Raises SamplerError."""
-        ids = inputs.slots[inputs.sample_rows]
+        ids, positions = inputs.sample_slots, inputs.sample_positions
         params = slots.params[ids]
         masks = step_mask(plan, inputs, mask, self.vocab_size)
         _check(logits, ids)
-        edited = self._edit(logits, params, self._editor.edits(slots, ids, masks), masks)
+        edited = self._edit(logits, params, self._editor.edits(slots, ids, positions, masks), masks)
         if masks is not None:
             _check(edited, ids)
         tokens = np.zeros(len(ids), np.int64)
@@ -79,7 +79,7 @@ class Sampler:
         for group in (np.flatnonzero(~greedy & cut), np.flatnonzero(~greedy & ~cut)):
             for rows in _batches(len(group), self.vocab_size):
                 part = group[rows]
-                tokens[part] = _draw(_rows(edited, part), params[part], slots.lengths[ids[part]])
+                tokens[part] = _draw(_rows(edited, part), params[part], positions[part])
         return Sampled(tokens, self._logprobs(logits, tokens, params["logprobs"]))
 
     def prompt_logprobs(

@@ -1,8 +1,9 @@
 """What a worker remembers of each running sequence: tokens, blocks and sampling parameters, one row a slot. numpy only.
 
-    token_ids    |prompt …          |sampled …     |  0 …      [max_slots + 1, max_model_len]
+    token_ids    |prompt …          |sampled …     |drafts| …  [max_slots + 1, max_model_len]
     computed     |=====================>                        positions whose KV is written
     lengths      |================================>             tokens known
+    drafts                                         |======>     proposed after them
     block_tables |b0|b1|b2|…              |  null …            [max_slots + 1, ceil(max_model_len / block_size)]
 
 Row 0 is the null slot and block 0 the null block. All of it follows from the Admits and the rows since: nothing here
@@ -71,12 +72,15 @@ class SlotTable:
         self.token_ids = np.zeros((rows, self.max_model_len), np.int32)
         self.lengths = np.zeros(rows, np.int64)
         self.prompt_lens = np.zeros(rows, np.int64)
+        self.limits = np.zeros(rows, np.int64)  # the longest that the sequence may become
+        self.drafts = np.zeros(rows, np.int64)
         self.computed = np.full(rows, -1, np.int64)  # −1: admitted, and no row yet has said where the cache ends
         self.block_tables = np.zeros((rows, -(-self.max_model_len // self.block_size)), np.int32)
         self.block_counts = np.zeros(rows, np.int64)
         self.params = np.zeros(rows, PARAMS)
         self.adapters = np.zeros(rows, np.int32)
         self.sampling: list[Sampling | None] = [None] * rows  # None: the slot is free
+        self.domains = [b""] * rows
         self.admissions = np.zeros(rows, np.int64)  # tells a slot's holder from the one before, for memos
         self._admitted = 0
 
@@ -105,16 +109,28 @@ class SlotTable:
             raise SlotError(f"slot {slot} would hold {end} tokens, more than max_model_len {self.max_model_len}")
         self.token_ids[slot, start:end] = self._checked_tokens(slot, token_ids)
         self.lengths[slot] = end
+        self.drafts[slot] = 0
         return start
 
-    def append_each(self, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Adds token_ids[i], which was sampled, to slots[i]; no slot twice."""
-        ends = self.lengths[slots]
-        if ends.max(initial=0) >= self.max_model_len:
-            full = slots[ends.argmax()]
+    def append_each(
+        self, slots: NDArray[np.int64], token_ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None
+    ) -> None:
+        """Adds token_ids[i], which was sampled, to slots[i], and drops its drafts. No slot twice, unless at `positions`
+        that follow each other.
+        """
+        positions = self.lengths[slots] if positions is None else positions
+        if positions.max(initial=0) >= self.max_model_len:
+            full = slots[positions.argmax()]
             raise SlotError(f"slot {full} would hold more tokens than max_model_len {self.max_model_len}")
-        self.token_ids[slots, ends] = token_ids
-        self.lengths[slots] = ends + 1
+        self.token_ids[slots, positions] = token_ids
+        self.lengths[slots] = positions + 1  # the last one stays
+        self.drafts[slots] = 0
+
+    def propose(self, slot: int, token_ids: Sequence[int] | NDArray[np.int32]) -> None:
+        """Puts drafts behind the slot's tokens, in place of those before."""
+        start = int(self.lengths[slot])
+        self.token_ids[slot, start : start + len(token_ids)] = token_ids
+        self.drafts[slot] = len(token_ids)
 
     def output_ids(self, slot: int) -> NDArray[np.int32]:
         """View of the tokens after the prompt."""
@@ -136,7 +152,7 @@ class SlotTable:
         self.held(slot)
         self.sampling[slot] = None
         self.block_tables[slot, : self.block_counts[slot]] = 0
-        self.block_counts[slot] = self.lengths[slot] = self.prompt_lens[slot] = 0
+        self.block_counts[slot] = self.lengths[slot] = self.prompt_lens[slot] = self.drafts[slot] = 0
         self.computed[slot] = -1
 
     def _admit(self, admit: Admit) -> None:
@@ -157,6 +173,8 @@ class SlotTable:
         self._admitted += 1
         self.admissions[slot] = self._admitted
         self.prompt_lens[slot] = admit.prompt_len
+        self.limits[slot] = min(admit.prompt_len + sampling.max_tokens, self.max_model_len)
+        self.domains[slot] = admit.domain
         self.append(slot, admit.token_ids)
         self.add_blocks(slot, admit.block_ids)
         self.params[slot] = (

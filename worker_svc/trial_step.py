@@ -34,6 +34,7 @@ def trial_step(rows: list[TrialRow], block_size: int) -> StepInputs:
         positions=np.concatenate(positions),
         slot_mapping=np.concatenate([row.blocks[p // block_size] * block_size + p % block_size for row, p in mapped]),
         block_tables=tables,
+        num_drafts=np.zeros(len(rows), np.int64),
         sample_rows=np.arange(len(rows)),
         sample_tokens=cu[1:] - 1,
         prompt_logprob_rows=np.empty(0, np.int64),

@@ -122,6 +122,7 @@ class Worker:
                 fingerprint=capacity.fingerprint,
                 quantization=capacity.quantization,
                 kv_dtype=capacity.kv_dtype,
+                step_seconds=capacity.step_seconds,
             )
         )
         self._idle_since = self._clock()

@@ -243,7 +243,11 @@ class Library:
 
     def open(self, spec: Spec, threads: int, isa: str = "auto", cpus: int = 0) -> Model:
         """`cpus`: how many may be used at once; 0 is usable_cpus(). More threads than those never spin."""
-        return Model(self, spec, threads, isa, cpus or usable_cpus())
+        return Model(self, spec, self.c.pw_open(byref(spec), threads, cpus or usable_cpus(), isa.encode()))
+
+    def open_beside(self, spec: Spec, other: Model) -> Model:
+        """With the instructions and threads of `other`: two teams would wait for each other's CPUs."""
+        return Model(self, spec, self.c.pw_open_beside(byref(spec), other.handle))
 
     def check(self, result: int) -> None:
         if result < 0:
@@ -258,10 +262,10 @@ class Library:
 class Model:
     """Weights, KV pages and a team of threads. Used by one thread at a time."""
 
-    def __init__(self, library: Library, spec: Spec, threads: int, isa: str, cpus: int) -> None:
+    def __init__(self, library: Library, spec: Spec, handle: int | None) -> None:
         self._library, self._c = library, library.c
         self._spec = spec  # and all that it keeps
-        self.handle = self._c.pw_open(byref(spec), threads, cpus, isa.encode())
+        self.handle = handle
         if not self.handle:
             library.check(-1)
         self._adapters: dict[int, Any] = {}
@@ -348,6 +352,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "pw_error": (c_char_p,),
     "pw_isas": (c_char_p,),
     "pw_open": (c_void_p, POINTER(Spec), c_int32, c_int32, c_char_p),
+    "pw_open_beside": (c_void_p, POINTER(Spec), c_void_p),
     "pw_close": (None, c_void_p),
     "pw_isa": (c_char_p, c_void_p),
     "pw_kv_block_bytes": (c_int64, POINTER(Spec)),

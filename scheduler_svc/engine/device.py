@@ -12,16 +12,18 @@ from scheduler_svc.engine.events import WorkerReady
 from scheduler_svc.engine.kv_journal import KvJournal
 from scheduler_svc.engine.kv_manager import KVManager
 from scheduler_svc.engine.sequence import Sequence
+from scheduler_svc.engine.speculation import Costs, Speculation
 
 
 class Flight:
     """A sent plan, with whom it named: its result is resolved against this, never against live state."""
 
-    __slots__ = ("fenced", "num_tokens", "plan", "sequences")
+    __slots__ = ("fenced", "num_drafts", "num_tokens", "plan", "sequences")
 
-    def __init__(self, plan: StepPlan, sequences: list[Sequence], num_tokens: int) -> None:
+    def __init__(self, plan: StepPlan, sequences: list[Sequence], num_tokens: int, num_drafts: int = 0) -> None:
         self.plan = plan
         self.num_tokens = num_tokens  # positions computed at most
+        self.num_drafts = num_drafts  # … drafts among them
         self.sequences = sequences  # one for each of plan.rows
         self.fenced: list[tuple[int, list[int]]] = []  # (slot, blocks) that return when it has landed (R4)
 
@@ -38,6 +40,7 @@ class Device:
         self.kv = KVManager(
             ready.num_blocks, config.block_size, ready.align, config.prefix_caching, journal, ready.num_host_blocks
         )
+        self.speculation = Speculation(config.num_drafts, Costs(ready.step_seconds, ready.propose_seconds))
         self.num_slots = ready.max_slots
         self.free_slots = list(range(ready.max_slots, 0, -1))  # slot 0 is the null slot
         self.release: list[int] = []  # slots that the next plan tells the worker to forget

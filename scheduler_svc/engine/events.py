@@ -23,6 +23,8 @@ class WorkerReady(Happening, frozen=True):
     max_model_len: int = 0
     group: int = 0  # which of the worker groups behind this scheduler
     num_host_blocks: int = 0  # of the second tier
+    step_seconds: tuple[tuple[int, float], ...] = ()  # see Ready
+    propose_seconds: tuple[tuple[int, float], ...] = ()
 
 
 class WorkerLost(Happening, frozen=True):

@@ -18,10 +18,11 @@ MAX_ASIDE = 8192  # blocks of the followers that one step sets aside: to hash an
 class Step:
     """A plan in the making."""
 
-    __slots__ = ("admit", "budget", "preempted", "rows", "sequences")
+    __slots__ = ("admit", "budget", "for_drafts", "preempted", "rows", "sequences")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # positions that may still be computed
+        self.for_drafts = 0  # … and of those, what is no sequence's next token
         self.admit: list[Admit] = []
         self.rows: list[Row] = []
         self.sequences: list[Sequence] = []  # one for each row
@@ -65,12 +66,14 @@ class Planner:
         else:
             if self.roster.ledger.several:
                 self._displace(step)
-            further_behind = []
+            one_behind: list[Sequence] = []
+            further_behind: list[Sequence] = []
             for sequence in self._in_order():
-                if sequence.ahead or sequence.computed + 1 == sequence.settled:
-                    self._next_token(step, sequence)
-                else:
-                    further_behind.append(sequence)
+                is_next = sequence.ahead or sequence.computed + 1 == sequence.settled
+                (one_behind if is_next else further_behind).append(sequence)
+            self._speculate(step, one_behind, further_behind)
+            for sequence in one_behind:
+                self._next_token(step, sequence)
             self._catch_up(step, further_behind)
         return self._send(step) if step.rows else None
 
@@ -106,13 +109,22 @@ class Planner:
             return tuple(sorted(running, key=turn))
         return tuple(running)
 
+    def _speculate(self, step: Step, sampling: list[Sequence], behind: list[Sequence]) -> None:
+        """Drafts for those who sample, beside what the others of the step compute, who get half the room at least."""
+        if not self.config.num_drafts:
+            return
+        room = step.budget - len(sampling)
+        others = room if self.roster.waiting.first() else sum(each.settled - each.computed for each in behind)
+        step.for_drafts = max(room // 2, room - others)
+        self.device.speculation.choose(sampling, step.for_drafts, min(others, room))
+
     def _next_token(self, step: Step, sequence: Sequence) -> None:
         """A row that samples, perhaps while the token that it starts from is still being sampled."""
         hi = sequence.hi
         room = sequence.limit - hi - 1
         if room < 0 or not step.budget or sequence.state is not State.RUNNING:
             return  # what is in flight may be all that it wanted; or it was preempted a moment ago
-        drafts = min(sequence.max_drafts, room, step.budget - 1)
+        drafts = min(sequence.proposed, room, step.for_drafts)
         new: list[list[int]] = []
         if hi + drafts > len(sequence.block_ids) * self.kv.block_size:
             fitting = self._make_room(step, sequence, hi, drafts)
@@ -125,6 +137,7 @@ class Planner:
         step.rows.append(Row(sequence.slot, start, 1, drafts, new, True))
         step.sequences.append(sequence)
         step.budget -= 1 + drafts
+        step.for_drafts -= drafts
         sequence.ahead += 1 + drafts
 
     def _make_room(self, step: Step, sequence: Sequence, hi: int, drafts: int) -> int:
@@ -162,6 +175,7 @@ class Planner:
             sequence.account.paid += paid * sequence.account.prompt_cost
         if count == missing:
             sequence.ahead += 1
+            sequence.wanted = self.device.speculation.first(sequence)
         else:
             sequence.computed += count
 
@@ -289,6 +303,7 @@ class Planner:
         if suspect.state is State.WAITING and (entrant := self._entrant()):
             self._admit(step, *entrant)
             self.lone = suspect
+        step.for_drafts = step.budget - 1
         if suspect.ahead or suspect.computed + 1 == suspect.settled:
             self._next_token(step, suspect)
         else:
@@ -298,13 +313,14 @@ class Planner:
         device = self.device
         device.step += 1
         self.roster.counters.steps += 1
-        num_propose = self.config.num_drafts if any(row.sample for row in step.rows) else 0
+        num_propose = self._num_propose(step)
         copies = self.kv.host.take_copies()
         if copies:
             self.roster.counters.count_copies(copies)
         plan = StepPlan(device.epoch, device.step, device.release, step.admit, copies, step.rows, num_propose)
         device.release = []
-        flight = Flight(plan, step.sequences, self.config.max_step_tokens - step.budget)
+        num_drafts = sum(row.num_drafts for row in step.rows) if self.config.num_drafts else 0
+        flight = Flight(plan, step.sequences, self.config.max_step_tokens - step.budget, num_drafts)
         device.sent.append(flight)
         self.roster.measures.planned(len(step.rows), flight.num_tokens)
         for sequence in step.sequences:
@@ -313,3 +329,13 @@ class Planner:
             if sequence.computed >= sequence.publish_at:
                 self.roster.wait_again(self.kv.publish(sequence))
         return flight
+
+    def _num_propose(self, step: Step) -> int:
+        """The most that any sequence wants. What the worker proposes beyond that for another is not verified."""
+        most = 0
+        if self.config.num_drafts:
+            for row, sequence in zip(step.rows, step.sequences, strict=True):
+                if row.sample:
+                    sequence.proposed = sequence.wanted
+                    most = max(most, sequence.wanted)
+        return most

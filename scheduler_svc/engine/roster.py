@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protos.wire import Copy, Direction
 from scheduler_svc.engine.config import EngineConfig
@@ -32,6 +32,17 @@ class Counters:
     finished: int = 0
     aborted: int = 0
     rejected: int = 0
+    draft_rows: int = 0  # rows that verified any
+    draft_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # drafts that were right, by their place in the row
+
+    def count_drafts(self, held: int, accepted: int) -> None:
+        self.draft_rows += held > 0
+        self.draft_tokens += held
+        while len(self.accepted_at) < accepted:
+            self.accepted_at.append(0)
+        for place in range(accepted):
+            self.accepted_at[place] += 1
 
     def count_copies(self, copies: list[Copy]) -> None:
         to_host = sum(direction is Direction.TO_HOST for direction, _, _ in copies)

@@ -139,7 +139,7 @@ class Scheduler:
         if not sent:
             return True
         newest = sent[-1].num_tokens
-        if config.long_step and newest > config.long_step:
+        if config.long_step and newest - sent[-1].num_drafts > config.long_step:
             return False
         depth = max(config.depth, config.short_depth) if newest <= config.short_step else config.depth
         return len(sent) < depth
@@ -279,6 +279,8 @@ class Scheduler:
                 continue
             if reason := _mismatch(row, answer, sequence):
                 return self._distrust(device, f"step {result.step}: {reason}")
+            if row.num_drafts:
+                self.roster.counters.count_drafts(answer.num_drafted, len(answer.token_ids) - 1)
             if row.sample:
                 try:
                     self._settle(sequence, row, answer)
@@ -289,6 +291,7 @@ class Scheduler:
                 self._outbox.prompt(sequence, row, answer)
             if sequence.state is State.LEAVING and not sequence.flying:
                 self.roster.wait_again([sequence])
+        device.speculation.learn(flight, result.rows, seconds)
         device.land()
         return None
 
@@ -406,6 +409,8 @@ def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:
     if answer.start != sequence.settled:
         return f"slot {row.slot} has {answer.start} tokens, the engine knows {sequence.settled}"
     count = len(answer.token_ids)
-    if not (0 < count <= 1 + row.num_drafts if row.sample else count == 0):
-        return f"slot {row.slot} brings {count} tokens for sample={row.sample} and {row.num_drafts} drafts"
+    drafted = answer.num_drafted
+    if not (0 <= drafted <= row.num_drafts and (0 < count <= 1 + drafted if row.sample else count == 0)):
+        of = f"{drafted} drafts, where the plan has sample={row.sample} and {row.num_drafts} drafts"
+        return f"slot {row.slot} brings {count} tokens of {of}"
     return ""

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from protos.engine_wire import Submit
 from protos.wire import TokenLogprobs
+from scheduler_svc.engine.speculation import Record
 
 if TYPE_CHECKING:
     from scheduler_svc.engine.device import Device
@@ -64,10 +65,12 @@ class Sequence:
         "max_drafts",
         "prompt_len",
         "prompt_logprobs_from",
+        "proposed",
         "publish_at",
         "published",
         "queued_tokens",
         "reads_cache",
+        "record",
         "request_id",
         "root",
         "sampling",
@@ -78,6 +81,7 @@ class Sequence:
         "token_ids",
         "unpaid",
         "waited",
+        "wanted",
     )
 
     def __init__(self, submit: Submit, arrival: int, num_drafts: int, account: Account) -> None:
@@ -95,7 +99,8 @@ class Sequence:
         self.settled = self.given = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
-        self.max_drafts = 0 if _counts_tokens(submit) else num_drafts
+        self.max_drafts = num_drafts
+        self.record = Record()
         self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
         self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
         self.cached_tokens = -1  # until the first admission
@@ -115,6 +120,8 @@ class Sequence:
         """What a preemption or a dead worker takes away. The tokens stay: they are all that a worker needs."""
         self.device: Device | None = None  # while it runs, holds or leaves there
         self.computed = 0
+        self.wanted = 0  # drafts that its next sampling row has proposed, and those that the last one had
+        self.proposed = 0
         self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
         self.flying = 0  # plans in flight that name it
         self.last_step = 0  # of the newest plan that names it
@@ -163,9 +170,3 @@ _ELSEWHERE: list[int] = []
 def _ends(eos_token_ids: tuple[int, ...], stop_token_ids: tuple[int, ...]) -> frozenset[int]:
     """One set for all who asked for the same: a long queue is mostly the same few."""
     return frozenset(eos_token_ids + stop_token_ids)
-
-
-def _counts_tokens(submit: Submit) -> bool:
-    """True where sampling depends on counts of earlier tokens, which do not include unverified drafts."""
-    s = submit.sampling
-    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0 or s.min_tokens > 0

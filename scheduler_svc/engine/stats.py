@@ -46,4 +46,7 @@ def summary(roster: Roster, devices: Sequence[Device], draining: bool) -> Engine
         cached_host_blocks=sum(len(pool.host.by_hash) for pool in pools),
         copied_to_host=counters.copied_to_host,
         copied_to_device=counters.copied_to_device,
+        draft_rows=counters.draft_rows,
+        draft_tokens=counters.draft_tokens,
+        accepted_at=tuple(counters.accepted_at),
     )

@@ -194,8 +194,6 @@ class IndexStream:
             ending.total if ending else now - self._started,
             self._cached,
             self._completion - self._resumed,
-            self._drafted,
-            self._accepted,
         )
 
     def take(self) -> Gain | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -39,10 +40,10 @@ class Stream:
     fingerprint: str
 
 
-async def stream(running: Service, adapter: str, seed: int, tokens: int = 16, **fields: object) -> Stream:
+async def stream(running: Service, adapter: str, seed: int, tokens: int = 16, **fields: Any) -> Stream:
     sampling = pb.SamplingParams(temperature=0.8 * (seed % 2), seed=seed, max_tokens=tokens, ignore_eos=True)
     text = f"Number {seed}: a story about the sea, and the"
-    request = pb.GenerateRequest(text=text, sampling=sampling, adapter=adapter, **fields)  # type: ignore[arg-type]
+    request = pb.GenerateRequest(text=text, sampling=sampling, adapter=adapter, **fields)
     call = running.inference.Generate(request)
     made = Stream([], "")
     async for response in call:
@@ -69,7 +70,7 @@ async def test_eight_mixed_are_each_alone_also_over_a_dead_worker(model_path: Pa
         # A stream that broke goes on under its own adapter's fingerprint, and under no other.
         had, rest = alone[1].token_ids[:5], alone[1].token_ids[5:]
         state = [pb.ResumeState(index=0, token_ids=had)]
-        again = {"resume_token_ids": state, "resume_fingerprint": alone[1].fingerprint}
+        again: dict[str, Any] = {"resume_token_ids": state, "resume_fingerprint": alone[1].fingerprint}
         assert (await stream(running, "a0", 1, **again)).token_ids == rest
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stream(running, "a1", 1, **again)

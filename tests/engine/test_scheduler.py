@@ -131,11 +131,11 @@ def test_drafts_stop_before_the_limit() -> None:
 @pytest.mark.parametrize(
     "field", [{"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}, {"min_tokens": 1}]
 )
-def test_counted_tokens_take_no_drafts(field: dict[str, Any]) -> None:
+def test_counted_tokens_take_drafts_too(field: dict[str, Any]) -> None:
     w = world(num_drafts=3)
     w.submit(request("r", 4, 6, **field))
     w.run()
-    assert all(row.num_drafts == 0 for plan in w.plans for row in plan.rows)
+    assert any(row.num_drafts for plan in w.plans for row in plan.rows)
     w.check_ends()
 
 

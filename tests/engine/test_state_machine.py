@@ -48,7 +48,7 @@ class Engine(RuleBasedStateMachine):
         num_drafts = data.draw(st.sampled_from([0, 0, 1, 3]), "num_drafts")
         self.groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
         max_num_seqs = data.draw(st.sampled_from([1, 3, 6]), "max_num_seqs")
-        least = max_num_seqs * (1 + num_drafts)
+        least = max_num_seqs * data.draw(st.sampled_from([1, 1 + num_drafts]), "room for drafts")
         self.world = World(
             EngineConfig(
                 block_size=block_size,
@@ -71,6 +71,8 @@ class Engine(RuleBasedStateMachine):
             max_model_len=data.draw(st.sampled_from([0, 30, 48]), "max_model_len"),
             quality=data.draw(st.sampled_from([0.0, 0.6, 1.0]), "draft quality"),
             seconds=data.draw(st.sampled_from([None, lambda positions: 0.05 + 0.01 * positions]), "seconds"),
+            step_seconds=data.draw(st.sampled_from([(), ((1, 0.06), (8, 0.13)), ((1, 0.05), (64, 0.06))]), "table"),
+            propose_seconds=data.draw(st.sampled_from([(), ((1, 0.001), (4, 0.02))]), "proposing"),
         )
         if data.draw(st.booleans(), "ready at once"):
             self.world.ready_all()

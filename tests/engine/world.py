@@ -29,6 +29,7 @@ from tests.engine.kv_mirror import Mirror
 from tests.fakes import FakeWorker, expected
 
 VOCAB_SIZE = 32
+Table = tuple[tuple[int, float], ...]  # as in WorkerReady
 
 
 def request(
@@ -106,8 +107,11 @@ class World:
         quality: float = 0.6,
         seconds: Callable[[int], float] | None = None,
         num_host_blocks: int = 0,
+        step_seconds: Table = (),
+        propose_seconds: Table = (),
     ) -> None:
         self.config = config
+        self.step_seconds, self.propose_seconds = step_seconds, propose_seconds
         self.num_blocks, self.align, self.max_model_len, self.quality = num_blocks, align, max_model_len, quality
         self.num_host_blocks = num_host_blocks
         self.seconds = seconds  # that a step of so many positions takes; None: no time passes, and none is reported
@@ -164,7 +168,8 @@ class World:
             side.worker.load_adapter(name, digest)
         side.forget_flights()
         slots, longest = self.config.max_slots, self.max_model_len
-        self.send(WorkerReady(epoch, self.num_blocks, slots, self.align, 1, longest, group, self.num_host_blocks))
+        ready = WorkerReady(epoch, self.num_blocks, slots, self.align, 1, longest, group, self.num_host_blocks)
+        self.send(replace(ready, step_seconds=self.step_seconds, propose_seconds=self.propose_seconds))
 
     def ready_all(self) -> None:
         for group, side in enumerate(self.sides):

@@ -134,7 +134,7 @@ def test_a_failure_is_an_error_an_abort_or_none_of_these(reason: FinishReason, f
 
 def test_the_sum_of_two_is_what_one_would_have_seen() -> None:
     one, two, both = Observer(), Observer(), Observer()
-    facts = StreamFacts(0, "stop", 0.1, 0.3, 2.0, 0, 20, 5, 4)
+    facts = StreamFacts(0, "stop", 0.1, 0.3, 2.0, 0, 20)
     for observers, seconds in (((one, both), 0.02), ((two, both), 3.0), ((two, both), 0.5)):
         for observer in observers:
             observer.first_token(seconds)

@@ -42,6 +42,7 @@ VLLM = {
     "vllm:num_preemptions_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:spec_decode_num_drafts_total",
     "vllm:spec_decode_num_draft_tokens_total",
     "vllm:spec_decode_num_accepted_tokens_total",
 }
@@ -104,6 +105,9 @@ async def test_the_engines_numbers_are_those_of_its_stats(seen: Service) -> None
         cached_host_blocks=12,
         copied_to_host=15,
         copied_to_device=3,
+        draft_rows=9,
+        draft_tokens=30,
+        accepted_at=(8, 5, 1),
     )
     samples = await scrape(seen)
     for name, value in {
@@ -115,8 +119,14 @@ async def test_the_engines_numbers_are_those_of_its_stats(seen: Service) -> None
         "vllm:prefix_cache_queries_total": 50,
         "vllm:prefix_cache_hits_total": 10,
         "vllm:num_preemptions_total": 4,
+        "vllm:spec_decode_num_drafts_total": 9,
+        "vllm:spec_decode_num_draft_tokens_total": 30,
+        "vllm:spec_decode_num_accepted_tokens_total": 14,
     }.items():
         assert samples[name, LABELS] == value, name
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    by_place = {dict(labels)["position"]: value for (n, labels), value in samples.items() if n == name}
+    assert by_place == {"0": 8, "1": 5, "2": 1}
     assert samples["pagewire_recoveries_total", ()] == 1
     wait = "pagewire_queue_wait_seconds"
     buckets = [samples[f"{wait}_bucket", (("le", le),)] for le in ("1.0", "2.0", "+Inf")]

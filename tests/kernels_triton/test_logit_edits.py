@@ -60,7 +60,7 @@ def test_penalties_biases_and_bans(vocab: int, length: int, seed: int) -> None:
     logits = normal(5, vocab, seed=seed) * 10
     logits[1, :5] = -math.inf
     slots = np.arange(1, 6)
-    edits = LogitEditor(vocab).edits(table, slots, None)
+    edits = LogitEditor(vocab).edits(table, slots, table.lengths[slots], None)
     assert edits is not None
     expected = logits.cpu().clone()
     _apply(expected.view(-1), table.params[slots], edits)

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, Phi3Config, Qwen3Config
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.lora import ALL, ATTENTION, adapted, merge, save_adapter
+from tests.models.peft import make as fixtures
 from tests.models.stepping import tokens
 from worker_svc.adapters.peft import read_adapter
 from worker_svc.inputs import StepInputs
@@ -127,3 +128,16 @@ def test_what_was_unloaded_makes_room(llama: Made, runner: ModelRunner) -> None:
     runner.adapters.unload(1)
     runner.adapters.load(1, read_adapter(llama.adapters[1], model.spec, 16), exact=True)
     assert torch.equal(logits(runner, adapted(trial_step(rows, SIZE), [1])), second)
+
+
+@pytest.mark.parametrize("name", fixtures.ADAPTERS)
+def test_what_peft_wrote_and_computed(name: str, tmp_path: Path) -> None:
+    fixtures.base(tmp_path)
+    model, path = open_model(tmp_path), Path(fixtures.__file__).parent / name
+    assert model is not None
+    runner = ModelRunner(model, "float32", 512, lambda share: None)
+    runner.adapters.load(1, read_adapter(path, model.spec, 16), exact=True)
+    row = TrialRow(np.array(fixtures.PROMPT), 0, np.arange(1, 3))
+    ours, theirs = logits(runner, adapted(trial_step([row], SIZE), [1])), torch.from_numpy(np.load(path / "logits.npy"))
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))

@@ -34,6 +34,7 @@ class Capacity:
     kv_dtype: str = ""  # empty: as dtype
     graph_shapes: tuple[int, ...] = ()
     num_host_blocks: int = 0
+    step_seconds: tuple[tuple[int, float], ...] = ()  # where it speculates: positions of a decode step, its seconds
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ def refuse_unsupported(
     splits: bool = False,
     offloads: bool = False,
     adapts: bool = False,
+    speculation: tuple[str, ...] = (),
 ) -> None:
     """Every field that asks for what a backend does not do. `splits`: it takes a rank's part of a model; `offloads`: it
-    has a second tier of KV; `adapts`: it takes adapters.
+    has a second tier of KV; `adapts`: it takes adapters; `speculation`: who may propose drafts.
 
     Raises BackendError naming it.
     """
@@ -116,7 +118,7 @@ def refuse_unsupported(
         ("quantization", setup.quantization, quantization),
         ("kv_dtype", setup.kv_dtype, kv_dtype),
         ("activations", setup.activations, activations),
-        ("speculation", setup.speculation, ("",)),
+        ("speculation", setup.speculation, ("", *speculation)),
         ("revision", setup.revision, ("",)),
         ("tp_size", setup.tp_size, (setup.tp_size if splits else 1,)),
         ("kv_host_bytes", setup.kv_host_bytes, (setup.kv_host_bytes if offloads else 0,)),
@@ -131,8 +133,21 @@ def refuse_unsupported(
         raise BackendError(f"tp_rank {setup.tp_rank} is not in 0..{setup.tp_size - 1}")
     if setup.threads > (cpus := os.cpu_count() or 1):
         raise BackendError(f"threads {setup.threads} is over this machine's {cpus} CPUs")
+    if setup.speculation and setup.num_drafts < 1:
+        raise BackendError(f"speculation {setup.speculation!r} with num_drafts {setup.num_drafts}: must be at least 1")
+    if setup.speculation == "draft" and not setup.draft_model:
+        raise BackendError("speculation 'draft' needs a draft_model")
     if setup.block_size < 1:
         raise BackendError(f"block_size {setup.block_size} must be at least 1")
+
+
+def check_draft_model(setup: Setup, vocab_size: int, draft_vocab_size: int) -> None:
+    """Raises BackendError where its tokens are not the model's."""
+    if vocab_size != draft_vocab_size:
+        raise BackendError(
+            f"draft_model {setup.draft_model} has a vocabulary of {draft_vocab_size} tokens, "
+            f"and {setup.model} one of {vocab_size}"
+        )
 
 
 def kv_blocks(setup: Setup, block_bytes: int) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from worker_svc.backends.base import (
     Capacity,
     Progress,
     Unsuited,
+    check_draft_model,
     host_blocks,
     kv_blocks,
     refuse_unsupported,
@@ -32,18 +34,20 @@ from worker_svc.backends.base import (
 )
 from worker_svc.backends.cpu_adapters import loras
 from worker_svc.backends.cpu_decode import Decode, repeatable
-from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, unfit, whole
+from worker_svc.backends.cpu_draft import CpuDraft
+from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
+from worker_svc.backends.cpu_warmup import step_seconds
+from worker_svc.backends.cpu_weights import Weights
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
-from worker_svc.models.checkpoint import CheckpointError
-from worker_svc.models.loader import open_model
-from worker_svc.models.spec import ModelSpec, SpecError
+from worker_svc.models.spec import ModelSpec
 from worker_svc.quant import on_load
-from worker_svc.quant.packed import FORMAT, PackedModel, PackedStore
-from worker_svc.quant.plan import mode_of
+from worker_svc.quant.packed import FORMAT, PackedModel
 from worker_svc.results import build_results
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.base import PROPOSERS, Proposer, host_proposer, propose, release
+from worker_svc.speculation.draft import DraftProposer, spare_blocks
 
 _KV_KINDS: Final = {"auto": "bf16", "bf16": "bf16", "int8": "int8"}
 
@@ -66,32 +70,24 @@ class CpuBackend:
             raise Unsuited(str(error)) from error
         if isa not in ("auto", *self._library.isas):
             raise BackendError(f"cpu_isa {isa!r}: this host has only {', '.join(self._library.isas)}")
-        path = Path(setup.model)
-        with _readable(setup):
-            self._store = PackedStore(path, mode_of(setup.quantization, setup.activations), home, self._library)
-            self._packed = self._store.read()
-            self._source = None if self._packed else open_model(path)
-        found = self._packed or self._source
-        if found is None:
-            raise Unsuited(f"{path.name}: not of a family that the cpu backend knows")
-        if trouble := unfit(found.spec):
-            raise Unsuited(f"{path.name}: {trouble}")
-        self._spec = found.spec
+        self._weights = Weights(setup, setup.model, home, self._library)
+        self._draft: Weights | None = None
+        if setup.speculation == "draft":
+            self._draft = Weights(setup, setup.draft_model, home, self._library, draft=True)
+            check_draft_model(setup, self._weights.spec.vocab_size, self._draft.spec.vocab_size)
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         # What there is no room for is refused before anything is packed.
-        longest, kind = _longest(setup, self._spec), _KV_KINDS[setup.kv_dtype]
-        block_bytes = self._library.kv_block_bytes(shape(self._spec, KVForm(kind, setup.block_size), longest))
-        kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes))
+        longest, kind = _longest(setup, self._weights.spec), _KV_KINDS[setup.kv_dtype]
+        form = KVForm(kind, setup.block_size)
+        block_bytes = self._library.kv_block_bytes(shape(self._weights.spec, form, longest))
+        mirrored = self._library.kv_block_bytes(shape(self._draft.spec, form, longest)) if self._draft else 0
+        kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes + mirrored))
         num_host_blocks = host_blocks(setup, kv.num_blocks, block_bytes)
         self._max_len = served_len(setup, kv.num_blocks, longest)
         threads = setup.threads or max(1, usable_threads() // setup.sharing)
-        packed = self._packed
-        if packed is None:
-            assert self._source is not None
-            with _readable(setup):
-                packed = self._store.pack(self._source, threads, lambda share: progress(Phase.LOADING, share))
-            self._source = None  # and its mapping of the file
+        told = partial(progress, Phase.LOADING)
+        packed = self._weights.packed(threads, told)
         if packed.quantization:
             print(f"pagewire worker: weights are {packed.about}", file=sys.stderr, flush=True)
         ropes = tables(packed.spec, longest)
@@ -99,10 +95,13 @@ class CpuBackend:
             self._model = self._library.open(whole(packed, kv, ropes), threads, self._isa)
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
-        self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
+        self._spec, self._num_blocks, self._vocab_size = packed.spec, kv.num_blocks, packed.spec.vocab_size
         self._host = HostBlocks(self._model.kv(), num_host_blocks)
         self._sampler, self._places = CpuSampler(self._vocab_size), Places(0)
         self._max_adapter_rank = setup.max_adapter_rank
+        self._proposer: Proposer | None = host_proposer(setup)
+        if self._draft:
+            self._proposer = self._draft_proposer(setup, self._draft.packed(threads, told), kv)
         self.reset(setup)
         return Capacity(
             num_blocks=kv.num_blocks,
@@ -117,6 +116,7 @@ class CpuBackend:
             quantization=packed.about,
             kv_dtype="int8" if kind == "int8" else "bfloat16",
             fingerprint=self._fingerprint(packed, kind, ropes),
+            step_seconds=self._step_seconds(setup) if setup.speculation else (),
         )
 
     def reset(self, setup: Setup) -> None:
@@ -135,6 +135,8 @@ class CpuBackend:
             adapters=self._places.by_name,
         )
         self._sampler.reset()
+        if self._proposer:
+            self._proposer.reset()
 
     def forward(self, plan: StepPlan) -> None:
         """Where no mask has to be waited for, sampling is in the same call."""
@@ -151,6 +153,8 @@ class CpuBackend:
         self._forward_any(plan)
 
     def _forward_any(self, plan: StepPlan) -> None:
+        if self._proposer:
+            release(self._proposer, plan, self._slots)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
         outputs = None
@@ -178,7 +182,10 @@ class CpuBackend:
                 self._model.sample(outputs)
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
-        return build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        if self._proposer:
+            propose(self._proposer, plan, inputs, self._slots)
+        return results
 
     def load_adapter(self, load: LoadAdapter) -> int:
         index = self._places.free(load.adapter)
@@ -192,7 +199,25 @@ class CpuBackend:
 
     def close(self) -> None:
         self._pending = self._last = self._decode = None
+        if self._proposer:
+            self._proposer.close()
         self._model.close()
+
+    def _draft_proposer(self, setup: Setup, packed: PackedModel, kv: KVForm) -> DraftProposer:
+        spare = spare_blocks(setup.max_slots or MAX_SLOTS, setup.num_drafts, setup.block_size)
+        mirror = KVForm(kv.kind, kv.block_size, kv.num_blocks + spare)
+        longest = min(self._max_len, packed.spec.max_positions)
+        model = CpuDraft(self._library, packed, setup.draft_model, mirror, longest, self._model)
+        return DraftProposer(model, kv.num_blocks, setup.num_drafts, setup.block_size)
+
+    def _step_seconds(self, setup: Setup) -> tuple[tuple[int, float], ...]:
+        return step_seconds(
+            self._model,
+            num_blocks=self._num_blocks,
+            block_size=setup.block_size,
+            max_model_len=self._max_len,
+            max_step_tokens=setup.max_step_tokens,
+        )
 
     def _fingerprint(self, packed: PackedModel, kv_kind: str, ropes: Tables) -> str:
         """Digest of all that decides the arithmetic: weights and how they were rounded, the form of KV, instructions,
@@ -212,14 +237,6 @@ class CpuBackend:
             raise
 
 
-@contextmanager
-def _readable(setup: Setup) -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, SpecError, OSError) as error:
-        raise BackendError(f"{setup.model}: {error}") from error
-
-
 def _refuse_unsupported(setup: Setup, device: str) -> None:
     if device not in ("auto", "cpu"):
         raise Unsuited(f"device {device!r} is not the cpu backend's")
@@ -236,6 +253,7 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
         adapts=True,
+        speculation=PROPOSERS,
     )
 
 

@@ -56,7 +56,7 @@ class Decode:
 
         Raises SlotError as the general way would.
         """
-        if plan.release or plan.admit or plan.copies or not self._left:
+        if plan.release or plan.admit or plan.copies or plan.num_propose or not self._left:
             return False
         rows = plan.rows
         if rows != self._plain:
@@ -69,7 +69,7 @@ class Decode:
         if not self._room:
             self.settle()
             starts = self._ends
-            check(self._slots, self._ids, starts, starts + 1, np.ones_like(starts))
+            check(self._slots, self._ids, starts, starts + 1, np.ones_like(starts), np.zeros_like(starts))
         np.copyto(self._token_ids, self.outputs.sampled)
         self._counts += 1
         self._sampled_at += 1
@@ -103,6 +103,8 @@ class Decode:
         bringing = []
         for i, (row, plain) in enumerate(zip(rows, self._plain, strict=True)):
             if row.slot != plain.slot or row.num_tokens != 1 or not row.sample or row.masked or row.append_token_ids:
+                return None
+            if row.num_drafts:
                 return None
             if row.start >= 0 and row.start != self._ends[i]:
                 return None

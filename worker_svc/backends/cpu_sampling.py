@@ -47,10 +47,10 @@ class CpuSampler:
         """May be called before the forward, of which nothing here depends. Raises SamplerError for a mask that does
         not fit the plan.
         """
-        ids = inputs.slots[inputs.sample_rows]
+        ids, positions = inputs.sample_slots, inputs.sample_positions
         masks = step_mask(plan, inputs, mask, self.vocab_size)
-        edits = self._editor.edits(slots, ids, masks)
-        params = self._params_of(slots, ids)
+        edits = self._editor.edits(slots, ids, positions, masks)
+        params = self._params_of(slots, ids, positions)
         out = Outputs(len(ids))
         out.slots, out.sampled, out.num_top = ids, np.empty(len(ids), np.int64), params["logprobs"]
         out.asked, out.edited = params, edits is not None or masks is not None
@@ -100,7 +100,7 @@ class CpuSampler:
         num_top = np.array([of_slot[slot] for slot in ids.tolist()], np.int32)
         return _told(scored, num_top, model.score(tokens, scored, num_top))
 
-    def _params_of(self, slots: SlotTable, ids: Ints) -> NDArray[np.void]:
+    def _params_of(self, slots: SlotTable, ids: Ints, positions: Ints) -> NDArray[np.void]:
         """[S] PARAMS. A slot's are put together once for each holder."""
         if len(self._known) != len(slots.admissions):
             self._params, self._known = np.zeros(len(slots.admissions), PARAMS), np.zeros_like(slots.admissions)
@@ -110,7 +110,7 @@ class CpuSampler:
             for name in _BY_SLOT:
                 self._params[name][slot] = slots.params[name][slot]
         params = self._params[ids]
-        params["position"] = slots.lengths[ids]
+        params["position"] = positions
         return params
 
 

@@ -113,6 +113,8 @@ class _Slot:
     root: int = 0  # see `root`
     computed: int = -1  # positions whose KV is written; −1: not begun, the first row says where
     hashes: list[int] = field(default_factory=list)  # of the prefix that ends at each position
+    drafts: list[int] = field(default_factory=list)  # proposed behind the tokens
+    computing: list[int] = field(default_factory=list)  # those of them that the step computes
 
     def __post_init__(self) -> None:
         tokens, self.token_ids = self.token_ids, []
@@ -138,6 +140,25 @@ class _Slot:
             if candidate not in banned and (allowed is None or allowed[candidate // 8] >> (candidate % 8) & 1):
                 return candidate
         raise ValueError("a mask allows no token")
+
+    def verified(self, vocab: int) -> list[int]:
+        """Appends what follows while it is what the drafts say, and the first token that is not."""
+        start = len(self.token_ids)
+        for draft in [*self.computing, -1]:
+            self.append(self.next_token(vocab, None))
+            if self.token_ids[-1] != draft:
+                break
+        self.computed = len(self.token_ids) - 1
+        return self.token_ids[start:]
+
+    def propose(self, count: int, vocab: int) -> None:
+        """Tokens that will follow, of which one in three is wrong."""
+        length = len(self.token_ids)
+        for _ in range(count):
+            wrong = self.hashes[-1] % 3 == 0
+            self.append((self.next_token(vocab, None) + wrong) % vocab)
+        self.drafts = self.token_ids[length:]
+        del self.token_ids[length:], self.hashes[length:]
 
 
 @dataclass(frozen=True)
@@ -166,14 +187,15 @@ class FakeBackend:
         self._slots: dict[int, _Slot] = {}
         self._places, self._digests = Places(0), dict[str, str]()  # of what is loaded, by name
         self._rows: list[Row] = []
+        self._num_propose = 0
         self._starts: list[int] = []  # of the last forward's rows
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         options = self._options = Options.parse(setup.model)
         if setup.max_model_len > options.context:
             raise BackendError(f"max_model_len {setup.max_model_len} is beyond the model's {options.context}")
-        if setup.quantization or setup.speculation:
-            raise BackendError("the fake backend has no quantization and no speculation")
+        if setup.quantization:
+            raise BackendError("the fake backend has no quantization")
         if options.load_fails == 0:
             raise BackendError(f"model {setup.model!r} cannot be read, as asked")
         if options.load_fails == 1:
@@ -217,11 +239,9 @@ class FakeBackend:
                 raise ValueError(f"release of slot {slot}, which holds nothing")
         for admit in plan.admit:
             self._admit(admit)
-        if plan.num_propose:
-            raise ValueError("the fake backend has no drafts")
         for copy in plan.copies:
             self._copy(copy)
-        self._rows, self._starts = plan.rows, []
+        self._rows, self._starts, self._num_propose = plan.rows, [], plan.num_propose
         if len({row.slot for row in plan.rows}) != len(plan.rows):
             raise ValueError("two rows name one slot")
         if not self._options.overlap:
@@ -250,12 +270,16 @@ class FakeBackend:
                 scored = slot.token_ids[computed_from + 1 : min(slot.computed + 1, slot.prompt_len)]
                 prompt_logprobs = [self._logprobs(token, slot.sampling.prompt_logprobs) for token in scored]
             tokens: list[int] = []
-            if row.sample:
-                tokens = [slot.next_token(self._options.vocab, self._allowed(mask, i) if row.masked else None)]
+            if row.sample and row.masked:
+                tokens = [slot.next_token(self._options.vocab, self._allowed(mask, i))]
                 slot.append(tokens[0])
+                slot.drafts = []
+            elif row.sample:
+                tokens = slot.verified(self._options.vocab)
+                slot.propose(self._num_propose, self._options.vocab)
             wanted = slot.sampling.logprobs
             logprobs = [self._logprobs(token, wanted) for token in tokens] if wanted >= 0 else []
-            results.append(RowResult(row.slot, start, tokens, logprobs, 0, prompt_logprobs))
+            results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs))
         return results
 
     def load_adapter(self, load: LoadAdapter) -> int:
@@ -317,23 +341,28 @@ class FakeBackend:
         self._add_blocks(slot, row.new_block_ids)
         for token in row.append_token_ids:
             slot.append(token)
-        if row.num_drafts or row.num_tokens < 1:
+            slot.drafts = []
+        if row.num_tokens < 1 or (row.num_drafts and (row.masked or not row.sample)):
             raise ValueError(f"slot {row.slot}: a row of {row.num_tokens} tokens and {row.num_drafts} drafts")
+        slot.computing = slot.drafts[: row.num_drafts]
         start = slot.computed if row.start < 0 else row.start
         if start < 0 or slot.computed not in (-1, start):
             raise ValueError(f"slot {row.slot}: start {row.start}, but {slot.computed} positions are computed")
         end = start + row.num_tokens
         if row.start < 0:
             end = min(end, len(slot.token_ids))  # num_tokens is a maximum there (R1)
-        if end > len(slot.token_ids) or end > len(slot.table) * self._block_size:
+        if end > len(slot.token_ids) or end + len(slot.computing) > len(slot.table) * self._block_size:
             known, blocks = len(slot.token_ids), len(slot.table)
             raise ValueError(f"slot {row.slot}: positions up to {end}, with {known} tokens known and {blocks} blocks")
         if row.sample and end != len(slot.token_ids):
             raise ValueError(f"slot {row.slot}: a sample at {end} of {len(slot.token_ids)} known tokens")
         self._check_filled(row.slot, slot, start)
-        for position in range(start, end):
+        hashes = slot.hashes[start:end]
+        for draft in slot.computing:
+            hashes.append(extend(hashes[-1], draft))
+        for position, prefix_hash in enumerate(hashes, start):
             block, offset = divmod(position, self._block_size)
-            self._kv[slot.table[block]][offset] = slot.hashes[position]
+            self._kv[slot.table[block]][offset] = prefix_hash
         slot.computed = end
         return start
 

@@ -20,11 +20,13 @@ from worker_svc.backends.base import (
     BackendError,
     Capacity,
     Progress,
+    check_draft_model,
     host_blocks,
     kv_blocks,
     refuse_unsupported,
     served_len,
 )
+from worker_svc.backends.torch_draft import TorchDraft
 from worker_svc.exactness import ARITHMETIC, exact_steps
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import Ints, StepInputs, build_inputs
@@ -37,6 +39,8 @@ from worker_svc.parallel.ranks import Ranks, join
 from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
+from worker_svc.speculation.base import PROPOSERS, Proposer, host_proposer, propose, release
+from worker_svc.speculation.draft import DraftProposer, spare_blocks
 
 LOGIT_ROWS = 64  # a prompt's positions scored at once
 
@@ -79,22 +83,31 @@ class TorchBackend:
             splits=True,
             offloads=True,
             adapts=True,
+            speculation=PROPOSERS,
         )
         path = Path(setup.model)
         dtype: DType = "bfloat16" if setup.dtype == "bfloat16" else "float32"
         try:
             runner = self._open(path, dtype, setup, progress)
+            draft = _open_draft(dtype, setup, runner, progress) if setup.speculation == "draft" else None
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._runner = runner
         shape, size = runner.kv_shape, setup.block_size
         block_bytes = shape.block_bytes(size)
-        self._cache = KVCache(shape, self._ranks.least(kv_blocks(setup, block_bytes)), size)
+        mirrored = draft.kv_shape.block_bytes(size) if draft else 0
+        self._cache = KVCache(shape, self._ranks.least(kv_blocks(setup, block_bytes + mirrored)), size)
         num_host_blocks = self._ranks.least(host_blocks(setup, self._cache.num_blocks, block_bytes))
         self._host = HostBlocks(self._cache.runs, num_host_blocks)
         self._max_len = served_len(setup, self._cache.num_blocks, runner.max_model_len)
         self._sampler = Sampler(runner.vocab_size)
+        self._proposer: Proposer | None = host_proposer(setup)
+        if draft:
+            num_blocks = self._cache.num_blocks
+            spare = spare_blocks(setup.max_slots or MAX_SLOTS, setup.num_drafts, size)
+            model = TorchDraft(draft, num_blocks + spare, size)
+            self._proposer = DraftProposer(model, num_blocks, setup.num_drafts, size)
         self.reset(setup)
         progress(Phase.COMPILING, 0.0)
         backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
@@ -130,8 +143,12 @@ class TorchBackend:
             adapters=self._places.by_name,
         )
         self._sampler.reset()
+        if self._proposer:
+            self._proposer.reset()
 
     def forward(self, plan: StepPlan) -> None:
+        if self._proposer:
+            release(self._proposer, plan, self._slots)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
         vocab_size = self._runner.vocab_size
@@ -146,7 +163,10 @@ class TorchBackend:
         for first in range(0, len(inputs.prompt_logprob_tokens), LOGIT_ROWS):
             tokens = inputs.prompt_logprob_tokens[first : first + LOGIT_ROWS]
             scores += self._sampler.prompt_logprobs(logits(tokens), inputs, self._slots, first)
-        return build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
+        results = build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
+        if self._proposer:
+            propose(self._proposer, plan, inputs, self._slots)
+        return results
 
     def load_adapter(self, load: LoadAdapter) -> int:
         runner, index = self._adapting(), self._places.free(load.adapter)
@@ -160,6 +180,8 @@ class TorchBackend:
 
     def close(self) -> None:
         self._pending = None
+        if self._proposer:
+            self._proposer.close()
         self._ranks.close()
 
     def _adapting(self) -> ModelRunner:
@@ -180,6 +202,18 @@ class TorchBackend:
 
         progress(Phase.LOADING, 0.0)
         return TransformersRunner(path, dtype, setup.max_model_len)
+
+
+def _open_draft(dtype: DType, setup: Setup, target: Runner, progress: Progress) -> ModelRunner:
+    """Raises BackendError, CheckpointError, SpecError."""
+    if setup.tp_size > 1:
+        raise SpecError(f"tp_size {setup.tp_size}: a draft model is not split, only 1 serves it")
+    model = open_model(Path(setup.draft_model))
+    if model is None:
+        raise BackendError(f"draft_model {setup.draft_model}: not of a family that the torch backend runs by itself")
+    check_draft_model(setup, target.vocab_size, model.spec.vocab_size)
+    longest = min(target.max_model_len, model.spec.max_positions)
+    return ModelRunner(model, dtype, longest, lambda share: progress(Phase.LOADING, share))
 
 
 def _max_model_len(asked: int, model: Model) -> int:

@@ -34,6 +34,11 @@ pw_model *pw_open(const pw_spec *spec, int32_t threads, int32_t cpus, const char
   guarded([&] { model = new pw_model(*spec, threads, cpus, isa); });
   return model;
 }
+pw_model *pw_open_beside(const pw_spec *spec, const pw_model *other) {
+  pw_model *model = nullptr;
+  guarded([&] { model = new pw_model(*spec, *other); });
+  return model;
+}
 void pw_close(pw_model *model) { delete model; }
 const char *pw_isa(const pw_model *model) { return model->kernels.name; }
 

@@ -86,6 +86,8 @@ const char *pw_isas(void);                                   // names this host 
 // Null: failed. `isa` "auto" is the best. `cpus`: how many this process may use at once; more threads than those never
 // spin. Holds on to everything that the spec points to, until pw_close.
 pw_model *pw_open(const pw_spec *, int32_t threads, int32_t cpus, const char *isa);
+// The same with another model's instructions and threads, which may outlive it: the two are used by one thread at a time.
+pw_model *pw_open_beside(const pw_spec *, const pw_model *);
 void pw_close(pw_model *);
 const char *pw_isa(const pw_model *);
 int64_t pw_kv_block_bytes(const pw_spec *);                  // of one block, all layers

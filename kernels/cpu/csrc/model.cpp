@@ -116,11 +116,16 @@ int64_t kv_block_bytes(const pw_spec &spec) {
 }
 
 Model::Model(const pw_spec &given, int threads, int cpus, const char *isa)
-    : spec(checked(given)),
+    : Model(checked(given), choose(isa), std::make_shared<Team>(positive(threads), threads <= cpus)) {}
+
+Model::Model(const pw_spec &given, const Model &beside) : Model(checked(given), beside.kernels, beside.shared_team) {}
+
+Model::Model(const pw_spec &given, const Kernels &kernels, std::shared_ptr<Team> team_)
+    : spec(given),
       layers(given.layers, given.layers + given.num_layers),
-      kernels(choose(isa)),
+      kernels(kernels),
       shape(attention_shape(given)),
-      team(positive(threads), threads <= cpus) {
+      shared_team(std::move(team_)) {
   int64_t bytes;
   if (__builtin_mul_overflow(kv_block_bytes(spec), int64_t(spec.num_blocks), &bytes))
     fail("num_blocks %d is more KV than can be addressed", spec.num_blocks);

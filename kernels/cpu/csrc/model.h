@@ -1,6 +1,7 @@
 // A model that is open: weights that are the caller's, KV pages, a team of threads, and the buffers of a step.
 #pragma once
 #include <cstddef>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -72,12 +73,14 @@ class Clock {
 
 struct Model {
   Model(const pw_spec &, int threads, int cpus, const char *isa);
+  Model(const pw_spec &, const Model &beside);  // on its threads
 
   const pw_spec spec;
   const std::vector<pw_layer> layers;
   const Kernels &kernels;
   const AttentionShape shape;
-  Team team;
+  const std::shared_ptr<Team> shared_team;
+  Team &team = *shared_team;
   Clock clock{team};
   Memory kv;  // [layer][page][kv head]
   size_t kv_layer_bytes;
@@ -97,6 +100,7 @@ struct Model {
   Rows wanted_rows;
   Memory logits, best, sample_scratch;
 
+  Model(const pw_spec &, const Kernels &, std::shared_ptr<Team>);
   int64_t row_of(int64_t token) const { return rows.empty() ? token : rows[token]; }
   const float *residual(int64_t token) const {
     return (rows.empty() ? x : last_x).as<float>() + row_of(token) * spec.hidden_size;
