@@ -25,7 +25,7 @@ from protos.wire import (
     Timings,
     UnloadAdapter,
 )
-from worker_svc.adapters.peft import AdapterError
+from worker_svc.adapters.places import AdapterError
 from worker_svc.backends.base import BackendError, Capacity, DeviceBackend, Landing
 from worker_svc.link import Closed, Garbled, Landed, Link, Received
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.random_adapter import ALL, write
 from protos.adapter_files import CONFIG, WEIGHTS, digest
 from tests.models.checkpoints import SMALL
-from worker_svc.adapters.peft import AdapterError, read_adapter
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import AdapterError
 from worker_svc.models import registry
 from worker_svc.models.spec import ModelSpec
 

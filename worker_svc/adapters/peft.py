@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.adapter_files import CONFIG, WEIGHTS, AdapterFilesError, digest
+from worker_svc.adapters.places import AdapterError
 from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.fields import Fields
 from worker_svc.models.loader import read_json
@@ -54,10 +55,6 @@ _READ: Final = {
 }  # fmt: skip
 # Others (pissa, olora, loftq, corda …) change the base model's weights, which a server of many adapters has once.
 _STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be served, in one line that names file, tensor or field."""
 
 
 class Lora(NamedTuple):

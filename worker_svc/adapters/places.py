@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from worker_svc.adapters.peft import AdapterError
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served, in one line that names file, tensor or field."""
 
 
 class Places:

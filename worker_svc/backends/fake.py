@@ -32,8 +32,7 @@ from protos.wire import (
     StepPlan,
     TokenLogprobs,
 )
-from worker_svc.adapters.peft import AdapterError
-from worker_svc.adapters.places import Places
+from worker_svc.adapters.places import AdapterError, Places
 from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from protos.wire import LoadAdapter, Mask, Phase, RowResult, Setup, StepPlan, TokenLogprobs
-from worker_svc.adapters.peft import AdapterError, read_adapter
-from worker_svc.adapters.places import Places
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import AdapterError, Places
 from worker_svc.attention.cpu import kv_tile
 from worker_svc.backends.base import (
     MAX_SLOTS,

@@ -15,7 +15,7 @@ from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.attention_tuning import Device as Kind
 from kernels.gpu.slot_state import MAX_ROWS, SlotState
 from protos.wire import LoadAdapter, Mask, Phase, Setup, StepPlan
-from worker_svc.adapters.peft import AdapterError
+from worker_svc.adapters.places import AdapterError
 from worker_svc.attention.choice import Choice, Where, choose
 from worker_svc.attention.paged import PagedAttention, Rows, UnsuitedAttention
 from worker_svc.backends.base import (

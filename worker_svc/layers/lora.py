@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker_svc.adapters.peft import PRODUCTS, AdapterError, Lora, LoraAdapter
+from worker_svc.adapters.peft import PRODUCTS, Lora, LoraAdapter
+from worker_svc.adapters.places import AdapterError
 from worker_svc.inputs import StepInputs
 from worker_svc.layers.linear import Linear, padded_rows
 from worker_svc.models.spec import ModelSpec
