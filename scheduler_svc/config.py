@@ -14,7 +14,7 @@ from protos import adapter_files, curve, model_cache
 from protos.engine_wire import Adapter
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.flags import STEP_TOKENS, build_parser
+from scheduler_svc.flags import ADAPTER_RANK, STEP_TOKENS, build_parser
 from scheduler_svc.gateway import GatewayConfig
 from scheduler_svc.record import RecordConfig
 from scheduler_svc.tenants import Tenants, TenantsError
@@ -188,7 +188,7 @@ def _loop_config(args: argparse.Namespace, model: str, draft_model: str) -> Loop
         sharing=max(1, args.workers) * args.tensor_parallel_size,
         tp_size=args.tensor_parallel_size,
         max_adapters=args.max_adapters,
-        max_adapter_rank=args.max_adapter_rank,
+        max_adapter_rank=(args.max_adapter_rank or ADAPTER_RANK) if args.max_adapters else 0,
     )
     return LoopConfig(
         engine=engine,
@@ -216,6 +216,8 @@ def _adapters(args: argparse.Namespace) -> tuple[Adapter, ...]:
             raise ValueError(f"--adapter {name} is given twice")
         directory = Path(path).resolve()
         found[name] = Adapter(name, str(directory), adapter_files.digest(directory))
+    if args.max_adapter_rank and not args.max_adapters:
+        raise ValueError(f"--max-adapter-rank {args.max_adapter_rank} goes with --max-adapters 1 or more")
     if len(found) > args.max_adapters:
         raise ValueError(f"--adapter is given {len(found)} times, over --max-adapters {args.max_adapters}")
     return tuple(found.values())

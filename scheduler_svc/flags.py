@@ -13,6 +13,7 @@ from protos import curve
 from scheduler_svc.logs import FORMATS, LEVELS
 
 SPECULATION = ("ngram", "suffix", "draft", "eagle3")
+ADAPTER_RANK = 16
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
 
 
@@ -105,7 +106,7 @@ def _adapter_flags(add: Add) -> None:
         metavar="N",
         help="LoRA adapters loaded at once, see `pagewire adapters`; 0: none are served",
     )
-    add("--max-adapter-rank", type=_whole(1, 512), default=16, metavar="R", help="of each")
+    add("--max-adapter-rank", type=_whole(1, 512), metavar="R", help=f"of each; default: {ADAPTER_RANK}")
     add(
         "--adapter",
         action="append",

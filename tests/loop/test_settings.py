@@ -37,6 +37,7 @@ def test_every_flag_can_be_seen_in_it(tmp_path: Path) -> None:
     values |= {"--adapter": f"one={tmp_path}"}
     needs = {
         "--adapter": ["--max-adapters", "1"],
+        "--max-adapter-rank": ["--max-adapters", "1"],
         "--num-drafts": ["--speculation", "ngram"],
         "--draft-model": ["--speculation", "draft"],
         "--tls-cert": ["--tls-key", "k"],
@@ -45,7 +46,7 @@ def test_every_flag_can_be_seen_in_it(tmp_path: Path) -> None:
         "--curve-keys": ["--listen", "tcp://127.0.0.1:5"],
     }
     # What these need does something by itself.
-    partial = {"--tls-client-ca", "--curve-keys", "--num-drafts", "--adapter"}
+    partial = {"--tls-client-ca", "--curve-keys", "--num-drafts", "--adapter", "--max-adapter-rank"}
     plain = _chosen(["fake:"])
     for action in build_parser()._actions:
         flag = next((option for option in action.option_strings if option.startswith("--")), "")
