@@ -20,7 +20,7 @@ from kernels.cpu.library import (
     Spec,
     Weight,
     address,
-    layers,
+    array_of,
     weight,
 )
 
@@ -84,7 +84,7 @@ class RandomModel:
             rotary_dim=rotary, max_model_len=s.max_model_len, activation=ACTIVATIONS[s.activation],
             kv_kind=KV_KINDS[self.kv], block_size=block_size, num_blocks=num_blocks, norm_eps=1e-5,
             attention_scale=s.head_dim**-0.5, attention_softcap=s.attention_softcap, logit_softcap=s.logit_softcap,
-            embedding_scale=s.embedding_scale, lm_head=lm_head, layers=layers(each),
+            embedding_scale=s.embedding_scale, lm_head=lm_head, layers=array_of(each),
         )  # fmt: skip
         return spec.point(**tops)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagewire.v1.admin_pb2 import GetStatsResponse
+from pagewire.v1.admin_pb2 import Adapter, GetStatsResponse
 from pagewire.v1.inference_pb2 import (
     ChatMessage,
     ChatMessages,
@@ -31,6 +31,7 @@ from client.retry import Resume, Retry
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Adapter",
     "ChatMessage",
     "ChatMessages",
     "Chunk",
@@ -107,9 +108,11 @@ def channel_options(keepalive: Keepalive | None) -> list[tuple[str, int]]:
 
 
 def generate_request(
-    prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str
+    prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str, adapter: str
 ) -> GenerateRequest:
-    request = GenerateRequest(request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt)
+    request = GenerateRequest(
+        request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt, adapter=adapter
+    )
     _set_prompt(request, prompt)
     return request
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "score": "tell how likely continuations are",
     "bench": "measure a running service",
     "model": "pull and list models",
+    "adapters": "load, unload and list LoRA adapters",
     "top": "watch a running service",
     "token": "make a token that lets a client in",
     "keys": "make keys for a worker on another host",

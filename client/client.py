@@ -181,9 +181,10 @@ class Client:
         request_id: str = "",
         priority: int = 0,
         cache_salt: str = "",
+        adapter: str = "",
         timeout: float | None = None,
     ) -> Generation:
-        request = api.generate_request(prompt, sampling, request_id, priority, cache_salt)
+        request = api.generate_request(prompt, sampling, request_id, priority, cache_salt, adapter)
         return Generation(self, Continuation(request, self._attempts(timeout)))
 
     def embed(
@@ -270,6 +271,23 @@ class Client:
         """Returns how many cached blocks were freed."""
         with typed(self.address):
             return self._target.admin.FlushCache(admin_pb2.FlushCacheRequest(), timeout=timeout).freed_blocks
+
+    def load_adapter(self, name: str, path: str, *, timeout: float | None = None) -> api.Adapter:
+        """`path`: absolute, of the service's host. Returns when requests may name it."""
+        request = admin_pb2.LoadAdapterRequest(name=name, path=path)
+        with typed(self.address):
+            return self._target.admin.LoadAdapter(request, timeout=timeout).adapter
+
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> None:
+        """Returns when the last request that names it has ended; new ones are refused from now on."""
+        with typed(self.address):
+            self._target.admin.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name=name), timeout=timeout)
+
+    def adapters(self, *, timeout: float | None = None) -> list[api.Adapter]:
+        """Those that requests may name."""
+        with typed(self.address):
+            answer = self._target.admin.ListAdapters(admin_pb2.ListAdaptersRequest(), timeout=timeout)
+        return list(answer.adapters)
 
     def serving(self, *, timeout: float | None = None) -> bool:
         """Whether the service as a whole says SERVING."""

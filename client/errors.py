@@ -91,7 +91,7 @@ class DeadlineError(ServiceError):
 
 
 class NotFoundError(ServiceError):
-    """NOT_FOUND: no such request is running."""
+    """NOT_FOUND: no such request is running, or no such adapter is loaded."""
 
 
 class AlreadyExistsError(ServiceError):

@@ -20,6 +20,7 @@ class FinishReason(IntEnum):
     INVALID = 8  # cannot be served under these limits, see `detail`
     DUPLICATE = 9  # its request id is running already
     QUOTA = 10  # of its tenant is used up, see `retry_after`
+    NOT_FOUND = 11  # it names an adapter that is not loaded, see `detail`
 
 
 class FrontendHello(Wire, frozen=True):
@@ -64,6 +65,7 @@ class Submit(Wire, frozen=True):
     grammar: Grammar | None = None
     pooling: str = ""  # last | mean | cls: ends with `pooled` in place of tokens
     request_tokens: int = 0  # of all sequences of its request; 0: each has as many as this one
+    adapter_digest: str = ""  # of the adapter that is meant: blocks are shared by it, not by the name
 
 
 class Abort(Wire, frozen=True):
@@ -290,6 +292,8 @@ class ServiceStatus(Wire, frozen=True):
     figures: list[WorkerFigures] = []  # one for each of workers
     losses: list[Loss] = []  # the newest few, newest first
     frontends: FrontendStats = FrontendStats()  # of all of them, those that have gone included
+    adapters: list[Adapter] = []  # that requests may name; `users` only in an Answer
+    max_adapters: int = 0
 
 
 class FrontendStop(Wire, frozen=True):

@@ -229,6 +229,8 @@ class AdapterReady(Wire, frozen=True):
     epoch: Epoch
     adapter: str
     trouble: str = ""
+    lora_rank: int = 0
+    rank: int = 0  # of the worker that says it
 
 
 class RowResult(Wire, frozen=True):

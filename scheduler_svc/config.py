@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protos import curve, model_cache
+from protos import adapter_files, curve, model_cache
+from protos.engine_wire import Adapter
 from protos.wire import Epoch, Setup
 from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.flags import STEP_TOKENS, build_parser
+from scheduler_svc.flags import ADAPTER_RANK, STEP_TOKENS, build_parser
 from scheduler_svc.gateway import GatewayConfig
 from scheduler_svc.record import RecordConfig
 from scheduler_svc.tenants import Tenants, TenantsError
@@ -28,6 +29,7 @@ FAKE = "fake:"  # a model that is none, for tests: its worker imports no torch
 class LoopConfig:
     engine: EngineConfig
     setup: Setup  # of every epoch, but for its counter
+    adapters: tuple[Adapter, ...] = ()  # that every epoch begins with
     listen: str = ""  # ZeroMQ endpoint for workers; empty: one in a private directory
     workers: int = 1  # 0: they come by themselves
     worker_arguments: tuple[str, ...] = ()
@@ -185,10 +187,13 @@ def _loop_config(args: argparse.Namespace, model: str, draft_model: str) -> Loop
         threads=args.threads,
         sharing=max(1, args.workers) * args.tensor_parallel_size,
         tp_size=args.tensor_parallel_size,
+        max_adapters=args.max_adapters,
+        max_adapter_rank=(args.max_adapter_rank or ADAPTER_RANK) if args.max_adapters else 0,
     )
     return LoopConfig(
         engine=engine,
         setup=setup,
+        adapters=_adapters(args),
         listen=args.listen or "",
         workers=args.workers,
         worker_arguments=_worker_arguments(args),
@@ -198,6 +203,24 @@ def _loop_config(args: argparse.Namespace, model: str, draft_model: str) -> Loop
         record=_record_config(args),
         relay_workers=args.log_format == "json",
     )
+
+
+def _adapters(args: argparse.Namespace) -> tuple[Adapter, ...]:
+    """Raises ValueError."""
+    found: dict[str, Adapter] = {}
+    for given in args.adapter:
+        name, _, path = given.partition("=")
+        if not path or (trouble := adapter_files.check_name(name)):
+            raise ValueError(f"--adapter {given!r} is not NAME=PATH: {trouble if path else 'there is no PATH'}")
+        if name in found:
+            raise ValueError(f"--adapter {name} is given twice")
+        directory = Path(path).resolve()
+        found[name] = Adapter(name, str(directory), adapter_files.digest(directory))
+    if args.max_adapter_rank and not args.max_adapters:
+        raise ValueError(f"--max-adapter-rank {args.max_adapter_rank} goes with --max-adapters 1 or more")
+    if len(found) > args.max_adapters:
+        raise ValueError(f"--adapter is given {len(found)} times, over --max-adapters {args.max_adapters}")
+    return tuple(found.values())
 
 
 def _worker_arguments(args: argparse.Namespace) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from protos import curve
 from scheduler_svc.logs import FORMATS, LEVELS
 
 SPECULATION = ("ngram", "suffix", "draft", "eagle3")
+ADAPTER_RANK = 16
 STEP_TOKENS = 256  # so that who decodes beside a prompt waits a quarter of a second at most, see decision 0015
 
 
@@ -94,6 +95,24 @@ def _model_flags(add: Add) -> None:
         default=0,
         metavar="N",
         help="tokens of prompt and output; 0: the model's own",
+    )
+
+
+def _adapter_flags(add: Add) -> None:
+    add(
+        "--max-adapters",
+        type=_whole(0, 1024),
+        default=0,
+        metavar="N",
+        help="LoRA adapters loaded at once, see `pagewire adapters`; 0: none are served",
+    )
+    add("--max-adapter-rank", type=_whole(1, 512), metavar="R", help=f"of each; default: {ADAPTER_RANK}")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="load this one at the start: a directory as PEFT writes it; may be repeated",
     )
 
 
@@ -286,6 +305,7 @@ _GROUPS: list[tuple[str, Callable[[Add], None]]] = [
     ("service", _service_flags),
     ("OpenAI's API", _gateway_flags),
     ("model", _model_flags),
+    ("adapters", _adapter_flags),
     ("batching and memory", _batching_flags),
     ("speculation", _speculation_flags),
     ("access", _access_flags),

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import zmq
+from msgspec.structs import replace
 
 from protos.curve import CurveError
 from protos.engine_wire import (
     Abort,
+    Adapter,
     Answer,
     Ask,
     FrontendBeat,
@@ -32,7 +34,7 @@ from protos.engine_wire import (
 )
 from protos.wire import StepPlan
 from scheduler_svc.config import LoopConfig
-from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
+from scheduler_svc.engine.events import AdapterFree, Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.frontend_socket import FrontendSocket
@@ -128,6 +130,8 @@ class EngineLoop:
         self._workers.register(poller)
         if self._processes:
             self._processes.register(poller)
+        for event in self._workers.adapters.begin():
+            self._feed(event)
         self._keep_workers(poller, set())
         self._begun.set()
         while not self._stopping:
@@ -160,6 +164,8 @@ class EngineLoop:
 
     def _keep_workers(self, poller: zmq.Poller, ready: set[object]) -> None:
         for event in self._workers.keep(poller, ready, self._now):
+            self._feed(event)
+        for event in self._workers.adapters.settle():
             self._feed(event)
 
     def _patience(self) -> int | None:
@@ -213,13 +219,28 @@ class EngineLoop:
                 self._draining = True
                 self._drains.append(message)
                 yield Drain()
+            case Ask(question=Question.LOAD_ADAPTER):
+                yield from self._workers.adapters.load(message, self._now)
+            case Ask(question=Question.UNLOAD_ADAPTER, adapter=adapter):
+                if adapter and self._workers.adapters.has(adapter.name):
+                    yield from self._workers.adapters.unload(message)
+                else:
+                    self._answer(message, found=False)
+            case Ask(question=Question.LIST_ADAPTERS):
+                self._answer(message)
             case FrontendStop():
                 self._outgoing.append(message)  # from whoever keeps their processes, who has no link of his own
             case FrontendBeat():
                 pass  # of those that are processes, whose socket takes it for itself
 
-    def _answer(self, ask: Ask, *, found: bool = True, freed_blocks: int = 0) -> None:
-        self._outgoing.append(Answer(ask.token, self._service_status(), found, freed_blocks, ask.frontend))
+    def _answer(self, ask: Ask, *, found: bool = True, freed_blocks: int = 0, trouble: str = "") -> None:
+        adapters = self._adapters() if ask.question is Question.LIST_ADAPTERS else []
+        status = self._service_status()
+        self._outgoing.append(Answer(ask.token, status, found, freed_blocks, ask.frontend, trouble, adapters))
+
+    def _adapters(self) -> list[Adapter]:
+        users = self._engine.roster.adapter_users
+        return [replace(adapter, users=users.get(adapter.name, 0)) for adapter in self._workers.adapters.open]
 
     def _feed(self, event: Event) -> None:
         """One event into the engine, its instructions out, and whatever follows from carrying them out."""
@@ -238,6 +259,8 @@ class EngineLoop:
                         self._workers.add_plan(instruction, self._now)
                     case Outputs() | KvEvents():
                         self._outgoing.append(instruction)
+                    case AdapterFree(name):
+                        self._workers.adapters.free(name)
                     case EndEpoch(epoch, reason):
                         is_unusable = isinstance(event, WorkerReady)
                         events.extend(self._workers.lose(epoch, reason, self._now, fatal=is_unusable))
@@ -250,6 +273,8 @@ class EngineLoop:
             for ask in self._drains:
                 self._answer(ask)
             self._drains.clear()
+        for ask, trouble in self._workers.adapters.take_answers():
+            self._answer(ask, trouble=trouble)
         if (status := self._changed_status()) is not None:
             self._outgoing.append(status)
         if self._outgoing:
@@ -259,8 +284,8 @@ class EngineLoop:
     def _changed_status(self) -> ServiceStatus | None:
         """None while it says what the last one said, counts aside."""
         old, workers = self._status, self._workers
-        new = (self._is_serving(), self._has_failed(), workers.ready, workers.statuses)
-        if old and (old.serving, old.failed, old.ready, old.workers) == new:
+        new = (self._is_serving(), self._has_failed(), workers.ready, workers.statuses, workers.adapters.open)
+        if old and (old.serving, old.failed, old.ready, old.workers, old.adapters) == new:
             return None
         workers.see(self._now)
         self._status = self._service_status()
@@ -285,6 +310,8 @@ class EngineLoop:
             workers.figures(self._now),
             workers.losses(self._now),
             self._frontends.sum(),
+            workers.adapters.open,
+            workers.max_adapters,
         )
 
     def _close(self) -> None:

@@ -21,6 +21,9 @@ from msgspec.structs import replace
 from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import Admit, Epoch, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.events import (
+    AdapterClosed,
+    AdapterFree,
+    AdapterLoaded,
     Drain,
     EndEpoch,
     Event,
@@ -46,6 +49,8 @@ def comparable(instructions: list[Instruction]) -> list[Instruction]:
                 kept.append(replace(instruction, admit=[replace(admit, domain=b"") for admit in instruction.admit]))
             case EndEpoch():
                 kept.append(EndEpoch(instruction.epoch, ""))  # the reason may quote tokens
+            case AdapterFree():
+                kept.append(instruction)
             case Outputs() | KvEvents():
                 pass
             case _:
@@ -91,6 +96,10 @@ class Pseudonyms:
             case WorkerLost():
                 self._streams.pop(event.epoch, None)
                 return replace(event, reason="")  # a worker's fault may quote what it was given
+            case AdapterLoaded():
+                return AdapterLoaded(self._name(event.name), self._name(event.digest))
+            case AdapterClosed():
+                return AdapterClosed(self._name(event.name), "gone" if event.reason else "")
             case Shed() | FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain() | WatchKv():
                 return event
             case _:
@@ -98,7 +107,15 @@ class Pseudonyms:
 
     def answer(self, instructions: list[Instruction]) -> list[Instruction]:
         """Comparable, and of pseudonyms."""
-        return comparable([self._plan(i) if isinstance(i, StepPlan) else i for i in instructions])
+        return comparable([self._instruction(i) for i in instructions])
+
+    def _instruction(self, instruction: Instruction) -> Instruction:
+        match instruction:
+            case StepPlan():
+                return self._plan(instruction)
+            case AdapterFree():
+                return AdapterFree(self._name(instruction.name))
+        return instruction
 
     def _name(self, name: str) -> str:
         return blake2b(name.encode(), digest_size=8, key=self._key).hexdigest() if name else ""
@@ -118,6 +135,7 @@ class Pseudonyms:
             sampling=_without_words(submit.sampling),
             cache_salt=self._name(submit.cache_salt),
             adapter=self._name(submit.adapter),
+            adapter_digest=self._name(submit.adapter_digest),
         )
 
     def _plan(self, plan: StepPlan) -> StepPlan:

@@ -12,7 +12,16 @@ from rich.text import Text
 
 from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import StepPlan, StepResult
-from scheduler_svc.engine.events import Drain, EndEpoch, FlushCache, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.events import (
+    AdapterClosed,
+    AdapterLoaded,
+    Drain,
+    EndEpoch,
+    FlushCache,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.engine.sequence import Sequence, State
 from scheduler_svc.record_format import LogError
@@ -123,6 +132,10 @@ class Teller:
                 part.count("cache flushed")
             case Drain():
                 part.count("drain")
+            case AdapterLoaded(name=name):
+                part.notes.append(f"adapter {name!r} loaded")
+            case AdapterClosed(name=name, reason=reason):
+                part.notes.append(f"adapter {name!r} closed{': ' if reason else ''}{reason}")
             case StepResult() | Tick() | WatchKv():
                 pass
         if moment.entry.error:

@@ -12,6 +12,7 @@ import zmq
 from protos.curve import from_this_host, scheduler_keys
 from protos.engine_wire import Loss, WorkerFigures, WorkerStatus
 from protos.wire import Epoch, Hello, Ready, StepPlan
+from scheduler_svc.adapters import AdapterBook
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Event
 from scheduler_svc.logs import relay
@@ -76,6 +77,9 @@ class WorkerGroups:
         keys = scheduler_keys(config.curve_keys, zmq.curve_keypair, zmq.curve_public) if config.curve_keys else None
         self._socket = WorkerSocket(config.listen or f"ipc://{self._directory}/workers", keys)
         self.groups: list[WorkerGroup] = []
+        self.adapters = AdapterBook(
+            config.adapters, config.setup.max_adapters, lambda: [group.link for group in self.groups]
+        )
         for _ in range(max(1, config.workers)):
             self._add()
 
@@ -85,6 +89,10 @@ class WorkerGroups:
     def endpoint(self) -> str:
         """Where workers connect."""
         return self._socket.endpoint
+
+    @property
+    def max_adapters(self) -> int:
+        return self._config.setup.max_adapters
 
     @property
     def serving(self) -> bool:
@@ -191,6 +199,8 @@ class WorkerGroups:
             group=len(self.groups),
             meeting=self._meeting,
             refuse=self._differs,
+            adapters=lambda: self.adapters.wanted,
+            tell_adapter=self.adapters.answered,
             step_deadline=config.step_deadline,
             load_deadline=config.load_deadline,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from protos.engine_wire import WorkerFigures, WorkerStatus
+from protos.engine_wire import Adapter, WorkerFigures, WorkerStatus
 from protos.wire import (
     PROTOCOL,
     AdapterReady,
@@ -16,6 +16,7 @@ from protos.wire import (
     Fault,
     FromWorker,
     Hello,
+    LoadAdapter,
     Phase,
     Ready,
     Setup,
@@ -23,7 +24,9 @@ from protos.wire import (
     Status,
     StepPlan,
     StepResult,
+    UnloadAdapter,
 )
+from scheduler_svc.adapters import StartError
 from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
 from scheduler_svc.rank import Rank
 from scheduler_svc.spawn import WorkerProcess
@@ -53,12 +56,21 @@ class WorkerLink:
         group: int,
         meeting: Callable[[int, Epoch], str],  # where the ranks of a group find each other in an epoch
         refuse: Callable[[Ready], str],  # why it cannot serve beside the others; empty if it can
+        adapters: Callable[[], list[Adapter]] = list,  # that every epoch begins with
+        tell_adapter: Callable[[str, str, int], Iterator[Event]] = lambda name, trouble, rank: iter(()),
         step_deadline: float,
         load_deadline: float,
     ) -> None:
         self._setup, self._next_epoch, self._send, self.ranks = setup, next_epoch, send, ranks
         self._spawned = ranks[0].process is not None
         self._group, self._meeting, self._refuse = group, meeting, refuse
+        self._adapters, self._tell_adapter = adapters, tell_adapter
+        self._loading: dict[str, set[int]] = {}  # adapters, and the ranks that have not answered yet
+        self._trouble: dict[str, str] = {}  # that ranks had with those
+        self._loaded: set[str] = set()  # adapters of this epoch; only ever asked for one
+        self._greeting: WorkerReady | None = None  # of an epoch that loads its first adapters
+        self._served = False  # ever
+        self._step = 0  # the newest that was planned
         self._step_deadline, self._load_deadline = step_deadline, load_deadline
         self._epoch: Epoch | None = None  # from its Setup to its end
         self._in_flight: deque[int] = deque()  # steps planned and not answered
@@ -96,7 +108,7 @@ class WorkerLink:
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do."""
-        if self.serving:
+        if self.serving and not self._loading:
             return self._since + self._patience if self._in_flight else None
         if self._epoch:
             return self._since + self._load_deadline
@@ -140,6 +152,7 @@ class WorkerLink:
             return  # made before the engine heard of the epoch's end
         if not self._in_flight:
             self._since = now
+        self._step = plan.step
         self._in_flight.append(plan.step)
         self._unsent.append(plan)
 
@@ -156,6 +169,7 @@ class WorkerLink:
         epoch, was_serving = self._epoch, self.serving
         self._epoch, self.serving = None, False
         self._in_flight.clear()
+        self._forget_adapters()
         if epoch or any(rank.pid for rank in self.ranks):  # those without an epoch have not said hello
             self._lament(culprit or self.ranks[0], reason, now)
         if self._spawned:
@@ -186,6 +200,9 @@ class WorkerLink:
         """Ends what is past its deadline."""
         deadline = self.deadline
         if deadline is None or now < deadline:
+            return
+        if self._loading and (self.serving or self._greeting):
+            yield from self.lose(f"nothing was heard of its adapters for {self._load_deadline:g} s", now)
             return
         if self.serving:
             yield from self.lose(f"step {self._in_flight[0]} took longer than {self._patience:g} s", now)
@@ -240,8 +257,10 @@ class WorkerLink:
     def _believe(self, rank: Rank, message: FromWorker, now: float) -> Iterator[Event]:
         """Of the group's current epoch."""
         match message:
-            case Ready() if not self.serving:
+            case Ready() if not self.serving and not self._greeting:
                 yield from self._enlist(rank, message, now)
+            case AdapterReady() if message.adapter in self._loading:
+                yield from self._take_adapter(rank, message, now)
             case StepResult() if self._in_flight and rank.number == 0:
                 self._in_flight.popleft()
                 rank.history.answered(message.timings)
@@ -256,6 +275,7 @@ class WorkerLink:
             case Fault(fatal=True):
                 self.fatal = self.reason = message.reason
                 self._epoch, self.serving = None, False
+                self._forget_adapters()
                 if len(self.ranks) > 1:
                     self._end_all()  # the others may wait for this one
             case Fault():
@@ -279,13 +299,8 @@ class WorkerLink:
             if each.ready and _comparable(each.ready) != _comparable(first):
                 yield from self.lose(f"it can do {each.ready}, the first rank {first}", now, each)
                 return
-        if self.ready:
-            log.info("worker %d: serves again", self.ranks[0].pid)
-        self.serving, self.ready, self.reason = True, first, ""
-        for each in self.ranks:
-            if each.process:
-                each.process.was_ready()
-        yield WorkerReady(
+        self.ready, self._step = first, 0
+        self._greeting = WorkerReady(
             first.epoch,
             first.num_blocks,
             self._setup.max_slots,
@@ -297,6 +312,68 @@ class WorkerLink:
             first.step_seconds,
             first.propose_seconds,
         )
+        for adapter in self._adapters():
+            self.load_adapter(adapter, now)
+        yield from self._serve()
+
+    def _serve(self) -> Iterator[Event]:
+        """Once the epoch has all the adapters that it begins with."""
+        if self._loading or not self._greeting:
+            return
+        greeting, self._greeting = self._greeting, None
+        if self._served:
+            log.info("worker %d: serves again", self.ranks[0].pid)
+        self.serving, self._served, self.reason = True, True, ""
+        for each in self.ranks:
+            if each.process:
+                each.process.was_ready()
+        yield greeting
+
+    # ------------------------------------------------------------ adapters
+
+    def load_adapter(self, adapter: Adapter, now: float) -> None:
+        """Where an epoch takes plans, or is about to; else that begins with it."""
+        if self._epoch is None or not (self.serving or self._greeting):
+            return
+        self._since = now
+        self._loading[adapter.name] = {rank.number for rank in self.ranks}
+        self._send(self.peers, LoadAdapter(self._epoch, self._step, adapter.name, adapter.digest, adapter.path))
+
+    def unload_adapter(self, name: str) -> None:
+        if self._epoch and name in self._loaded:
+            self._loaded.discard(name)
+            self._send(self.peers, UnloadAdapter(self._epoch, self._step, name))
+
+    def adapter_state(self, name: str) -> bool | None:
+        """Whether this epoch has it; None while it loads it."""
+        return None if name in self._loading else name in self._loaded
+
+    def _take_adapter(self, rank: Rank, answer: AdapterReady, now: float) -> Iterator[Event]:
+        """With the last rank's answer it is there. Where only some have it, the epoch ends: they are no group."""
+        name, waiting, self._since = answer.adapter, self._loading[answer.adapter], now
+        waiting.discard(rank.number)
+        if answer.trouble:
+            self._trouble[name] = answer.trouble
+        else:
+            self._loaded.add(name)
+        if waiting:
+            return
+        del self._loading[name]
+        trouble = self._trouble.pop(name, "")
+        if trouble and name in self._loaded:
+            yield from self.lose(f"not all ranks could load adapter {name!r}: {trouble}", now, rank)
+        try:
+            yield from self._tell_adapter(name, trouble, answer.lora_rank)
+        except StartError as error:
+            self.fatal = str(error)
+            yield from self.lose(self.fatal, now, rank)
+            return
+        yield from self._serve()
+
+    def _forget_adapters(self) -> None:
+        self._greeting = None
+        for of_epoch in (self._loading, self._trouble, self._loaded):
+            of_epoch.clear()
 
     def _blamed(self, rank: Rank, reason: str, now: float) -> tuple[str, float, Rank]:
         """Who faults in an exchange with a rank that has just died is not who is to blame."""

@@ -53,12 +53,13 @@ def sample(sampling: Sampling, vocab_size: int, prefix: int, position: int, num_
 
 
 def root(domain: bytes, adapter: str) -> int:
+    """`adapter`: its digest."""
     return mix(int.from_bytes(domain, "little"), int.from_bytes(adapter.encode(), "little"))
 
 
 def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes) -> tuple[list[int], FinishReason]:
     """The oracle, one token after the other: the stream's new tokens, and why it ends."""
-    tokens, prefix = list(submit.token_ids), root(domain, submit.adapter)
+    tokens, prefix = list(submit.token_ids), root(domain, submit.adapter_digest)
     limit = min(submit.prompt_len + submit.sampling.max_tokens, max_model_len)
     for token in tokens:
         prefix = mix(prefix, token)
@@ -123,6 +124,7 @@ class FakeWorker:
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.draft_quality = draft_quality  # share of drafts that are right
         self.step = 0
+        self.adapters: dict[str, str] = {}  # digests of those that are loaded, by name
         self.slots: dict[int, FakeSlot] = {}
         self.kv: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # prefix digest, its token included
         self.written: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # in which step
@@ -161,10 +163,19 @@ class FakeWorker:
             self.written[block] = [self.step] * self.block_size
             self.loaded[block] = 0
 
+    def load_adapter(self, name: str, digest: str) -> None:
+        _demand(name not in self.adapters, f"adapter {name!r} is loaded already")
+        self.adapters[name] = digest
+
+    def unload_adapter(self, name: str) -> None:
+        _demand(name in self.adapters, f"adapter {name!r} is not loaded")
+        del self.adapters[name]
+
     def _admit(self, admit: Admit) -> None:
         _demand(0 < admit.slot <= self.max_slots, f"no slot {admit.slot}")
         _demand(admit.slot not in self.slots, f"slot {admit.slot} is taken")
-        slot = FakeSlot(admit, [], [root(admit.domain, admit.adapter)], [])
+        _demand(not admit.adapter or admit.adapter in self.adapters, f"adapter {admit.adapter!r} is not loaded")
+        slot = FakeSlot(admit, [], [root(admit.domain, self.adapters.get(admit.adapter, ""))], [])
         for token in admit.token_ids:
             slot.append(token)
         self._extend(slot, admit.block_ids)

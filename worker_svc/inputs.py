@@ -38,6 +38,7 @@ class StepInputs:
     prompt_logprob_tokens: Ints  # [Q] … and its index into T (the logits there score the next prompt token)
     pooled_rows: Ints  # [P] for each token whose state a pooled output is made of: its row …
     pooled_tokens: Ints  # [P] … and its index into T
+    adapters: NDArray[np.int32] | None = None  # [R] index of each row's, 0 for none; None: no row has one
 
     @property
     def sample_slots(self) -> Ints:
@@ -67,7 +68,8 @@ def build_inputs(plan: StepPlan, slots: SlotTable) -> StepInputs:
         drafts = np.where(samples, np.minimum(drafts, slots.drafts[ids]), 0)
     check(slots, ids, starts, ends, samples, drafts)
     slots.computed[ids] = ends
-    return flat_inputs(slots, ids, starts, ends + drafts, np.flatnonzero(samples), drafts=drafts)
+    adapters = slots.adapters_of(ids)
+    return flat_inputs(slots, ids, starts, ends + drafts, np.flatnonzero(samples), drafts=drafts, adapters=adapters)
 
 
 def flat_inputs(
@@ -78,10 +80,11 @@ def flat_inputs(
     sample_rows: Ints,
     block_tables: Ints | None = None,
     drafts: Ints | None = None,
+    adapters: NDArray[np.int32] | None = None,
 ) -> StepInputs:
     """Positions starts[i]:ends[i] of slots ids[i] as rows, the last drafts[i] of them drafts.
 
-    `block_tables` [R, B]: others than the slots' own.
+    `block_tables` [R, B]: others than the slots' own. `adapters`: a draft model has none.
     """
     counts = ends - starts
     if (counts == 1).all():  # nobody is in a prompt: most steps
@@ -116,6 +119,7 @@ def flat_inputs(
         prompt_logprob_tokens=scored,
         pooled_rows=owners[pooled],
         pooled_tokens=pooled,
+        adapters=adapters,
     )
 
 

@@ -19,6 +19,7 @@ from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.layers.activation import ACTIVATIONS
 from worker_svc.layers.embedding import Embedding
 from worker_svc.layers.linear import Linear, padded_rows
+from worker_svc.layers.lora import Adapt, Adapters
 from worker_svc.layers.mlp import GatedMLP
 from worker_svc.layers.moe import MoE
 from worker_svc.layers.norm import rms_norm
@@ -81,7 +82,8 @@ class ModelRunner:
         """
         self.ranks = ranks or Ranks()
         self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
-        spec = self.spec = self._shard.spec
+        self.whole, spec = model.spec, self._shard.spec
+        self.spec = spec
         self._model, self._name, self.max_model_len = model, dtype, max_model_len
         self.dtype = getattr(torch, dtype)
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
@@ -98,6 +100,7 @@ class ModelRunner:
         self._final_norm = _tensor(model.read_norm(model.top("final_norm"), spec.hidden_size))
         head = self._embed.weight if spec.tied else self._read(model.top("lm_head"), self._shard.vocab)
         self._lm_head = Linear(head)
+        self.adapters = Adapters(spec, self.dtype, self.ranks.rank, self.ranks.size)
 
     def linears(self) -> list[Linear]:
         """One of each shape."""
@@ -117,16 +120,17 @@ class ModelRunner:
         turns = {rope: (cos[positions][:, None], sin[positions][:, None]) for rope, (cos, sin) in self._ropes.items()}
         kv_rows = cache.rows_of(torch.from_numpy(inputs.slot_mapping))
         layouts = {w: attention.lay_out(inputs, cache, w) for w in {layer.window: None for layer in self.layers}}
-        add = self.ranks.add
+        add, adapted = self.ranks.add, self.adapters.of(inputs)
         x = add(self._embed(tokens)) * self.spec.embedding_scale
         for i, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, *turns[layer.rope])
+            adapt = adapted(i)
+            q, k, v = self._qkv(layer, x, *turns[layer.rope], adapt)
             cache.write(i, kv_rows, k[:num_tokens], v[:num_tokens])
             scale, softcap = self.spec.query_scale, self.spec.attention_softcap
-            attended = attention.attend(q, layouts[layer.window], cache, i, scale, softcap)
-            x = x + self._normed(add(layer.o(attended.to(self.dtype))), layer.attn_post_norm)
+            attended = attention.attend(q, layouts[layer.window], cache, i, scale, softcap).to(self.dtype)
+            x = x + self._normed(add(adapt("o", attended, layer.o(attended))), layer.attn_post_norm)
             m = self._normed(x, layer.mlp_norm).to(self.dtype)
-            out = layer.mlp(m, num_tokens) if isinstance(layer.mlp, MoE) else layer.mlp(m)
+            out = layer.mlp(m, num_tokens) if isinstance(layer.mlp, MoE) else layer.mlp(m, adapt)
             x = x + self._normed(add(out), layer.mlp_post_norm)
         return x
 
@@ -156,11 +160,12 @@ class ModelRunner:
         """float32; as it is where there is no such norm."""
         return x.float() if weight is None else rms_norm(x.float(), weight, self.spec.norm_eps)
 
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, adapt: Adapt) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], q and k turned."""
         spec = self.spec
         normed = rms_norm(x, layer.attn_norm, spec.norm_eps).to(self.dtype)
-        heads = layer.qkv(normed).float().view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        rows = adapt("qkv", normed, layer.qkv(normed)).float()
+        heads = rows.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, spec.norm_eps), rms_norm(k, layer.k_norm, spec.norm_eps)

@@ -13,7 +13,7 @@ going on would compute some other sequence's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,9 @@ class SlotError(ValueError):
 
 
 class SlotTable:
-    """`copy` does what a plan says of blocks and host blocks; None: this worker keeps none of those."""
+    """`copy` does what a plan says of blocks and host blocks; None: this worker keeps none of those. `adapters`: the
+    index of each that is loaded, by name, as it is at the moment.
+    """
 
     def __init__(
         self,
@@ -59,8 +61,9 @@ class SlotTable:
         num_blocks: int,
         vocab_size: int,
         copy: Callable[[list[Copy]], None] | None = None,
+        adapters: Mapping[str, int] | None = None,
     ) -> None:
-        self._copy = copy
+        self._copy, self._adapters = copy, {} if adapters is None else adapters
         self.max_slots, self.max_model_len, self.block_size = max_slots, max_model_len, block_size
         self.num_blocks, self.vocab_size = num_blocks, vocab_size
         self.reset()
@@ -78,6 +81,7 @@ class SlotTable:
         self.block_counts = np.zeros(rows, np.int64)
         self.params = np.zeros(rows, PARAMS)
         self.pooling = np.zeros(rows, np.int8)  # number of each slot's in POOLINGS
+        self.adapters = np.zeros(rows, np.int32)
         self.sampling: list[Sampling | None] = [None] * rows  # None: the slot is free
         self.domains = [b""] * rows
         self.admissions = np.zeros(rows, np.int64)  # tells a slot's holder from the one before, for memos
@@ -135,6 +139,11 @@ class SlotTable:
         """View of the tokens after the prompt."""
         return self.token_ids[slot, self.prompt_lens[slot] : self.lengths[slot]]
 
+    def adapters_of(self, slots: NDArray[np.int64]) -> NDArray[np.int32] | None:
+        """[R] the index of each one's, or None where none has any."""
+        found = self.adapters[slots] if self._adapters else None
+        return found if found is not None and found.any() else None
+
     def held(self, slot: int) -> Sampling:
         """The sampling parameters of a slot that is in use. Raises SlotError for any other."""
         sampling = self.sampling[slot] if 0 < slot <= self.max_slots else None
@@ -157,7 +166,7 @@ class SlotTable:
             raise SlotError(f"slot {slot} is admitted twice without a release")
         if not 0 < admit.prompt_len <= num_tokens:
             raise SlotError(f"slot {slot} is admitted with prompt_len {admit.prompt_len} of {num_tokens} tokens")
-        if admit.adapter:
+        if admit.adapter and admit.adapter not in self._adapters:
             raise SlotError(f"slot {slot} wants adapter {admit.adapter!r}, which is not loaded")
         sampling = admit.sampling
         if not 0 <= sampling.seed < 1 << 64:
@@ -165,6 +174,7 @@ class SlotTable:
         if admit.pooling not in POOLINGS:
             raise SlotError(f"slot {slot} is to be pooled by {admit.pooling!r}, none of {', '.join(POOLINGS[1:])}")
         self.sampling[slot] = sampling
+        self.adapters[slot] = self._adapters[admit.adapter] if admit.adapter else 0
         self._admitted += 1
         self.admissions[slot] = self._admitted
         self.prompt_lens[slot] = admit.prompt_len

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from protos.wire import (
+    AdapterReady,
     Epoch,
     Fault,
     LoadAdapter,
@@ -24,6 +25,7 @@ from protos.wire import (
     Timings,
     UnloadAdapter,
 )
+from worker_svc.adapters.places import AdapterError
 from worker_svc.backends.base import BackendError, Capacity, DeviceBackend, Landing
 from worker_svc.link import Closed, Garbled, Landed, Link, Received
 
@@ -70,8 +72,10 @@ class Worker:
                     self._execute(message)
                 case Landed():
                     self._land()
-                case LoadAdapter(epoch=epoch) | UnloadAdapter(epoch=epoch) if epoch == self._epoch:
-                    self._fault("adapters are not served")
+                case LoadAdapter(epoch=epoch) if epoch == self._epoch:
+                    self._load_adapter(message)
+                case UnloadAdapter(epoch=epoch) if epoch == self._epoch:
+                    self._unload_adapter(message)
                 case Garbled(reason):
                     self._fault(reason)
                 case StepPlan() | Mask() | LoadAdapter() | UnloadAdapter():
@@ -124,6 +128,25 @@ class Worker:
             )
         )
         self._idle_since = self._clock()
+
+    def _load_adapter(self, load: LoadAdapter) -> None:
+        """One that cannot be served is trouble of its own, and none of the epoch."""
+        assert self._loaded, "an epoch begins with a backend"
+        trouble, rank = "", 0
+        try:
+            rank = self._loaded[1].load_adapter(load)
+        except AdapterError as error:
+            trouble = str(error)
+        except Exception as error:
+            trouble = f"loading failed: {_one_line(error)}"
+        self._link.send(AdapterReady(load.epoch, load.adapter, trouble, rank, self._rank))
+
+    def _unload_adapter(self, unload: UnloadAdapter) -> None:
+        assert self._loaded, "an epoch begins with a backend"
+        try:
+            self._loaded[1].unload_adapter(unload.adapter)
+        except Exception as error:
+            self._fault(f"unloading an adapter failed: {_one_line(error)}")
 
     def _execute(self, plan: StepPlan) -> None:
         """One step: plan → forward → (mask) → sample → result."""

@@ -20,6 +20,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     flags.add_address(parser)
     flags.add_resume(parser)
     flags.add_sampling(parser, max_tokens=256)
+    parser.add_argument("--adapter", default="", metavar="NAME", help="a LoRA adapter, see `pagewire adapters`")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a stream")
     return parser
 
@@ -29,7 +30,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with (
         Client(arguments.address, retry=flags.retry(arguments), **flags.access(arguments)) as client,
-        client.generate(prompt, flags.sampling(arguments)) as generation,
+        client.generate(prompt, flags.sampling(arguments), adapter=arguments.adapter) as generation,
     ):
         if arguments.json:
             print(json.dumps(_collect(generation)))

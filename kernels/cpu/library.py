@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
@@ -23,7 +23,7 @@ from kernels.cpu.cpus import usable_cpus, usable_threads
 
 __all__ = ["LibraryError", "load", "source_digest", "usable_cpus", "usable_threads"]
 
-ABI: Final = 4
+ABI: Final = 5
 PANEL: Final = 48  # columns
 GROUP: Final = 32  # weights
 PAGE: Final = 32  # tokens
@@ -124,9 +124,21 @@ class Batch(Struct):
         ("block_tables", c_void_p), ("table_stride", c_int64), ("adapters", c_void_p),
         ("wanted", c_void_p), ("num_wanted", c_int64),
     )  # fmt: skip
-    _arrays_: ClassVar = dict.fromkeys(
-        ("cu", "context_lens", "token_ids", "positions", "slot_mapping", "block_tables", "wanted"), np.int64
-    )
+    _arrays_: ClassVar = {
+        **dict.fromkeys(("cu", "context_lens", "token_ids", "positions", "slot_mapping"), np.int64),
+        **dict.fromkeys(("block_tables", "wanted"), np.int64),
+        "adapters": np.int32,
+    }
+
+
+LORAS: Final = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in this order
+MAX_ADAPTERS: Final = 1024
+LORA_RANKS: Final = 16  # a rank is a multiple
+
+
+class Lora(Struct):
+    _fields_ = (("a", c_void_p), ("b", c_void_p), ("scale", c_float), ("rank", c_int32))
+    _arrays_: ClassVar = dict.fromkeys("ab", np.uint16)
 
 
 class Samples(Struct):
@@ -161,9 +173,10 @@ def weight(
     return Weight(KINDS[kind], n, k, group=group).point(data=data, scale=scale, bias=bias, order=order)
 
 
-def layers(each: list[Layer]) -> Any:
-    """What Spec.layers points to."""
-    array: Any = (Layer * len(each))(*each)
+def array_of(each: Sequence[Layer] | Sequence[Lora]) -> Any:
+    """What Spec.layers or `set_adapter` points to; not empty."""
+    kind: Any = type(each[0])
+    array: Any = (kind * len(each))(*each)
     array.kept = each  # the elements are copies, which keep nothing
     return array
 
@@ -255,6 +268,7 @@ class Model:
         self.handle = handle
         if not self.handle:
             library.check(-1)
+        self._adapters: dict[int, Any] = {}
         self._phases: list[str] = self._c.pw_phases().decode().split()
         self._seconds = np.zeros(len(self._phases))
 
@@ -269,6 +283,12 @@ class Model:
         shape = spec.num_layers, spec.num_blocks, self._library.kv_block_bytes(spec) // spec.num_layers
         pages = (ctypes.c_uint8 * math.prod(shape)).from_address(self._c.pw_kv(self.handle))
         return np.frombuffer(pages, np.uint8).reshape(shape)
+
+    def set_adapter(self, index: int, loras: Sequence[Lora]) -> None:
+        """Of each layer those of LORAS, one layer's behind the other's; empty: rows name `index` no more."""
+        array = array_of(loras) if loras else None
+        self._library.check(self._c.pw_set_adapter(self.handle, index, array and byref(array)))
+        self._adapters[index] = array  # and all that it keeps
 
     def forward(self, batch: Batch) -> None:
         self._library.check(self._c.pw_forward(self.handle, byref(batch)))
@@ -337,6 +357,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "pw_isa": (c_char_p, c_void_p),
     "pw_kv_block_bytes": (c_int64, POINTER(Spec)),
     "pw_kv": (c_void_p, c_void_p),
+    "pw_set_adapter": (c_int, c_void_p, c_int32, c_void_p),
     "pw_forward": (c_int, c_void_p, POINTER(Batch)),
     "pw_sample": (c_int, c_void_p, POINTER(Samples)),
     "pw_step": (c_int, c_void_p, POINTER(Batch), POINTER(Samples)),

@@ -45,12 +45,38 @@ class FlushCache(Happening, frozen=True):
     """Forget every cached block that no sequence uses."""
 
 
+class AdapterLoaded(Happening, frozen=True):
+    """Every worker that can take plans has it: requests may name it."""
+
+    name: str
+    digest: str  # of its files
+
+
+class AdapterClosed(Happening, frozen=True):
+    """Requests may name it no more. `reason`: why those that do end now; empty: they finish first."""
+
+    name: str
+    reason: str = ""
+
+
 class Drain(Happening, frozen=True):
     """Take no new requests; finish what was accepted."""
 
 
 Event = (
-    Submit | Shed | Abort | FrontendLost | StepResult | WorkerReady | WorkerLost | Tick | FlushCache | Drain | WatchKv
+    Submit
+    | Shed
+    | Abort
+    | FrontendLost
+    | StepResult
+    | WorkerReady
+    | WorkerLost
+    | Tick
+    | FlushCache
+    | Drain
+    | WatchKv
+    | AdapterLoaded
+    | AdapterClosed
 )
 
 
@@ -61,4 +87,10 @@ class EndEpoch(Happening, frozen=True):
     reason: str
 
 
-Instruction = StepPlan | Outputs | EndEpoch | KvEvents
+class AdapterFree(Happening, frozen=True):
+    """An adapter that was closed: no sequence and no plan in flight names it, and none will."""
+
+    name: str
+
+
+Instruction = StepPlan | Outputs | EndEpoch | KvEvents | AdapterFree

@@ -14,7 +14,9 @@ _NEXT_PLAN = b""  # no block's digest: who holds on it waits for this group's ne
 
 
 def root(tenant: str, salt: str, adapter: str) -> bytes:
-    """The parent of a first block. Other tenants, salts and adapters never meet: nobody learns what others asked."""
+    """The parent of a first block. Other tenants, salts and adapters (by digest) never meet: nobody learns what others
+    asked, and the same name for other files is another adapter.
+    """
     return _digest(tenant.encode(), salt.encode(), adapter.encode())
 
 
@@ -53,7 +55,7 @@ class PrefixCache:
         if len(hashes) < sequence.settled // size:
             if not hashes:
                 submit = sequence.submit
-                sequence.root = root(submit.tenant, submit.cache_salt, submit.adapter)
+                sequence.root = root(submit.tenant, submit.cache_salt, submit.adapter_digest)
             parent = hashes[-1] if hashes else sequence.root
             for begin in range(len(hashes) * size, sequence.settled - size + 1, size):
                 parent = chain(parent, sequence.token_ids[begin : begin + size])

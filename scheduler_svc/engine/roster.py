@@ -68,6 +68,7 @@ class Roster:
         self.deadlines: Agenda[tuple[float, int], Sequence] = Agenda()
         self.doubtful: Agenda[tuple[float, int], Sequence] = Agenda()  # those with a deadline that never ran
         self.num_live = 0
+        self.adapter_users: dict[str, int] = {}  # sequences that name one, by its name
         self.queued_tokens = 0  # of all that are live and not running
         self.queued_output = 0.0  # tokens that are likely to come of those
         self.counters = Counters()
@@ -89,6 +90,8 @@ class Roster:
     def enlist(self, sequence: Sequence) -> None:
         self.requests.setdefault(sequence.request_id, {})[sequence.index] = sequence
         self.num_live += 1
+        if adapter := sequence.submit.adapter:
+            self.adapter_users[adapter] = self.adapter_users.get(adapter, 0) + 1
         if deadline := sequence.submit.deadline:
             self.deadlines.add((deadline, sequence.arrival), sequence)
         self.ledger.enter(sequence.account)
@@ -150,6 +153,10 @@ class Roster:
             self._unqueue(sequence)
         sequence.state = State.FINISHED
         self.num_live -= 1
+        if adapter := sequence.submit.adapter:
+            self.adapter_users[adapter] -= 1
+            if not self.adapter_users[adapter]:
+                del self.adapter_users[adapter]
         self.ledger.leave(sequence.account)
         self.deadlines.discard((sequence.submit.deadline, sequence.arrival))
         siblings = self.requests[sequence.request_id]

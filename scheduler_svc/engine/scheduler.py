@@ -12,10 +12,22 @@ from typing import assert_never
 
 from protos.engine_wire import Abort, EngineStats, FinishReason, FrontendLost, Shed, Submit, WatchKv
 from protos.wire import Epoch, Row, RowResult, StepPlan, StepResult
+from scheduler_svc.engine.adapters import Adapters
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.device import Device
 from scheduler_svc.engine.door import Doorkeeper
-from scheduler_svc.engine.events import Drain, EndEpoch, Event, FlushCache, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.events import (
+    AdapterClosed,
+    AdapterLoaded,
+    Drain,
+    EndEpoch,
+    Event,
+    FlushCache,
+    Instruction,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
 from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
 from scheduler_svc.engine.kv_journal import KvJournal
@@ -45,6 +57,7 @@ class Scheduler:
         self._placement = Placement(config, self.devices)
         self._forecast = Forecast(config, self.roster)
         self._doorkeeper = Doorkeeper(config, self._forecast)
+        self._adapters = Adapters()
         self._arrivals = 0
         self._swept = 0.0
         self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
@@ -87,6 +100,10 @@ class Scheduler:
                 self._doorkeeper.draining = True
             case WatchKv():
                 self.journal.watch(event)
+            case AdapterLoaded():
+                self._adapters.open(event.name, event.digest)
+            case AdapterClosed():
+                self._close_adapter(event)
             case _:
                 assert_never(event)
         while plans := list(self._plans()):
@@ -95,6 +112,7 @@ class Scheduler:
             for sequence in planner.take_hopeless():
                 self._give_up(sequence)
         instructions, self._instructions = self._instructions, []
+        instructions += self._adapters.take_free(self.roster, self.devices.values())
         told = self.journal.take() if self.journal.dirty else ()
         return [*instructions, *self._outbox.take(), *told]
 
@@ -136,7 +154,8 @@ class Scheduler:
     # ------------------------------------------------------------ requests
 
     def _submit(self, submit: Submit) -> None:
-        if refusal := self._doorkeeper.refusal(submit, self.roster, self._free_slots()):
+        refusal = self._adapters.refusal(submit) or self._doorkeeper.refusal(submit, self.roster, self._free_slots())
+        if refusal:
             self._count_refused(submit.tenant, refusal.reason, 1)
             self._outbox.refuse(submit, *refusal)
             return
@@ -156,6 +175,12 @@ class Scheduler:
             sequence.look_at = self._forecast.look_at(sequence)
         self.roster.enlist(sequence)
         self._check_length(sequence)
+
+    def _close_adapter(self, closed: AdapterClosed) -> None:
+        self._adapters.close(closed.name)
+        for sequence in list(self.roster) if closed.reason else ():
+            if sequence.submit.adapter == closed.name:
+                self._finish(sequence, FinishReason.ERROR, closed.reason)
 
     def _shed(self, shed: Shed) -> None:
         if 0 < shed.sequences < 1 << 32:  # what a frontend says is believed, but breaks no counter

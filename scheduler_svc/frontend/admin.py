@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import grpc
 from pagewire.v1 import admin_pb2
 
-from protos.engine_wire import Histogram, Question, ServiceStatus, TenantFigures, WorkerFigures, WorkerStatus
+from protos import adapter_files
+from protos.engine_wire import Adapter, Histogram, Question, ServiceStatus, TenantFigures, WorkerFigures, WorkerStatus
 from scheduler_svc.frontend import rpc
+from scheduler_svc.frontend.checks import Violations
 from scheduler_svc.frontend.core import Core
-from scheduler_svc.frontend.errors import Context
+from scheduler_svc.frontend.errors import Context, Violation, failed_precondition, invalid, unknown_adapter
 from scheduler_svc.frontend.kv_messages import kv_message
 
 ADMIN: Final = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -36,6 +40,9 @@ class AdminService:
                 "GetConfig": rpc.unary(admin_pb2.GetConfigRequest, self.get_config),
                 "Drain": rpc.unary(admin_pb2.DrainRequest, self.drain),
                 "FlushCache": rpc.unary(admin_pb2.FlushCacheRequest, self.flush_cache),
+                "LoadAdapter": rpc.unary(admin_pb2.LoadAdapterRequest, self.load_adapter),
+                "UnloadAdapter": rpc.unary(admin_pb2.UnloadAdapterRequest, self.unload_adapter),
+                "ListAdapters": rpc.unary(admin_pb2.ListAdaptersRequest, self.list_adapters),
                 "WatchKvEvents": rpc.server_stream(admin_pb2.WatchKvEventsRequest, self.watch_kv_events),
             },
         )
@@ -58,6 +65,43 @@ class AdminService:
     async def flush_cache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
         answer = await self.core.link.ask(Question.FLUSH_CACHE)
         return admin_pb2.FlushCacheResponse(freed_blocks=answer.freed_blocks)
+
+    async def load_adapter(
+        self, request: admin_pb2.LoadAdapterRequest, context: Context
+    ) -> admin_pb2.LoadAdapterResponse:
+        violations, path = Violations(), Path(request.path)
+        if problem := adapter_files.check_name(request.name):
+            violations.add("name", problem)
+        if not path.is_absolute():
+            violations.add("path", f"is {request.path!r}; must be absolute, for it is the service's")
+        violations.check()
+        try:
+            digest = await asyncio.to_thread(adapter_files.digest, path)
+        except adapter_files.AdapterFilesError as error:
+            raise invalid([Violation("path", str(error))]) from None
+        answer = await self.core.link.ask(Question.LOAD_ADAPTER, adapter=Adapter(request.name, str(path), digest))
+        if answer.trouble:
+            raise failed_precondition(answer.trouble)
+        loaded = next((one for one in answer.status.adapters if one.name == request.name), Adapter(request.name))
+        return admin_pb2.LoadAdapterResponse(adapter=_adapter(loaded))
+
+    async def unload_adapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: Context
+    ) -> admin_pb2.UnloadAdapterResponse:
+        answer = await self.core.link.ask(Question.UNLOAD_ADAPTER, adapter=Adapter(request.name))
+        if not answer.found:
+            status = answer.status
+            raise unknown_adapter(request.name, [one.name for one in status.adapters], status.max_adapters)
+        if answer.trouble:
+            raise failed_precondition(answer.trouble)
+        return admin_pb2.UnloadAdapterResponse()
+
+    async def list_adapters(
+        self, request: admin_pb2.ListAdaptersRequest, context: Context
+    ) -> admin_pb2.ListAdaptersResponse:
+        answer = await self.core.link.ask(Question.LIST_ADAPTERS)
+        adapters = [_adapter(one) for one in answer.adapters]
+        return admin_pb2.ListAdaptersResponse(adapters=adapters, max_adapters=answer.status.max_adapters)
 
     async def watch_kv_events(self, request: admin_pb2.WatchKvEventsRequest, context: Context) -> None:
         with self.core.kv_watchers.watch() as watch:
@@ -105,6 +149,12 @@ def stats_message(status: ServiceStatus, uptime: float) -> admin_pb2.GetStatsRes
         cached_host_blocks=stats.cached_host_blocks,
         blocks_copied_to_host=stats.copied_to_host,
         blocks_copied_to_device=stats.copied_to_device,
+    )
+
+
+def _adapter(adapter: Adapter) -> admin_pb2.Adapter:
+    return admin_pb2.Adapter(
+        name=adapter.name, path=adapter.path, digest=adapter.digest, rank=adapter.rank, users=adapter.users
     )
 
 

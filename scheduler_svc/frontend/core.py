@@ -17,7 +17,7 @@ from protos.wire import Ready, TokenLogprobs
 from scheduler_svc.frontend import access, auth, resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
-from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready
+from scheduler_svc.frontend.errors import Context, ServiceError, duplicate, internal, not_ready, unknown_adapter
 from scheduler_svc.frontend.gate import Gate
 from scheduler_svc.frontend.kv_events import KvWatchers
 from scheduler_svc.frontend.limits import MAX_HELD
@@ -125,13 +125,25 @@ class Core:
         if status.ready:
             self._first_ready.set()
 
-    async def check_resume(self, request: pb.GenerateRequest) -> None:
+    async def adapter_digest(self, name: str) -> str:
+        """What the engine is to find under this name; empty without one. Raises ServiceError NOT_FOUND."""
+        if not name:
+            return ""
+        status = self.link.status
+        if status is None or all(adapter.name != name for adapter in status.adapters):
+            status = (await self.link.ask(Question.LIST_ADAPTERS)).status  # another frontend may have loaded it
+        digest = next((adapter.digest for adapter in status.adapters if adapter.name == name), "")
+        if not digest:
+            raise unknown_adapter(name, [adapter.name for adapter in status.adapters], status.max_adapters)
+        return digest
+
+    async def check_resume(self, request: pb.GenerateRequest, adapter_digest: str) -> None:
         """Waits until a worker has said what it computes with, where the request depends on it.
 
         Raises ServiceError FAILED_PRECONDITION where a stream cannot go on here, UNAVAILABLE where too many wait.
         """
         if resume.asks(request):
-            resume.check_served(request, await self.first_ready())
+            resume.check_served(request, await self.first_ready(), adapter_digest)
 
     async def first_ready(self) -> Ready:
         """The newest worker's word, as soon as there is one. Raises ServiceError UNAVAILABLE where too many wait."""
@@ -209,7 +221,7 @@ class Core:
             (
                 ("request-id", prepared.request_id),
                 ("seed", str(prepared.seed)),
-                ("fingerprint", ready.fingerprint),
+                ("fingerprint", resume.fingerprint(ready, prepared.adapter_digest)),
                 ("exact", "true" if ready.exact else "false"),
             )
         )

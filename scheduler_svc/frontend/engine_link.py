@@ -10,6 +10,7 @@ from typing import Protocol
 
 from protos.engine_wire import (
     Abort,
+    Adapter,
     Answer,
     Ask,
     FinishReason,
@@ -127,13 +128,15 @@ class EngineLink:
         """Of this frontend's own request: another may have one of the same id. `everywhere`: whosever it is."""
         self._send(Abort(request_id, reason, index, "" if everywhere else self.frontend))
 
-    async def ask(self, question: Question, request_id: str = "", tenant: str | None = None) -> Answer:
+    async def ask(
+        self, question: Question, request_id: str = "", tenant: str | None = None, adapter: Adapter | None = None
+    ) -> Answer:
         token = next(self._tokens)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._futures[token] = future
         if question is Question.STATS:
             self.report()  # so that the answer has it
-        self._send(Ask(token, question, request_id, self.frontend, tenant))
+        self._send(Ask(token, question, request_id, self.frontend, tenant, adapter))
         try:
             return await future
         finally:

@@ -72,6 +72,15 @@ def not_found(message: str) -> ServiceError:
     return ServiceError(grpc.StatusCode.NOT_FOUND, message)
 
 
+def unknown_adapter(name: str, loaded: Sequence[str], max_adapters: int) -> ServiceError:
+    names = ", ".join(loaded) or "none" if max_adapters else "none, for --max-adapters is 0"
+    return not_found(f"adapter {name[:MAX_TEXT]!r} is not loaded; loaded are: {names}")
+
+
+def failed_precondition(message: str) -> ServiceError:
+    return ServiceError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
 def unimplemented(message: str) -> ServiceError:
     return ServiceError(grpc.StatusCode.UNIMPLEMENTED, message)
 
@@ -144,6 +153,8 @@ def from_finish(delta: TokenDelta) -> ServiceError | None:
             )
         case FinishReason.INVALID:
             return invalid([Violation("request", delta.detail or "cannot be served under the engine's limits")])
+        case FinishReason.NOT_FOUND:
+            return not_found(delta.detail)
         case FinishReason.DUPLICATE:
             return duplicate(delta.request_id)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final
 
 import grpc
@@ -38,18 +39,25 @@ def asks(request: pb.GenerateRequest) -> bool:
     return bool(request.resume_token_ids or request.resume_fingerprint)
 
 
-def check_served(request: pb.GenerateRequest, ready: Ready) -> None:
+def fingerprint(ready: Ready, adapter_digest: str) -> str:
+    """Of all that decides a stream's arithmetic: the worker's, and of its adapter where it has one."""
+    if not adapter_digest:
+        return ready.fingerprint
+    return blake2b(f"{ready.fingerprint}|{adapter_digest}".encode(), digest_size=16).hexdigest()
+
+
+def check_served(request: pb.GenerateRequest, ready: Ready, adapter_digest: str = "") -> None:
     """Raises ServiceError FAILED_PRECONDITION where other tokens would follow than those that were lost."""
-    asked = request.resume_fingerprint
-    if asked and asked != ready.fingerprint:
+    asked, served = request.resume_fingerprint, fingerprint(ready, adapter_digest)
+    if asked and asked != served:
         message = "resume_fingerprint is not that of the model served here: the stream would go on otherwise"
-        raise _failed(message, "RESUME_FINGERPRINT", requested=asked[:MAX_TEXT], served=ready.fingerprint)
+        raise _failed(message, "RESUME_FINGERPRINT", requested=asked[:MAX_TEXT], served=served)
     if _brings_ids(request) and not (ready.exact or request.allow_inexact_resume):
         message = (
             f"{ready.backend} {ready.dtype} is not exact here: a resumed stream may differ from the one that broke"
         )
         detail = f"{message}; allow_inexact_resume takes it as it comes"
-        raise _failed(detail, "RESUME_INEXACT", requested=asked[:MAX_TEXT], served=ready.fingerprint)
+        raise _failed(detail, "RESUME_INEXACT", requested=asked[:MAX_TEXT], served=served)
 
 
 def _brings_ids(request: pb.GenerateRequest) -> bool:

@@ -41,8 +41,9 @@ class InferenceService:
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
         caller = self.core.caller(context)
         self.core.gate.check(caller, request.priority, request.sampling.n or 1)
-        await self.core.check_resume(request)
-        prepared = await self.core.preparer.prepare(request, caller)
+        digest = await self.core.adapter_digest(request.adapter)
+        await self.core.check_resume(request, digest)
+        prepared = await self.core.preparer.prepare(request, caller, adapter_digest=digest)
         async with self.core.call(prepared, context) as call:
             async for output in self.core.outputs(call, context):
                 match output:

@@ -85,6 +85,7 @@ class Prepared:
     submits: list[Submit]  # one for each index
     rules: TextRules
     resumed: Mapping[int, Resumed] = field(default_factory=dict)  # by index: what the client has already
+    adapter_digest: str = ""
 
 
 def random_seed() -> int:
@@ -115,8 +116,10 @@ class Preparer:
         names: Names = NATIVE,
         defaults: Defaults | None = None,
         found: Sequence[Violation] = (),
+        adapter_digest: str = "",
     ) -> Prepared:
-        """`defaults` replaces the model's own. `found` is what the caller saw before.
+        """`defaults` replaces the model's own. `found` is what the caller saw before. `adapter_digest`: of the adapter
+        that the request names.
 
         Raises ServiceError INVALID_ARGUMENT with all violations, `found` included.
         """
@@ -141,7 +144,7 @@ class Preparer:
         sampling = sampling_fields.resolve(params, defaults, card, max_tokens, bad_words)
         resumed = resume.with_ends(states, sampling, violations)
         violations.check()
-        return self._prepared(request, token_ids, sampling, seed, caller, resumed)
+        return self._prepared(request, token_ids, sampling, seed, caller, resumed, adapter_digest)
 
     def _prepared(
         self,
@@ -151,6 +154,7 @@ class Preparer:
         seed: int,
         caller: Caller,
         resumed: Mapping[int, Resumed],
+        adapter_digest: str,
     ) -> Prepared:
         params = request.sampling
         request_id = request.request_id or uuid.uuid4().hex
@@ -174,6 +178,8 @@ class Preparer:
                     tenant=caller.tenant,
                     deadline=caller.deadline,
                     cache_salt=request.cache_salt,
+                    adapter=request.adapter,
+                    adapter_digest=adapter_digest,
                     frontend=self.frontend,
                     skip_cache=own.prompt_logprobs >= 0,
                 )
@@ -184,7 +190,7 @@ class Preparer:
             skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
             min_tokens=params.min_tokens,
         )
-        return Prepared(request_id, seed, len(token_ids), submits, rules, resumed)
+        return Prepared(request_id, seed, len(token_ids), submits, rules, resumed, adapter_digest)
 
     def computing(
         self, request: ComputeRequest, prompts: Sequence[Computing], caller: Caller, pooling: str = ""
@@ -341,7 +347,6 @@ def _check_identity(request: pb.GenerateRequest | ComputeRequest, violations: Vi
 def _check_not_served(request: pb.GenerateRequest, violations: Violations) -> None:
     given = {
         "structured_output": request.HasField("structured_output"),
-        "adapter": bool(request.adapter),
     }
     for name in (name for name, is_given in given.items() if is_given):
         violations.add(name, "is not served yet; leave it unset")

@@ -159,6 +159,17 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def FlushCache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheResponse:
         return admin_pb2.FlushCacheResponse(freed_blocks=7)
 
+    def LoadAdapter(self, request: admin_pb2.LoadAdapterRequest, context: Context) -> admin_pb2.LoadAdapterResponse:
+        return admin_pb2.LoadAdapterResponse(adapter=admin_pb2.Adapter(name=request.name, path=request.path, rank=8))
+
+    def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: Context
+    ) -> admin_pb2.UnloadAdapterResponse:
+        return admin_pb2.UnloadAdapterResponse()
+
+    def ListAdapters(self, request: admin_pb2.ListAdaptersRequest, context: Context) -> admin_pb2.ListAdaptersResponse:
+        return admin_pb2.ListAdaptersResponse(adapters=[admin_pb2.Adapter(name="one", rank=8)], max_adapters=4)
+
     def WatchKvEvents(
         self, request: admin_pb2.WatchKvEventsRequest, context: Context
     ) -> Iterator[admin_pb2.WatchKvEventsResponse]:

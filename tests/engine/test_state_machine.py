@@ -93,7 +93,8 @@ class Engine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 1]),
         lifetime=st.sampled_from([0.0, 0.0, 0.0, 3.0]),
         salt=st.sampled_from(["", "", "s"]),
-        adapter=st.sampled_from(["", "", "", "a"]),
+        adapter=st.sampled_from(["", "", "", "a", "b"]),
+        stale=st.sampled_from([False, False, False, False, True]),
         frontend=st.sampled_from(["f", "f", "f", "g"]),
         skip_cache=st.sampled_from([False, False, False, True]),
         tenant=st.sampled_from(["", "", "a", "b", "c"]),
@@ -111,6 +112,7 @@ class Engine(RuleBasedStateMachine):
         lifetime: float,
         salt: str,
         adapter: str,
+        stale: bool,
         frontend: str,
         skip_cache: bool,
         tenant: str,
@@ -137,8 +139,19 @@ class Engine(RuleBasedStateMachine):
                     frontend,
                     skip_cache,
                     pooling=computes or "",
+                    adapter_digest="of other files" if adapter and stale else "",
                 )
             )
+
+    @rule(name=st.sampled_from(["a", "b"]), digest=st.sampled_from(["one", "other"]))
+    def load_adapter(self, name: str, digest: str) -> None:
+        if name not in self.world.adapters:
+            self.world.load_adapter(name, digest)
+
+    @rule(name=st.sampled_from(["a", "b"]), reason=st.sampled_from(["", "", "", "gone"]))
+    def close_adapter(self, name: str, reason: str) -> None:
+        if name in self.world.adapters.keys() - self.world.closed:
+            self.world.close_adapter(name, reason)
 
     @rule(count=st.integers(1, 6), data=st.data())
     def land(self, count: int, data: st.DataObject) -> None:

@@ -12,7 +12,17 @@ from msgspec.structs import replace
 from protos.engine_wire import Abort, FinishReason, KvEvents, Outputs, Submit, TokenDelta, WatchKv
 from protos.wire import Copy, Direction, Epoch, RowResult, Sampling, StepPlan, StepResult, Timings, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, WorkerLost, WorkerReady
+from scheduler_svc.engine.events import (
+    AdapterClosed,
+    AdapterFree,
+    AdapterLoaded,
+    EndEpoch,
+    Event,
+    Instruction,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.engine.kv_mirror import Mirror
@@ -69,12 +79,14 @@ class Side:
     results: deque[StepResult] = field(default_factory=deque)
     in_flight: deque[dict[int, Named]] = field(default_factory=deque)  # one for each result, by slot
     copying: deque[list[Copy]] = field(default_factory=deque)  # one for each result
+    naming: deque[set[str]] = field(default_factory=deque)  # adapters, one for each result
     owners: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)  # by slot: owner, blocks hit, table
 
     def forget_flights(self) -> None:
         self.results.clear()
         self.in_flight.clear()
         self.copying.clear()
+        self.naming.clear()
         self.owners.clear()
 
 
@@ -112,6 +124,10 @@ class World:
         self.plans: list[StepPlan] = []
         self.ended: list[EndEpoch] = []
         self.mirrors: list[tuple[str, Mirror]] = []  # by frontend
+        self.adapters: dict[str, str] = {}  # digests of what workers have, by name
+        self.closed: set[str] = set()  # of those, what requests may name no more
+        self.abrupt: set[str] = set()  # digests of what was lost under its users
+        self.unknown: set[tuple[str, int]] = set()  # streams that named none that they could
         self.counter = 0  # of epochs
         self.last_epochs: dict[int, Epoch] = {}  # by group
         self.crashes = 0
@@ -148,6 +164,8 @@ class World:
             draft_quality=self.quality,
             num_host_blocks=self.num_host_blocks,
         )
+        for name, digest in self.adapters.items():
+            side.worker.load_adapter(name, digest)
         side.forget_flights()
         slots, longest = self.config.max_slots, self.max_model_len
         ready = WorkerReady(epoch, self.num_blocks, slots, self.align, 1, longest, group, self.num_host_blocks)
@@ -166,9 +184,40 @@ class World:
         side.forget_flights()
         self.send(WorkerLost(epoch, "killed", blameless))
 
+    def load_adapter(self, name: str, digest: str = "") -> None:
+        """Into all workers. Not one that they still have."""
+        self.adapters[name] = digest or f"digest of {name}"
+        for side in self.sides:
+            if side.worker:
+                side.worker.load_adapter(name, self.adapters[name])
+        self.send(AdapterLoaded(name, self.adapters[name]))
+
+    def close_adapter(self, name: str, reason: str = "") -> None:
+        self.closed.add(name)
+        if reason:
+            self.abrupt.add(self.adapters[name])
+        self.send(AdapterClosed(name, reason))
+
+    def _free_adapter(self, name: str) -> None:
+        assert name in self.closed, f"nobody closed adapter {name!r}"
+        for side in self.sides:
+            assert not any(name in named for named in side.naming), f"a plan in flight names adapter {name!r}"
+            if side.worker:
+                side.worker.unload_adapter(name)
+        self.closed.discard(name)
+        del self.adapters[name]
+
     def submit(self, submit: Submit) -> None:
+        """An adapter that is named without its digest is loaded first, where it is not."""
         key = (submit.request_id, submit.index)
         assert key not in self.streams, "the test repeats an id: send it by hand"
+        if submit.adapter and not submit.adapter_digest:
+            if submit.adapter not in self.adapters:
+                self.load_adapter(submit.adapter)
+            submit = replace(submit, adapter_digest=self.adapters[submit.adapter])
+        named = self.adapters.get(submit.adapter, "") if submit.adapter not in self.closed else ""
+        if named != submit.adapter_digest:
+            self.unknown.add(key)
         self.streams[key] = Stream(submit)
         self.send(submit)
 
@@ -202,6 +251,7 @@ class World:
                 return
             side.in_flight.popleft()
             side.copying.popleft()
+            side.naming.popleft()
             result = side.results.popleft()
             if result.timings.forward:
                 self.tick(result.timings.forward)
@@ -263,6 +313,8 @@ class World:
                     for frontend, mirror in self.mirrors:
                         if frontend == instruction.frontend:
                             mirror.take(instruction)
+                case AdapterFree():
+                    self._free_adapter(instruction.name)
                 case EndEpoch():
                     self.ended.append(instruction)
         self.check()
@@ -299,6 +351,7 @@ class World:
         assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0), stats
         assert (stats.owned_blocks, stats.fenced_blocks) == (0, 0), stats
         assert stats.free_slots == stats.num_slots
+        assert not self.closed, "an adapter was closed, and is not free"
         for stream in self.streams.values():
             self._check_end(stream)
 
@@ -309,6 +362,7 @@ class World:
         submit, end = stream.submit, stream.end
         assert end is not None, f"{submit.request_id}/{submit.index} never ended"
         tokens, reason = self.oracle(submit)
+        assert end.finish_reason is FinishReason.NOT_FOUND or (submit.request_id, submit.index) not in self.unknown
         match end.finish_reason:
             case FinishReason.LENGTH | FinishReason.STOP if not stream.asked_to_end:
                 assert (stream.token_ids, end.finish_reason) == (tokens, reason)
@@ -339,8 +393,12 @@ class World:
                 assert f"{quota.tokens_per_second:g} tokens a second" in end.detail
             case FinishReason.REJECTED:
                 assert end.retry_after > 0
+            case FinishReason.ERROR if end.detail == "gone":
+                assert submit.adapter_digest in self.abrupt
             case FinishReason.ERROR:
                 assert self.crashes >= 5
+            case FinishReason.NOT_FOUND:
+                assert (submit.request_id, submit.index) in self.unknown
             case FinishReason.DRAINING | FinishReason.DUPLICATE | None:
                 pass
 
@@ -397,6 +455,7 @@ class World:
         side.in_flight.append(named)
         side.copying.append(plan.copies)
         result = side.worker.run(plan)
+        side.naming.append({side.worker.slots[row.slot].admit.adapter for row in plan.rows})
         if self.seconds:
             result = replace(result, timings=Timings(forward=self.seconds(drafts)))
         side.results.append(result)

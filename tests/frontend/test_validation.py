@@ -96,7 +96,6 @@ NATIVE: list[tuple[pb.GenerateRequest, list[str], str]] = [
     *[(given(priority=v), ["priority"], "[-100, 100]") for v in (-101, 101, 2**31 - 1)],
     (given(cache_salt="x" * 257), ["cache_salt"], "256"),
     (given(cache_salt="é" * 129), ["cache_salt"], "258 bytes"),
-    (given(adapter="lora"), ["adapter"], "not served yet"),
     (given(structured_output=pb.StructuredOutput()), ["structured_output"], "not served yet"),
     (given(structured_output=pb.StructuredOutput(regex="a+")), ["structured_output"], "not served yet"),
     (given(resume_token_ids=[state(1)]), ["sampling.seed", "resume_fingerprint"], "not set"),

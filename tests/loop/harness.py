@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from protos.engine_wire import Answer, Ask, FinishReason, Outputs, Question, ServiceStatus, Submit, ToFrontend
+from protos.engine_wire import Adapter, Answer, Ask, FinishReason, Outputs, Question, ServiceStatus, Submit, ToFrontend
 from protos.wire import Epoch, Sampling, Setup
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.config import EngineConfig
@@ -62,9 +62,20 @@ class Observer:
     def until_finished(self, submits: list[Submit]) -> None:
         self.until(lambda: all(self.streams[s.request_id, s.index].finish for s in submits), "all streams finished")
 
-    def ask(self, question: Question, request_id: str = "", tenant: str | None = None) -> Answer:
+    def ask(
+        self, question: Question, request_id: str = "", tenant: str | None = None, adapter: Adapter | None = None
+    ) -> Answer:
+        return self.answer_to(self.begin(question, request_id, tenant, adapter), question)
+
+    def begin(
+        self, question: Question, request_id: str = "", tenant: str | None = None, adapter: Adapter | None = None
+    ) -> int:
+        """Asks, and does not wait."""
         token = len(self.answers) + 1000 + random.getrandbits(40)
-        self.loop.send(Ask(token, question, request_id, tenant=tenant))
+        self.loop.send(Ask(token, question, request_id, tenant=tenant, adapter=adapter))
+        return token
+
+    def answer_to(self, token: int, question: Question) -> Answer:
         self.until(lambda: token in self.answers, f"the answer to {question.name}")
         return self.answers[token]
 
@@ -122,4 +133,5 @@ def assert_undisturbed(observer: Observer, made: list[Submit]) -> None:
     for submit in made:
         stream = observer.streams[submit.request_id, submit.index]
         assert stream.finish == FinishReason.LENGTH, (submit.request_id, stream.finish)
-        assert stream.token_ids == expected(submit.token_ids, submit.sampling), submit.request_id
+        tokens = expected(submit.token_ids, submit.sampling, adapter_digest=submit.adapter_digest)
+        assert stream.token_ids == tokens, submit.request_id

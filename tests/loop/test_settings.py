@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from protos import adapter_files
 from scheduler_svc import config
 from scheduler_svc.flags import build_parser
 from scheduler_svc.settings import HIDDEN, SECRET, effective
@@ -25,13 +26,18 @@ def test_every_setting_is_told_as_it_came_to_be(tmp_path: Path) -> None:
     assert (told["loop.record.file"], told["loop.workers"], told["stream_interval"]) == ("", "1", "0.025")
 
 
-def test_every_flag_can_be_seen_in_it() -> None:
+def test_every_flag_can_be_seen_in_it(tmp_path: Path) -> None:
     """A flag that changes nothing here changes nothing anywhere, or the dump is not whole."""
     values = {"--record": "log", "--listen": "tcp://127.0.0.1:5", "--otlp-endpoint": "http://h:1"}
     values |= {"--depth": "3", "--max-step-tokens": "512", "--frontends": "2", "--workers": "2"}
     values |= {"--tensor-parallel-size": "2", "--device": "cuda:1", "--gpu-memory-utilization": "0.5"}
     values |= {"--vllm-listen": "127.0.0.1:7", "--num-drafts": "3", "--draft-model": "fake:", "--speculation": "ngram"}
+    for name in (adapter_files.CONFIG, adapter_files.WEIGHTS):
+        (tmp_path / name).write_text("{}")
+    values |= {"--adapter": f"one={tmp_path}"}
     needs = {
+        "--adapter": ["--max-adapters", "1"],
+        "--max-adapter-rank": ["--max-adapters", "1"],
         "--num-drafts": ["--speculation", "ngram"],
         "--draft-model": ["--speculation", "draft"],
         "--tls-cert": ["--tls-key", "k"],
@@ -39,7 +45,8 @@ def test_every_flag_can_be_seen_in_it() -> None:
         "--tls-client-ca": ["--tls-cert", "c", "--tls-key", "k"],
         "--curve-keys": ["--listen", "tcp://127.0.0.1:5"],
     }
-    partial = {"--tls-client-ca", "--curve-keys", "--num-drafts"}  # what they need does something by itself
+    # What these need does something by itself.
+    partial = {"--tls-client-ca", "--curve-keys", "--num-drafts", "--adapter", "--max-adapter-rank"}
     plain = _chosen(["fake:"])
     for action in build_parser()._actions:
         flag = next((option for option in action.option_strings if option.startswith("--")), "")

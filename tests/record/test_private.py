@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from protos.engine_wire import FinishReason, Outputs, Submit
 from protos.wire import Epoch, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
-from scheduler_svc.engine.events import Event, WorkerLost, WorkerReady
+from scheduler_svc.engine.events import AdapterClosed, AdapterLoaded, Event, WorkerLost, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.record_private import HIDDEN, Pseudonyms, comparable
 from tests.engine.world import request
@@ -62,10 +62,12 @@ def engine_with_worker() -> Scheduler:
 def test_nothing_that_somebody_wrote_is_in_it() -> None:
     """Prompts and outputs of ids that nothing else has."""
     fields = {"bad_words": ((77001,),), "logit_bias": ((77002, 1.5),), "logprobs": 0, "prompt_logprobs": 0}
-    names = {"cache_salt": "their-salt", "adapter": "their-adapter"}
+    names = {"cache_salt": "their-salt", "adapter": "their-adapter", "adapter_digest": "their-digest"}
+    loaded, closed = AdapterLoaded("their-adapter", "their-digest"), AdapterClosed("their-adapter", "their files")
     submit = request("their-own-id", [77003] * 9, 6, seed=77004, **names, **fields)
     pseudonyms, engine = Pseudonyms(KEY), engine_with_worker()
-    hidden: list[Event] = [pseudonyms.event(submit)]
+    engine.handle(loaded)
+    hidden: list[Event] = [pseudonyms.event(event) for event in (loaded, submit, closed)]
     answer = pseudonyms.answer(engine.handle(submit))
     plan = next(instruction for instruction in answer if isinstance(instruction, StepPlan))
     logprobs = TokenLogprobs(77005, -1.0, 1, (77006,), (-1.0,))

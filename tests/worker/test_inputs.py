@@ -53,7 +53,24 @@ def test_rows_become_flat_arrays() -> None:
     assert step.block_tables.tolist() == [[2, 5, 8], [1, 4, 7], [3, 6, 9]]
     assert step.sample_rows.tolist() == [0, 2]
     assert step.sample_tokens.tolist() == [4, 8]
-    assert all(getattr(step, name).dtype == np.int64 for name in StepInputs.__dataclass_fields__)
+    assert step.adapters is None
+    others = StepInputs.__dataclass_fields__.keys() - {"adapters"}
+    assert all(getattr(step, name).dtype == np.int64 for name in others)
+
+
+def test_adapters_are_told_where_a_row_has_one() -> None:
+    loaded: dict[str, int] = {}
+    slots = SlotTable(max_slots=3, max_model_len=16, block_size=4, num_blocks=9, vocab_size=9, adapters=loaded)
+    loaded |= {"one": 2, "other": 1}  # as time goes by
+    admits = [
+        Admit(slot, [1, 2], 2, [[slot]], Sampling(4), adapter=name) for slot, name in enumerate(("one", "", "other"), 1)
+    ]
+    slots.apply(StepPlan(Epoch(1, 1), 1, [], admits, [], []))
+    adapters = inputs(slots, Row(3, 0, 1), Row(2, 0, 1), Row(1, 0, 1)).adapters
+    assert adapters is not None
+    assert adapters.tolist() == [1, 0, 2]
+    assert adapters.dtype == np.int32
+    assert inputs(slots, Row(2, 1, 1)).adapters is None
 
 
 def test_tables_are_padded_with_the_null_block() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
+from protos.wire import LoadAdapter, Mask, Phase, RowResult, Setup, StepPlan
 
 KV_BYTES: Final = 1 << 30  # where Setup leaves it open, but never more than a quarter of the machine's memory
 MAX_SLOTS: Final = 256  # where Setup leaves it open
@@ -80,13 +80,19 @@ class DeviceBackend(Protocol):
         """Reads weights, sizes and warms KV. Raises BackendError where `setup` cannot be served."""
 
     def reset(self, setup: Setup) -> None:
-        """A new epoch with the same Setup: forget every slot, and whatever is in flight; weights stay."""
+        """A new epoch with the same Setup: forget every slot and adapter, and whatever is in flight; weights stay."""
 
     def forward(self, plan: StepPlan) -> None:
         """Applies release, admit, copies and rows, in this order, and computes up to the logits that sampling needs."""
 
     def sample(self, mask: Mask | None) -> list[RowResult] | Landing:
         """Samples the rows of the last `forward`, appends to the slots' tables, answers in the plan's row order."""
+
+    def load_adapter(self, load: LoadAdapter) -> int:
+        """Admits of later steps may name it; answers with its rank. Raises AdapterError, and nothing has changed."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Nobody names it any more, nor does a step in flight. Raises AdapterError where it is not loaded."""
 
     def close(self) -> None: ...
 
@@ -101,10 +107,11 @@ def refuse_unsupported(
     activations: tuple[str, ...] = ("auto",),
     splits: bool = False,
     offloads: bool = False,
+    adapts: bool = False,
     speculation: tuple[str, ...] = (),
 ) -> None:
     """Every field that asks for what a backend does not do. `splits`: it takes a rank's part of a model; `offloads`: it
-    has a second tier of KV; `speculation`: who may propose drafts.
+    has a second tier of KV; `adapts`: it takes adapters; `speculation`: who may propose drafts.
 
     Raises BackendError naming it.
     """
@@ -117,6 +124,7 @@ def refuse_unsupported(
         ("revision", setup.revision, ("",)),
         ("tp_size", setup.tp_size, (setup.tp_size if splits else 1,)),
         ("kv_host_bytes", setup.kv_host_bytes, (setup.kv_host_bytes if offloads else 0,)),
+        ("max_adapters", setup.max_adapters, (setup.max_adapters if adapts else 0,)),
     ]:
         if value not in known:
             names = ", ".join(repr(name) for name in known)

@@ -17,7 +17,9 @@ import numpy as np
 
 from kernels.cpu import library
 from kernels.cpu.library import LibraryError, source_digest, usable_threads
-from protos.wire import Mask, Phase, RowResult, Setup, StepPlan
+from protos.wire import LoadAdapter, Mask, Phase, RowResult, Setup, StepPlan
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import Places
 from worker_svc.backends.base import (
     MAX_SLOTS,
     BackendError,
@@ -30,6 +32,7 @@ from worker_svc.backends.base import (
     refuse_unsupported,
     served_len,
 )
+from worker_svc.backends.cpu_adapters import loras
 from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_draft import CpuDraft
 from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, whole
@@ -93,9 +96,10 @@ class CpuBackend:
             self._model = self._library.open(whole(packed, kv, ropes), threads, self._isa)
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
-        self._num_blocks, self._vocab_size = kv.num_blocks, packed.spec.vocab_size
+        self._spec, self._num_blocks, self._vocab_size = packed.spec, kv.num_blocks, packed.spec.vocab_size
         self._host = HostBlocks(self._model.kv(), num_host_blocks)
-        self._sampler = CpuSampler(self._vocab_size)
+        self._sampler, self._places = CpuSampler(self._vocab_size), Places(0)
+        self._max_adapter_rank = setup.max_adapter_rank
         self._proposer: Proposer | None = host_proposer(setup)
         draft = self._open_draft(setup, self._draft.packed(threads, told), kv) if self._draft else None
         if draft:
@@ -122,6 +126,9 @@ class CpuBackend:
     def reset(self, setup: Setup) -> None:
         self._pending = self._last = self._decode = None
         self._host.forget()
+        for name in list(self._places.by_name):
+            self.unload_adapter(name)
+        self._places = Places(setup.max_adapters)
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
@@ -129,6 +136,7 @@ class CpuBackend:
             num_blocks=self._num_blocks,
             vocab_size=self._vocab_size,
             copy=self._host.copy,
+            adapters=self._places.by_name,
         )
         self._pooler = Pooler(self._slots)
         self._sampler.reset()
@@ -185,6 +193,16 @@ class CpuBackend:
             propose(self._proposer, plan, inputs, self._slots)
         return results
 
+    def load_adapter(self, load: LoadAdapter) -> int:
+        index = self._places.free(load.adapter)
+        adapter = read_adapter(Path(load.path), self._spec, self._max_adapter_rank, load.digest)
+        self._model.set_adapter(index, loras(adapter))
+        self._places.by_name[load.adapter] = index
+        return adapter.rank
+
+    def unload_adapter(self, name: str) -> None:
+        self._model.set_adapter(self._places.remove(name), [])
+
     def close(self) -> None:
         self._pending = self._last = self._decode = None
         if self._proposer:
@@ -232,6 +250,7 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         activations=("auto", "int8"),
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
+        adapts=True,
         speculation=PROPOSERS,
     )
 

@@ -73,7 +73,7 @@ def whole(packed: PackedModel, kv: KVForm, ropes: Tables) -> Spec:
     cos, sin = ropes[packed.spec.rope]
     made, arrays = shape(packed.spec, kv, len(cos)), packed.arrays
     layers = [_layer(packed, i, ropes) for i in range(packed.spec.num_layers)]
-    made.layers, made.lm_head = library.layers(layers), _weight(packed, "lm_head")
+    made.layers, made.lm_head = library.array_of(layers), _weight(packed, "lm_head")
     made.point(cos=cos, sin=sin, embed=arrays.get("embed"), final_norm=arrays["final_norm"])
     return made.keep(packed, layers)
 
@@ -100,6 +100,7 @@ def batch(inputs: StepInputs, wanted: Ints | None = None) -> library.Batch:
         slot_mapping=inputs.slot_mapping,
         block_tables=inputs.block_tables,
         wanted=wanted,
+        adapters=inputs.adapters,
     )
 
 

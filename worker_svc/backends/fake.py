@@ -16,8 +16,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from protos.wire import Admit, Copy, Direction, Mask, Phase, Row, RowResult, Sampling, Setup, StepPlan, TokenLogprobs
+from protos.adapter_files import AdapterFilesError, digest
+from protos.wire import (
+    Admit,
+    Copy,
+    Direction,
+    LoadAdapter,
+    Mask,
+    Phase,
+    Row,
+    RowResult,
+    Sampling,
+    Setup,
+    StepPlan,
+    TokenLogprobs,
+)
+from worker_svc.adapters.places import AdapterError, Places
 from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"
@@ -70,9 +86,16 @@ def draw(seed: int, position: int, prefix_hash: int, vocab: int) -> int:
     return (z ^ (z >> 31)) % vocab
 
 
-def expected(token_ids: list[int], sampling: Sampling, vocab: int = Options.vocab) -> list[int]:
+def root(adapter_digest: str) -> int:
+    """What a prefix begins with: another adapter's tokens are others. 0 without one."""
+    return int(adapter_digest, 16) & _WORD if adapter_digest else 0
+
+
+def expected(
+    token_ids: list[int], sampling: Sampling, vocab: int = Options.vocab, adapter_digest: str = ""
+) -> list[int]:
     """The output that an undisturbed run gives: the oracle of every test with this backend."""
-    slot = _Slot(list(token_ids), len(token_ids), sampling, [])
+    slot = _Slot(list(token_ids), len(token_ids), sampling, [], root=root(adapter_digest))
     ends = {*sampling.stop_token_ids, *sampling.eos_token_ids}
     while slot.num_output < sampling.max_tokens:
         token = slot.next_token(vocab, None)
@@ -102,6 +125,7 @@ class _Slot:
     sampling: Sampling
     table: list[int]  # block ids in position order
     pooling: str = ""
+    root: int = 0  # see `root`
     computed: int = -1  # positions whose KV is written; −1: not begun, the first row says where
     hashes: list[int] = field(default_factory=list)  # of the prefix that ends at each position
     drafts: list[int] = field(default_factory=list)  # proposed behind the tokens
@@ -118,7 +142,7 @@ class _Slot:
 
     def append(self, token: int) -> None:
         self.token_ids.append(token)
-        self.hashes.append(extend(self.hashes[-1] if self.hashes else 0, token))
+        self.hashes.append(extend(self.hashes[-1] if self.hashes else self.root, token))
 
     def next_token(self, vocab: int, allowed: memoryview | None) -> int:
         sampling = self.sampling
@@ -176,6 +200,7 @@ class FakeBackend:
         self._kv: list[list[int]] = []  # [block][offset] prefix hash, 0 where nothing was written
         self._host: list[list[int]] = []  # as _kv; empty where nothing was copied to
         self._slots: dict[int, _Slot] = {}
+        self._places, self._digests = Places(0), dict[str, str]()  # of what is loaded, by name
         self._rows: list[Row] = []
         self._num_propose = 0
         self._starts: list[int] = []  # of the last forward's rows
@@ -196,6 +221,7 @@ class FakeBackend:
             progress(Phase.LOADING, part / 4)
             time.sleep(options.load_ms / 4000)
         self._block_size, self._max_slots = setup.block_size, setup.max_slots
+        self._places, self._digests = Places(setup.max_adapters), {}
         num_blocks = setup.kv_bytes // (setup.block_size * _BYTES_PER_TOKEN) if setup.kv_bytes else options.blocks
         if num_blocks < 2:
             raise BackendError(f"{setup.kv_bytes} bytes of KV hold no block of {setup.block_size} tokens")
@@ -219,6 +245,7 @@ class FakeBackend:
 
     def reset(self, setup: Setup) -> None:
         self._slots.clear()
+        self._places, self._digests = Places(setup.max_adapters), {}
         self._kv = [[0] * self._block_size for _ in self._kv]
         self._host = [[] for _ in self._host]
 
@@ -274,6 +301,22 @@ class FakeBackend:
             results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs, state))
         return results
 
+    def load_adapter(self, load: LoadAdapter) -> int:
+        """Of its files the digest alone is looked at."""
+        index = self._places.free(load.adapter)
+        try:
+            found = digest(Path(load.path))
+        except AdapterFilesError as error:
+            raise AdapterError(str(error)) from None
+        if found != load.digest:
+            raise AdapterError(f"{load.path}: its files are not those that were asked for")
+        self._places.by_name[load.adapter], self._digests[load.adapter] = index, found
+        return 1
+
+    def unload_adapter(self, name: str) -> None:
+        self._places.remove(name)
+        del self._digests[name]
+
     def close(self) -> None:
         self._slots.clear()
         self._kv.clear()
@@ -284,7 +327,10 @@ class FakeBackend:
             raise ValueError(f"admit to slot {admit.slot}, which is taken or not in 1..{self._max_slots}")
         if not 1 <= admit.prompt_len <= len(admit.token_ids):
             raise ValueError(f"admit with prompt_len {admit.prompt_len} of {len(admit.token_ids)} tokens")
-        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [], admit.pooling)
+        if admit.adapter and admit.adapter not in self._digests:
+            raise ValueError(f"slot {admit.slot} wants adapter {admit.adapter!r}, which is not loaded")
+        begun = root(self._digests.get(admit.adapter, ""))
+        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [], admit.pooling, begun)
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
 

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from protos.wire import Mask, Phase, RowResult, Setup, StepPlan, TokenLogprobs
+from protos.wire import LoadAdapter, Mask, Phase, RowResult, Setup, StepPlan, TokenLogprobs
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import AdapterError, Places
 from worker_svc.attention.cpu import kv_tile
 from worker_svc.backends.base import (
     MAX_SLOTS,
@@ -89,6 +91,7 @@ class TorchBackend:
             kv_dtype=("auto", "bf16") if setup.dtype == "bfloat16" else ("auto",),
             splits=True,
             offloads=True,
+            adapts=True,
             speculation=PROPOSERS,
         )
         path = Path(setup.model)
@@ -118,6 +121,7 @@ class TorchBackend:
         progress(Phase.COMPILING, 0.0)
         backend = "torch" if isinstance(runner, ModelRunner) else "transformers"
         exact = isinstance(runner, ModelRunner) and exact_steps(runner, self._cache) and dtype == "float32"
+        self._exact, self._max_adapter_rank = exact, setup.max_adapter_rank
         return Capacity(
             num_blocks=self._cache.num_blocks,
             num_host_blocks=num_host_blocks,
@@ -136,6 +140,9 @@ class TorchBackend:
     def reset(self, setup: Setup) -> None:
         self._pending = None
         self._host.forget()
+        self._places = Places(setup.max_adapters)
+        if isinstance(self._runner, ModelRunner):
+            self._runner.adapters.clear()
         self._slots = SlotTable(
             max_slots=setup.max_slots or MAX_SLOTS,
             max_model_len=self._max_len,
@@ -143,6 +150,7 @@ class TorchBackend:
             num_blocks=self._cache.num_blocks,
             vocab_size=self._runner.vocab_size,
             copy=self._host.copy,
+            adapters=self._places.by_name,
         )
         self._pooler = Pooler(self._slots)
         self._sampler.reset()
@@ -172,11 +180,26 @@ class TorchBackend:
             propose(self._proposer, plan, inputs, self._slots)
         return results
 
+    def load_adapter(self, load: LoadAdapter) -> int:
+        runner, index = self._adapting(), self._places.free(load.adapter)
+        adapter = read_adapter(Path(load.path), runner.whole, self._max_adapter_rank, load.digest)
+        runner.adapters.load(index, adapter, self._exact)
+        self._places.by_name[load.adapter] = index
+        return adapter.rank
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapting().adapters.unload(self._places.remove(name))
+
     def close(self) -> None:
         self._pending = None
         if self._proposer:
             self._proposer.close()
         self._ranks.close()
+
+    def _adapting(self) -> ModelRunner:
+        if not isinstance(self._runner, ModelRunner):
+            raise AdapterError("a model that transformers runs takes no adapters")
+        return self._runner
 
     def _open(self, path: Path, dtype: DType, setup: Setup, progress: Progress) -> Runner:
         model = None if self._transformers else open_model(path)

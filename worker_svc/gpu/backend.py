@@ -14,7 +14,8 @@ import triton
 from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.attention_tuning import Device as Kind
 from kernels.gpu.slot_state import MAX_ROWS, SlotState
-from protos.wire import Mask, Phase, Setup, StepPlan
+from protos.wire import LoadAdapter, Mask, Phase, Setup, StepPlan
+from worker_svc.adapters.places import AdapterError
 from worker_svc.attention.choice import Choice, Where, choose
 from worker_svc.attention.paged import PagedAttention, Rows, UnsuitedAttention
 from worker_svc.backends.base import (
@@ -199,6 +200,12 @@ class GpuBackend:
     def sample(self, mask: Mask | None) -> Landing:
         assert self._steps is not None, "load comes first"
         return self._steps.sample(mask)
+
+    def load_adapter(self, load: LoadAdapter) -> int:
+        raise AdapterError("the cuda backend takes no adapters")
+
+    def unload_adapter(self, name: str) -> None:
+        raise AdapterError("the cuda backend takes no adapters")
 
     def close(self) -> None:
         if self._steps is not None:

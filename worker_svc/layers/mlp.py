@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from worker_svc.layers.linear import Linear
+from worker_svc.layers.lora import Adapt, unadapted
 
 
 class GatedMLP:
@@ -16,10 +17,11 @@ class GatedMLP:
         """`gate_up`: rows of gate, then of up."""
         self._gate_up, self._down, self._activation = gate_up, down, activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapt: Adapt = unadapted) -> Tensor:
         """[T, hidden] → [T, hidden], both of the weights' dtype; T = padded_rows(T)."""
-        gate, up = self._gate_up(x).float().chunk(2, -1)
-        return self._down((self._activation(gate) * up).to(x.dtype))
+        gate, up = adapt("gate_up", x, self._gate_up(x)).float().chunk(2, -1)
+        gated = (self._activation(gate) * up).to(x.dtype)
+        return adapt("down", gated, self._down(gated))
 
     def linears(self) -> list[Linear]:
         return [self._gate_up, self._down]

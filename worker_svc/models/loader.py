@@ -109,12 +109,12 @@ def split_halves(array: NDArray[Any], heads: int) -> NDArray[Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises CheckpointError where there is none, or it is no JSON object."""
     try:
-        return _read_json(path / "config.json")
+        return read_json(path / "config.json")
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no config.json: not a model directory") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -155,7 +155,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if said is None:
         for name, method in _OLD_CONFIGS:
             if (path / name).is_file():
-                return {"quant_method": method} | _read_json(path / name)
+                return {"quant_method": method} | read_json(path / name)
         return {}
     if not isinstance(said, dict):
         raise SpecError(f"config.json: quantization_config must be an object, not {type(said).__name__}")

@@ -50,6 +50,9 @@ int64_t pw_kv_block_bytes(const pw_spec *spec) {
 
 void *pw_kv(const pw_model *model) { return model->kv.as<void>(); }
 
+int pw_set_adapter(pw_model *model, int32_t index, const pw_lora *loras) {
+  return guarded([&] { model->set_adapter(index, loras); });
+}
 int pw_forward(pw_model *model, const pw_batch *batch) {
   return guarded([&] { model->forward(*batch); });
 }

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define PW_ABI 4
+#define PW_ABI 5
 #define PW_PANEL 48     // columns of a packed panel
 #define PW_GROUP 32     // weights that share a scale in PW_INT4
 #define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
@@ -67,6 +67,17 @@ typedef struct {
   const pw_layer *layers;
 } pw_spec;
 
+// What an adapter adds to a section of a product's columns, for the rows that name it: y += scale · B (A x). One each of
+// q, k, v; o; gate, up; down: PW_LORAS a layer. Products of bfloat16; A x is rounded to it as well.
+#define PW_LORAS 7
+#define PW_MAX_ADAPTERS 1024
+typedef struct {
+  const uint16_t *a;  // [rank / 16][kp / 2][16][2], kp = x's columns rounded up to 32; or null: nothing is added
+  const uint16_t *b;  // [np / 16][rank / 2][16][2], np = the section's columns rounded up to 48
+  float scale;
+  int32_t rank;       // a multiple of 16
+} pw_lora;
+
 typedef struct pw_model pw_model;
 
 int32_t pw_abi(void);
@@ -90,7 +101,7 @@ typedef struct {
   const int64_t *token_ids, *positions, *slot_mapping;  // [T]; slot_mapping = block · block_size + offset
   const int64_t *block_tables;  // [R, table_stride]
   int64_t table_stride;
-  const int32_t *adapters;      // [R] or null; anything but null is refused until adapters are built
+  const int32_t *adapters;      // [R] of each row, as pw_set_adapter's index, or 0 of none; null: none has any
   // Tokens that outputs may be asked of, ascending; null: any. The last layer is computed for them alone.
   const int64_t *wanted;
   int64_t num_wanted;
@@ -124,6 +135,10 @@ typedef struct {
   int64_t *top_ids;            // out [S, max_top]
   double *top_logprobs;        // out [S, max_top]
 } pw_samples;
+
+// Rows may name `index`, 1 … PW_MAX_ADAPTERS, from the next step on. `loras` [layers][PW_LORAS]; what they point to is
+// held on to until it is set anew. Null: no row names it any more.
+int pw_set_adapter(pw_model *, int32_t index, const pw_lora *loras);
 
 int pw_forward(pw_model *, const pw_batch *);
 int pw_sample(pw_model *, const pw_samples *);

@@ -100,15 +100,30 @@ void check_spec(const pw_spec &s) {
   for (int i = 0; i < s.num_layers; i++) check_layer(s, i);
 }
 
+void check_adapter(const Model &m, int index, const pw_lora *loras) {
+  check_range("index", index, 1, PW_MAX_ADAPTERS);
+  for (int i = 0; loras && i < m.spec.num_layers * PW_LORAS; i++) {
+    const pw_lora &lora = loras[i];
+    if (!lora.a) continue;
+    if (!lora.b) fail("lora %d of layer %d: b is null", i % PW_LORAS, i / PW_LORAS);
+    if (lora.rank < 16 || lora.rank % 16 || lora.rank > 4096)
+      fail("lora %d of layer %d: rank %d must be a multiple of 16, at most 4096", i % PW_LORAS, i / PW_LORAS, lora.rank);
+  }
+}
+
 void check_batch(const Model &m, const pw_batch &b) {
   if (!m.team.alive()) fail("the process forked, and the threads of this model stayed with its parent");
-  if (b.adapters) fail("adapters are not supported");
   check_range("num_rows", b.num_rows, 0, 1 << 20);
   check_range("num_tokens", b.num_tokens, b.num_rows, 1 << 20);
   check_pointer("cu", b.cu);
   if (b.cu[0] != 0 || b.cu[b.num_rows] != b.num_tokens)
     fail("cu is from %lld to %lld, and must be from 0 to %d", ll(b.cu[0]), ll(b.cu[b.num_rows]), b.num_tokens);
   for (int row = 0; row < b.num_rows; row++) check_row(m, b, row);
+  for (int row = 0; b.adapters && row < b.num_rows; row++) {
+    const ll index = b.adapters[row];
+    if (index && (index < 0 || index >= ll(m.adapters.size()) || m.adapters[index].empty()))
+      fail("adapters[%d] is %lld, and none is there", row, index);
+  }
   if (!b.wanted) return;
   check_range("num_wanted", b.num_wanted, 0, b.num_tokens);
   for (ll i = 0; i < b.num_wanted; i++)

@@ -24,6 +24,15 @@ struct Operand {
   float *offsets;  // PW_INT4 [rows][kp / 32]: scale · Σ q of each group
 };
 
+// What adapters add to a product of some rows.
+struct Addition {
+  const pw_lora *const *rows;  // [rows] each one's first of layer 0; null: it has no adapter
+  int offset, sections;        // of this layer and product, from there
+  int32_t begins[3];           // columns, multiples of 16: of q, k and v. Panels of gate and up alternate
+  const uint16_t *shrunk;      // bfloat16 [rows][sections][ld] scale · A x
+  int64_t ld;
+};
+
 enum class Then { store, add, glu };  // what becomes of y = x Wᵀ + b
 
 struct Output {
@@ -33,6 +42,7 @@ struct Output {
   uint16_t *c_bf16; // glu: where not null, instead of c: the same as bfloat16 bits, [rows, ldc]
   int32_t activation;
   const pw_weight *next = nullptr;  // what is multiplied after this: it is fetched towards the end
+  const Addition *addition = nullptr;
 };
 
 struct Best { float value; int32_t index; };  // of a row: greatest logit, lowest index among equals
@@ -54,6 +64,8 @@ struct Kernels {
   void (*gemm)(Team &, int thread, const pw_weight &, const Operand &, int rows, const Output &);            // team
   void (*gemm_argmax)(Team &, int thread, const pw_weight &, const Operand &, int rows, float softcap,
                       Best *best /* [threads][rows]: this thread's own, written whole */);                    // team
+  // lora.inc: one row, alone. x bfloat16 [k rounded up to 32], out [sections][ld]; those of no adapter stay as they are
+  void (*shrink)(const uint16_t *x, int k, const pw_lora *loras, int sections, uint16_t *out, int64_t ld);
   // rows.inc: one row each, alone
   void (*embed)(const pw_spec &, int64_t token, float *x /* [hidden] */);
   void (*normalize)(const float *x, const float *weight, float eps, int k, float *y);

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 
@@ -133,7 +134,15 @@ Model::Model(const pw_spec &given, const Kernels &kernels, std::shared_ptr<Team>
   for (const pw_layer &layer : layers)
     for (const pw_weight *w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
       if (w->order && w->k > widest) widest = round_up(w->k, 16);
+  lora_columns = round_up(std::max({spec.intermediate_size, spec.num_heads * spec.head_dim, spec.hidden_size}), 32);
+  lora_rows.reserve(size_t(team.size() * lora_columns) * sizeof(uint16_t), "rows for adapters");
   reordered.reserve(size_t(team.size()) * size_t(widest) * sizeof(float), "reordered rows");
+}
+
+void Model::set_adapter(int index, const pw_lora *loras) {
+  check_adapter(*this, index, loras);
+  if (index >= int(adapters.size())) adapters.resize(size_t(index) + 1);
+  adapters[size_t(index)].assign(loras, loras ? loras + spec.num_layers * PW_LORAS : nullptr);
 }
 
 }  // namespace pw

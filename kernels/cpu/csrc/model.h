@@ -89,6 +89,9 @@ struct Model {
   // `last_x`, where the last layer was computed for some tokens alone: token t is row rows[t], or −1 of none.
   int num_tokens = 0;
   Memory x, qkv, attended, gated, unnormed, attend_scratch, last_x, last_qkv, last_scratch;
+  std::vector<std::vector<pw_lora>> adapters;  // by index, [layers][PW_LORAS]; empty: there is none
+  Memory shrunk, lora_rows;  // what they make of x; and x as bfloat16: a row of `lora_columns` for each thread
+  int64_t lora_columns;
   Memory reordered;    // rows whose columns go in another order: one for each thread
   int64_t widest = 0;  // floats of one
   std::vector<int32_t> rows;  // [tokens]; empty where all were computed
@@ -102,6 +105,7 @@ struct Model {
   const float *residual(int64_t token) const {
     return (rows.empty() ? x : last_x).as<float>() + row_of(token) * spec.hidden_size;
   }
+  void set_adapter(int index, const pw_lora *loras);
   void forward(const pw_batch &);
   void sample(const pw_samples &);
   void write_logits(const int64_t *tokens, int count, float *out);
@@ -112,6 +116,7 @@ struct Model {
 
 // What would have the step read or write where it must not. Throw Error, naming field and limit.
 void check_spec(const pw_spec &);
+void check_adapter(const Model &, int index, const pw_lora *);
 void check_batch(const Model &, const pw_batch &);
 void check_samples(const Model &, const pw_samples &);
 void check_tokens(const Model &, const int64_t *tokens, int count);

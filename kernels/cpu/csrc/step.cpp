@@ -8,6 +8,7 @@
 // Each element is made by one thread in one order, so who made it never shows.
 #include "model.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace pw {
@@ -22,7 +23,10 @@ struct Part {
   int rows;
   float *x, *qkv;
   char *scratch;  // attention's plan
+  const pw_lora *const *loras;  // [rows] as Addition has them; null: none has an adapter
 };
+
+enum Lora { LORA_QKV = 0, LORA_O = 3, LORA_GATE_UP = 4, LORA_DOWN = 6 };  // a layer's, from its first on
 
 // The wanted tokens as a batch of their own: what attention reads of one. A row is a run of tokens that follow each
 // other, with a copy of its sequence's table.
@@ -72,8 +76,9 @@ class Forward {
     m_.hidden_rows.reserve(first.qkv, rows, copies);
     m_.attended_rows.reserve(first.o, rows, copies);
     m_.gated_rows.reserve(first.down, rows, copies);
-    all_ = part(b_, m_.x, m_.qkv, m_.attend_scratch);
-    last_ = some_ ? part(wanted_.batch, m_.last_x, m_.last_qkv, m_.last_scratch) : all_;
+    find_loras();
+    all_ = part(b_, m_.x, m_.qkv, m_.attend_scratch, loras_);
+    last_ = some_ ? part(wanted_.batch, m_.last_x, m_.last_qkv, m_.last_scratch, last_loras_) : all_;
     m_.rows.clear();
     if (some_) m_.rows.assign(size_t(rows), -1);
     for (int i = 0; some_ && i < last_.rows; i++) m_.rows[size_t(b_.wanted[i])] = i;
@@ -97,20 +102,38 @@ class Forward {
   }
 
  private:
-  Part part(const pw_batch &batch, Memory &x, Memory &qkv, Memory &scratch) {
+  // Each token's adapter, if any of them has one.
+  void find_loras() {
+    if (!b_.adapters) return;
+    bool any = false;
+    for (int row = 0; row < b_.num_rows; row++) {
+      const int index = b_.adapters[row];
+      const pw_lora *first = index ? m_.adapters[size_t(index)].data() : nullptr;
+      loras_.insert(loras_.end(), size_t(b_.cu[row + 1] - b_.cu[row]), first);
+      for (int i = 0; first && i < m_.spec.num_layers * PW_LORAS; i++)
+        if (first[i].a) any = true, shrunk_ld_ = std::max(shrunk_ld_, int64_t(first[i].rank));
+    }
+    if (!any) return loras_.clear();
+    for (int64_t i = 0; some_ && i < b_.num_wanted; i++) last_loras_.push_back(loras_[size_t(b_.wanted[i])]);
+    m_.shrunk.reserve(size_t(b_.num_tokens) * 3 * size_t(shrunk_ld_) * sizeof(uint16_t), "what adapters make of rows");
+  }
+
+  Part part(const pw_batch &batch, Memory &x, Memory &qkv, Memory &scratch, const std::vector<const pw_lora *> &loras) {
     const int rows = batch.num_tokens, threads = m_.team.size();
     x.reserve(size_t(rows) * m_.spec.hidden_size * sizeof(float), "residual");
     qkv.reserve(size_t(rows) * qkv_ld_ * sizeof(float), "queries");
     scratch.reserve(size_t(m_.kernels.attend_bytes(m_.shape, batch, threads)), "attention's plan");
     m_.kernels.attend_plan(m_.shape, batch, threads, scratch.as<char>());
-    return {&batch, rows, x.as<float>(), qkv.as<float>(), scratch.as<char>()};
+    return {&batch, rows, x.as<float>(), qkv.as<float>(), scratch.as<char>(), loras.empty() ? nullptr : loras.data()};
   }
 
   // Queries of all tokens, turned; keys and values into their pages.
   void write_kv(int thread, const pw_layer &layer, char *pages) {
     const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, all_.rows, all_.x, layer.attn_norm);
+    Addition addition;
     m_.kernels.gemm(m_.team, thread, layer.qkv, normed, all_.rows,
-                    {Then::store, all_.qkv, qkv_ld_, nullptr, 0, &layer.o});
+                    {Then::store, all_.qkv, qkv_ld_, nullptr, 0, &layer.o,
+                     shrink(thread, layer, LORA_QKV, 3, all_, {all_.x, m_.spec.hidden_size, layer.attn_norm}, addition)});
     mark(thread, Phase::qkv);
     auto item = [&](int, int i) {
       m_.kernels.write_kv(m_.shape, layer, all_.qkv + i * qkv_ld_, b_.positions[i], b_.slot_mapping[i], pages);
@@ -136,16 +159,18 @@ class Forward {
                       part.scratch);
     mark(thread, Phase::attend);
     const Operand seen = prepare(thread, layer.o, m_.attended_rows, part.rows, attended, nullptr, layer.o.k);
-    add(thread, layer.o, seen, part, layer.attn_post_norm, &layer.gate_up, Phase::o);
+    Addition addition;
+    const Addition *adapted = shrink(thread, layer, LORA_O, 1, part, {attended, layer.o.k}, addition);
+    add(thread, layer.o, seen, part, layer.attn_post_norm, &layer.gate_up, Phase::o, adapted);
   }
 
   // A product onto the residual, normed first where there is a norm. `next` is the product that follows.
   void add(int thread, const pw_weight &w, const Operand &operand, const Part &part, const float *norm,
-           const pw_weight *next, Phase phase) {
+           const pw_weight *next, Phase phase, const Addition *adapted) {
     const int64_t width = m_.spec.hidden_size;
     float *y = m_.unnormed.as<float>();
-    const Output out = norm ? Output{Then::store, y, width, nullptr, 0, next}
-                            : Output{Then::add, part.x, width, nullptr, 0, next};
+    const Output out = norm ? Output{Then::store, y, width, nullptr, 0, next, adapted}
+                            : Output{Then::add, part.x, width, nullptr, 0, next, adapted};
     m_.kernels.gemm(m_.team, thread, w, operand, part.rows, out);
     mark(thread, phase);
     if (!norm) return;
@@ -169,16 +194,53 @@ class Forward {
     const bool direct = layer.down.kind == PW_BF16 && width <= layer.gate_up.n / 2;
     Operand gated = m_.gated_rows.operand(layer.down, 0);
     auto *rounded = static_cast<uint16_t *>(gated.data);
-    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, rounded, activation, &layer.down}
-                              : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation, &layer.down};
+    Addition addition;
+    const Addition *adapted =
+        shrink(thread, layer, LORA_GATE_UP, 2, part, {part.x, m_.spec.hidden_size, layer.mlp_norm}, addition);
+    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, rounded, activation, &layer.down, adapted}
+                              : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation, &layer.down, adapted};
     m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, part.rows, out);
     mark(thread, Phase::gate_up);
 
     if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, part.rows, m_.gated.as<float>(), nullptr, width);
-    add(thread, layer.down, gated, part, layer.mlp_post_norm, after(layer), Phase::down);
+    const Source source = direct ? Source{nullptr, gated.stride, nullptr, rounded} : Source{m_.gated.as<float>(), width};
+    adapted = shrink(thread, layer, LORA_DOWN, 1, part, source, addition);
+    add(thread, layer.down, gated, part, layer.mlp_post_norm, after(layer), Phase::down, adapted);
   }
 
   bool few() const { return b_.num_tokens <= FEW; }
+
+  // Rows of x, normed where there is a norm; or as bfloat16 already.
+  struct Source {
+    const float *x;
+    int64_t ld;
+    const float *norm = nullptr;
+    const uint16_t *rounded = nullptr;
+  };
+
+  // What the rows' adapters will add to a product of theirs, once it is expanded; null where no row has one.
+  const Addition *shrink(int thread, const pw_layer &layer, Lora first, int sections, const Part &part,
+                         const Source &from, Addition &to) {
+    if (!part.loras) return nullptr;
+    const pw_spec &s = m_.spec;
+    const int32_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
+    const int k = first == LORA_O ? layer.o.k : first == LORA_DOWN ? layer.down.k : s.hidden_size;
+    auto *shrunk = m_.shrunk.as<uint16_t>();
+    to = {part.loras, int(&layer - m_.layers.data()) * PW_LORAS + first, sections, {0, q, q + kv}, shrunk, shrunk_ld_};
+    auto item = [&](int t, int i) {
+      if (!part.loras[i]) return;
+      const uint16_t *row = from.rounded + i * from.ld;
+      if (from.x) {
+        const int64_t kp = round_up(k, 32);
+        const Operand mine{PW_BF16, kp, m_.lora_rows.as<uint16_t>() + t * m_.lora_columns, nullptr, nullptr, nullptr};
+        m_.kernels.prepare(from.x + i * from.ld, from.norm, s.norm_eps, k, mine, 0);
+        row = static_cast<const uint16_t *>(mine.data);
+      }
+      m_.kernels.shrink(row, k, part.loras[i] + to.offset, sections, shrunk + i * sections * shrunk_ld_, shrunk_ld_);
+    };
+    m_.team.share(thread, part.rows, item);
+    return &to;
+  }
 
   // `rows` of `x`, `ld` apart, as what `w` multiplies.
   Operand prepare(int thread, const pw_weight &w, const Rows &to, int rows, const float *x, const float *norm,
@@ -212,7 +274,8 @@ class Forward {
   const pw_batch &b_;
   const Wanted wanted_;
   const bool some_;
-  int64_t qkv_ld_;
+  int64_t qkv_ld_, shrunk_ld_ = 0;
+  std::vector<const pw_lora *> loras_, last_loras_;  // empty: none
   Part all_, last_;
 };
 

@@ -55,6 +55,21 @@ class AdminServiceStub:
                 request_serializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/pagewire.v1.AdminService/LoadAdapter',
+                request_serializer=pagewire_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/pagewire.v1.AdminService/UnloadAdapter',
+                request_serializer=pagewire_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/pagewire.v1.AdminService/ListAdapters',
+                request_serializer=pagewire_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=pagewire_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
         self.WatchKvEvents = channel.unary_stream(
                 '/pagewire.v1.AdminService/WatchKvEvents',
                 request_serializer=pagewire_dot_v1_dot_admin__pb2.WatchKvEventsRequest.SerializeToString,
@@ -93,6 +108,28 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+        answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+        else is disturbed. The same adapter again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchKvEvents(self, request, context):
         """Every cached block that there is, then every change, until the client leaves.
         """
@@ -122,6 +159,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.FromString,
                     response_serializer=pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=pagewire_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=pagewire_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=pagewire_dot_v1_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=pagewire_dot_v1_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
             ),
             'WatchKvEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchKvEvents,
@@ -238,6 +290,87 @@ class AdminService:
             '/pagewire.v1.AdminService/FlushCache',
             pagewire_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
             pagewire_dot_v1_dot_admin__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.AdminService/LoadAdapter',
+            pagewire_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            pagewire_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.AdminService/UnloadAdapter',
+            pagewire_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            pagewire_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.AdminService/ListAdapters',
+            pagewire_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            pagewire_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

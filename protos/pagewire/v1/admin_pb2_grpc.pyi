@@ -40,6 +40,14 @@ class AdminServiceStub:
     """Takes no new requests (they get UNAVAILABLE), answers when the last accepted one has ended."""
     FlushCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FlushCacheRequest, _admin_pb2.FlushCacheResponse]
     """Forgets every cached prefix that no running request uses."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]
+    """Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+    answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+    else is disturbed. The same adapter again changes nothing.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]
+    """Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone."""
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]
     WatchKvEvents: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchKvEventsRequest, _admin_pb2.WatchKvEventsResponse]
     """Every cached block that there is, then every change, until the client leaves."""
 
@@ -55,6 +63,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Takes no new requests (they get UNAVAILABLE), answers when the last accepted one has ended."""
     FlushCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.FlushCacheRequest, _admin_pb2.FlushCacheResponse]  # type: ignore[assignment]
     """Forgets every cached prefix that no running request uses."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+    answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+    else is disturbed. The same adapter again changes nothing.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone."""
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     WatchKvEvents: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchKvEventsRequest, _admin_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
     """Every cached block that there is, then every change, until the client leaves."""
 
@@ -91,6 +107,32 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.FlushCacheResponse, _abc.Awaitable[_admin_pb2.FlushCacheResponse]]:
         """Forgets every cached prefix that no running request uses."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _admin_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoadAdapterResponse, _abc.Awaitable[_admin_pb2.LoadAdapterResponse]]:
+        """Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+        answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+        else is disturbed. The same adapter again changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _admin_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadAdapterResponse, _abc.Awaitable[_admin_pb2.UnloadAdapterResponse]]:
+        """Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone."""
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _admin_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAdaptersResponse, _abc.Awaitable[_admin_pb2.ListAdaptersResponse]]: ...
 
     @_abc_1.abstractmethod
     def WatchKvEvents(
