@@ -123,6 +123,7 @@ class Worker:
                 quantization=capacity.quantization,
                 kv_dtype=capacity.kv_dtype,
                 step_seconds=capacity.step_seconds,
+                hidden_size=capacity.hidden_size,
             )
         )
         self._idle_since = self._clock()

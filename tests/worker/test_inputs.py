@@ -68,7 +68,8 @@ def test_adapters_are_told_where_a_row_has_one() -> None:
     slots.apply(StepPlan(Epoch(1, 1), 1, [], admits, [], []))
     adapters = inputs(slots, Row(3, 0, 1), Row(2, 0, 1), Row(1, 0, 1)).adapters
     assert adapters is not None
-    assert (adapters.tolist(), adapters.dtype) == ([1, 0, 2], np.int32)
+    assert adapters.tolist() == [1, 0, 2]
+    assert adapters.dtype == np.int32
     assert inputs(slots, Row(2, 1, 1)).adapters is None
 
 

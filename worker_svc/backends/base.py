@@ -35,6 +35,7 @@ class Capacity:
     graph_shapes: tuple[int, ...] = ()
     num_host_blocks: int = 0
     step_seconds: tuple[tuple[int, float], ...] = ()  # where it speculates: positions of a decode step, its seconds
+    hidden_size: int = 0  # floats of a pooled output; 0: it makes none
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from worker_svc.backends.cpu_weights import Weights
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.spec import ModelSpec
+from worker_svc.pooling import Pooler
 from worker_svc.quant import on_load
 from worker_svc.quant.packed import FORMAT, PackedModel
 from worker_svc.results import build_results
@@ -117,6 +118,7 @@ class CpuBackend:
             kv_dtype="int8" if kind == "int8" else "bfloat16",
             fingerprint=self._fingerprint(packed, kind, ropes),
             step_seconds=self._step_seconds(setup) if setup.speculation else (),
+            hidden_size=packed.spec.hidden_size,
         )
 
     def reset(self, setup: Setup) -> None:
@@ -134,6 +136,7 @@ class CpuBackend:
             copy=self._host.copy,
             adapters=self._places.by_name,
         )
+        self._pooler = Pooler(self._slots)
         self._sampler.reset()
         if self._proposer:
             self._proposer.reset()
@@ -182,7 +185,8 @@ class CpuBackend:
                 self._model.sample(outputs)
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
-        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        pooled = self._pooler.pool(inputs, self._model.hidden)
+        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores, pooled)
         if self._proposer:
             propose(self._proposer, plan, inputs, self._slots)
         return results

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import struct
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"
 _WORD = (1 << 64) - 1
+HIDDEN_SIZE = 8  # floats of a pooled output
 _BYTES_PER_TOKEN = 1024  # what a token's KV pretends to weigh when `Setup.kv_bytes` sizes the pool
 
 
@@ -93,7 +95,7 @@ def expected(
     token_ids: list[int], sampling: Sampling, vocab: int = Options.vocab, adapter_digest: str = ""
 ) -> list[int]:
     """The output that an undisturbed run gives: the oracle of every test with this backend."""
-    slot = _Slot(list(token_ids), len(token_ids), sampling, [], root(adapter_digest))
+    slot = _Slot(list(token_ids), len(token_ids), sampling, [], root=root(adapter_digest))
     ends = {*sampling.stop_token_ids, *sampling.eos_token_ids}
     while slot.num_output < sampling.max_tokens:
         token = slot.next_token(vocab, None)
@@ -103,12 +105,26 @@ def expected(
     return slot.token_ids[slot.prompt_len :]
 
 
+def pooled(token_ids: list[int], pooling: str) -> bytes:
+    """Of states that are hashes of the prefix that ends there: what a prompt is pooled to."""
+    prefix, states = 0, []
+    for token in token_ids:
+        prefix = extend(prefix, token)
+        states.append([draw(i, 0, prefix, 2001) / 1000 - 1 for i in range(HIDDEN_SIZE)])
+    if pooling == "mean":
+        return struct.pack(
+            f"<{HIDDEN_SIZE}f", *(math.fsum(values) / len(states) for values in zip(*states, strict=True))
+        )
+    return struct.pack(f"<{HIDDEN_SIZE}f", *states[-1 if pooling == "last" else 0])
+
+
 @dataclass
 class _Slot:
     token_ids: list[int]
     prompt_len: int
     sampling: Sampling
     table: list[int]  # block ids in position order
+    pooling: str = ""
     root: int = 0  # see `root`
     computed: int = -1  # positions whose KV is written; −1: not begun, the first row says where
     hashes: list[int] = field(default_factory=list)  # of the prefix that ends at each position
@@ -223,6 +239,7 @@ class FakeBackend:
             backend="fake",
             max_model_len=setup.max_model_len or options.context,
             vocab_size=options.vocab,
+            hidden_size=HIDDEN_SIZE,
             fingerprint=hashlib.blake2b(f"fake {options.vocab}".encode(), digest_size=8).hexdigest(),
         )
 
@@ -266,7 +283,8 @@ class FakeBackend:
             start = len(slot.token_ids)
             prompt_logprobs = []
             if slot.sampling.prompt_logprobs >= 0:
-                scored = slot.token_ids[computed_from + 1 : min(slot.computed + 1, slot.prompt_len)]
+                first = max(computed_from + 1, slot.sampling.prompt_logprobs_from)
+                scored = slot.token_ids[first : min(slot.computed + 1, slot.prompt_len)]
                 prompt_logprobs = [self._logprobs(token, slot.sampling.prompt_logprobs) for token in scored]
             tokens: list[int] = []
             if row.sample and row.masked:
@@ -278,7 +296,9 @@ class FakeBackend:
                 slot.propose(self._num_propose, self._options.vocab)
             wanted = slot.sampling.logprobs
             logprobs = [self._logprobs(token, wanted) for token in tokens] if wanted >= 0 else []
-            results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs))
+            pools = slot.pooling and slot.computed == slot.prompt_len
+            state = pooled(slot.token_ids, slot.pooling) if pools else b""
+            results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs, state))
         return results
 
     def load_adapter(self, load: LoadAdapter) -> int:
@@ -310,7 +330,7 @@ class FakeBackend:
         if admit.adapter and admit.adapter not in self._digests:
             raise ValueError(f"slot {admit.slot} wants adapter {admit.adapter!r}, which is not loaded")
         begun = root(self._digests.get(admit.adapter, ""))
-        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [], begun)
+        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [], admit.pooling, begun)
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
 
@@ -353,7 +373,9 @@ class FakeBackend:
         if end > len(slot.token_ids) or end + len(slot.computing) > len(slot.table) * self._block_size:
             known, blocks = len(slot.token_ids), len(slot.table)
             raise ValueError(f"slot {row.slot}: positions up to {end}, with {known} tokens known and {blocks} blocks")
-        if row.sample and end != len(slot.token_ids):
+        if slot.pooling in ("mean", "cls") and slot.computed < 0 and start:
+            raise ValueError(f"slot {row.slot} pools by {slot.pooling}, and begins at {start}")
+        if row.sample and (end != len(slot.token_ids) or slot.pooling):
             raise ValueError(f"slot {row.slot}: a sample at {end} of {len(slot.token_ids)} known tokens")
         self._check_filled(row.slot, slot, start)
         hashes = slot.hashes[start:end]
