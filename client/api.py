@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pagewire.v1.admin_pb2 import GetStatsResponse
 from pagewire.v1.inference_pb2 import (
     ChatMessage,
     ChatMessages,
+    EmbedInput,
+    EmbedRequest,
+    EmbedResponse,
     FinishReason,
     GenerateDelta,
     GenerateFinished,
     GenerateRequest,
     GenerateResponse,
     GetModelResponse,
+    Pooling,
     SamplingParams,
+    ScoreCandidate,
+    ScoreRequest,
+    ScoreResponse,
     TokenIds,
 )
 
@@ -26,16 +34,19 @@ __all__ = [
     "ChatMessage",
     "ChatMessages",
     "Chunk",
+    "EmbedResponse",
     "FinishReason",
     "GenerateDelta",
     "GenerateFinished",
     "GetModelResponse",
     "GetStatsResponse",
     "Keepalive",
+    "Pooling",
     "Prompt",
     "Resume",
     "Retry",
     "SamplingParams",
+    "ScoreResponse",
     "TokenIds",
 ]
 
@@ -99,6 +110,44 @@ def generate_request(
     prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str
 ) -> GenerateRequest:
     request = GenerateRequest(request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt)
+    _set_prompt(request, prompt)
+    return request
+
+
+def embed_request(
+    inputs: Sequence[Prompt],
+    pooling: str,
+    dimensions: int | None,
+    normalize: bool | None,
+    truncate_prompt_tokens: int | None,
+    **identity: Any,
+) -> EmbedRequest:
+    """`pooling`: last, mean or cls; empty for the model's own. Raises ValueError for another."""
+    request = EmbedRequest(
+        pooling=f"POOLING_{pooling.upper()}" if pooling else None,
+        dimensions=dimensions,
+        normalize=normalize,
+        truncate_prompt_tokens=truncate_prompt_tokens,
+        **identity,
+    )
+    for prompt in inputs:
+        _set_prompt(request.inputs.add(), prompt)
+    return request
+
+
+def score_request(prompt: Prompt, candidates: Sequence[str | TokenIds], **identity: Any) -> ScoreRequest:
+    request = ScoreRequest(**identity)
+    _set_prompt(request, prompt)
+    for candidate in candidates:
+        match candidate:
+            case str():
+                request.candidates.append(ScoreCandidate(text=candidate))
+            case _:
+                request.candidates.append(ScoreCandidate(token_ids=candidate))
+    return request
+
+
+def _set_prompt(request: GenerateRequest | EmbedInput | ScoreRequest, prompt: Prompt) -> None:
     match prompt:
         case str():
             request.text = prompt
@@ -106,7 +155,6 @@ def generate_request(
             request.token_ids.CopyFrom(prompt)
         case _:
             request.chat.messages.extend(prompt)
-    return request
 
 
 def chunk(response: GenerateResponse) -> Chunk:

@@ -15,6 +15,8 @@ COMMANDS = {
     "serve": "serve a model on this host",
     "generate": "continue a text",
     "chat": "hold a conversation",
+    "embed": "turn texts into vectors",
+    "score": "tell how likely continuations are",
     "bench": "measure a running service",
     "model": "pull and list models",
     "top": "watch a running service",

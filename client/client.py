@@ -7,8 +7,9 @@
 
 Every call raises a `ServiceError`, or one of its kinds, where the service refuses or breaks it. With a policy,
 `Client(retry=Retry())`, a stream that has brought nothing yet is tried again when the service says so, and so are
-`tokenize`, `detokenize` and `model` (see `client.retry`). Calls about this moment, such as `stats`, never are. With
-`Client(retry=Resume())` a stream that broke goes on behind what it brought, also at another of several addresses.
+`embed`, `score`, `tokenize`, `detokenize` and `model` (see `client.retry`). Calls about this moment, such as `stats`,
+never are. With `Client(retry=Resume())` a stream that broke goes on behind what it brought, also at another of several
+addresses.
 """
 
 from __future__ import annotations
@@ -184,6 +185,40 @@ class Client:
     ) -> Generation:
         request = api.generate_request(prompt, sampling, request_id, priority, cache_salt)
         return Generation(self, Continuation(request, self._attempts(timeout)))
+
+    def embed(
+        self,
+        inputs: Sequence[api.Prompt],
+        *,
+        pooling: str = "",
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> api.EmbedResponse:
+        """One vector an input. `pooling`: last, mean or cls; the model's own where it is empty."""
+        request = api.embed_request(
+            inputs, pooling, dimensions, normalize, truncate_prompt_tokens,
+            request_id=request_id, priority=priority, cache_salt=cache_salt,
+        )  # fmt: skip
+        return self._retried(lambda target, left: target.inference.Embed(request, timeout=left), timeout)
+
+    def score(
+        self,
+        prompt: api.Prompt,
+        candidates: Sequence[str | api.TokenIds],
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> api.ScoreResponse:
+        """How likely each of the candidates is behind the prompt."""
+        request = api.score_request(prompt, candidates, request_id=request_id, priority=priority, cache_salt=cache_salt)
+        return self._retried(lambda target, left: target.inference.Score(request, timeout=left), timeout)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout: float | None = None) -> list[int]:
         request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)

@@ -10,7 +10,7 @@ from protos.wire import Ready, Sampling, TokenLogprobs, Wire
 class FinishReason(IntEnum):
     """Why a stream ended; all but the first two end the call with an error status."""
 
-    STOP = 1  # an end token, a stop id or a stop string
+    STOP = 1  # an end token, a stop id or a stop string; or all was computed where nothing is sampled
     LENGTH = 2
     ABORTED = 3
     DEADLINE = 4
@@ -63,6 +63,7 @@ class Submit(Wire, frozen=True):
     skip_cache: bool = False  # reads nothing from the prefix cache (prompt logprobs imply it)
     grammar: Grammar | None = None
     pooling: str = ""  # last | mean | cls: ends with `pooled` in place of tokens
+    request_tokens: int = 0  # of all sequences of its request; 0: each has as many as this one
 
 
 class Abort(Wire, frozen=True):

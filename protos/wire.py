@@ -35,7 +35,9 @@ class Sampling(Wire, frozen=True):
     Applied in the order of the fields from `bad_words` to `top_p`; logprobs are of the raw distribution.
     """
 
-    max_tokens: int  # output tokens at most, counted from the prompt's end (a resumed prefix counts)
+    max_tokens: (
+        int  # output tokens at most, counted from the prompt's end (a resumed prefix counts); 0: none is sampled
+    )
     seed: int = 0  # unsigned 64 bits: the Philox key; the frontend always sets one
     bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -51,6 +53,7 @@ class Sampling(Wire, frozen=True):
     eos_token_ids: tuple[int, ...] = ()  # the model's; empty where ignore_eos was asked
     logprobs: int = -1  # how many alternatives beside the sampled token; −1 is no logprobs at all
     prompt_logprobs: int = -1
+    prompt_logprobs_from: int = 1  # the first prompt position that is scored: what is before may be cached
 
 
 class TokenLogprobs(Wire, frozen=True):
@@ -216,7 +219,7 @@ class Ready(Wire, frozen=True):
     quantization: str = ""  # of the weights as they are multiplied; empty: they are in `dtype`
     kv_dtype: str = ""
     step_seconds: tuple[tuple[int, float], ...] = ()  # measured at warm-up: positions of a decode step, its seconds
-    hidden_size: int = 0  # floats of `pooled`
+    hidden_size: int = 0  # floats of `pooled`; 0: it makes none
     propose_seconds: tuple[tuple[int, float], ...] = ()  # slots that propose, seconds of one more draft of each
 
 

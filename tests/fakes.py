@@ -62,6 +62,8 @@ def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes)
     limit = min(submit.prompt_len + submit.sampling.max_tokens, max_model_len)
     for token in tokens:
         prefix = mix(prefix, token)
+    if not submit.sampling.max_tokens:
+        return [], FinishReason.STOP
     while len(tokens) < limit:
         token = sample(submit.sampling, vocab_size, prefix, len(tokens), len(tokens) - submit.prompt_len)
         tokens.append(token)
@@ -69,6 +71,18 @@ def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes)
         if token in submit.sampling.eos_token_ids + submit.sampling.stop_token_ids:
             return tokens[len(submit.token_ids) :], FinishReason.STOP
     return tokens[len(submit.token_ids) :], FinishReason.LENGTH
+
+
+def pooled(pooling: str, prefix: int) -> bytes:
+    """Of a prompt of that digest: two floats' worth of bytes."""
+    return mix(*pooling.encode(), prefix).to_bytes(8, "little")
+
+
+def expected_pooled(submit: Submit, domain: bytes) -> bytes:
+    prefix = root(domain, submit.adapter)
+    for token in submit.token_ids:
+        prefix = mix(prefix, token)
+    return pooled(submit.pooling, prefix) if submit.pooling else b""
 
 
 @dataclass
@@ -175,13 +189,18 @@ class FakeWorker:
         count = min(row.num_tokens, known - start)
         _demand(count > 0, f"slot {row.slot} has nothing to compute")
         _demand(slot.sampled or start % self.align == 0, f"slot {row.slot} starts at {start}, align is {self.align}")
-        _demand(row.sample == (start + count == known), f"slot {row.slot} samples in the middle of known tokens")
+        samples = slot.admit.sampling.max_tokens > 0
+        _demand(row.sample == (samples and start + count == known), f"slot {row.slot} samples where it should not")
+        if not slot.computed and slot.admit.pooling in ("mean", "cls"):
+            _demand(start == 0, f"slot {row.slot} pools by {slot.admit.pooling}, and begins at {start}")
         self._read(slot, start)
         self._write(slot, start, slot.prefixes[start + 1 : start + count + 1])
         slot.computed = start + count
         prompt_logprobs = self._prompt_logprobs(slot, row, start, count)
         if not row.sample:
-            return RowResult(row.slot, known, [], prompt_logprobs=prompt_logprobs)
+            pools = slot.admit.pooling and slot.computed == known
+            state = pooled(slot.admit.pooling, slot.prefixes[-1]) if pools else b""
+            return RowResult(row.slot, known, [], prompt_logprobs=prompt_logprobs, pooled=state)
         drafts = slot.drafts[: row.num_drafts]
         token_ids = self._verify(slot, drafts)
         slot.computed, slot.sampled = len(slot.tokens) - 1, True
@@ -235,8 +254,11 @@ class FakeWorker:
     def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:
         limit = min(slot.admit.prompt_len + slot.admit.sampling.max_tokens, self.max_model_len)
         for position, digest in enumerate(digests, start):
-            # The stream's last token is never fed, so its position is not written (R1).
-            _demand(position < limit - 1, f"slot {slot.admit.slot} writes position {position}, its limit is {limit}")
+            # The last token of a stream that samples is never fed, so its position is not written (R1).
+            _demand(
+                position < limit - (slot.admit.sampling.max_tokens > 0),
+                f"slot {slot.admit.slot} writes position {position}, its limit is {limit}",
+            )
             _demand(
                 position // self.block_size < len(slot.blocks),
                 f"slot {slot.admit.slot} writes position {position} beyond its {len(slot.blocks)} blocks",
@@ -248,8 +270,9 @@ class FakeWorker:
     def _prompt_logprobs(self, slot: FakeSlot, row: Row, start: int, count: int) -> list[TokenLogprobs]:
         if slot.admit.sampling.prompt_logprobs < 0:
             return []
+        first = max(start + 1, slot.admit.sampling.prompt_logprobs_from)
         last = min(start + count, slot.admit.prompt_len - 1)
-        return [_logprob(slot.tokens[position], position) for position in range(start + 1, last + 1)]
+        return [_logprob(slot.tokens[position], position) for position in range(first, last + 1)]
 
 
 def _logprob(token: int, position: int) -> TokenLogprobs:

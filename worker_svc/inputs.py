@@ -36,6 +36,8 @@ class StepInputs:
     sample_tokens: Ints  # [S] index into T of the token whose logits it is sampled from
     prompt_logprob_rows: Ints  # [Q] for each logit wanted for prompt logprobs: its row …
     prompt_logprob_tokens: Ints  # [Q] … and its index into T (the logits there score the next prompt token)
+    pooled_rows: Ints  # [P] for each token whose state a pooled output is made of: its row …
+    pooled_tokens: Ints  # [P] … and its index into T
 
     @property
     def sample_slots(self) -> Ints:
@@ -93,7 +95,7 @@ def flat_inputs(
         width = -(-int(ends.max(initial=0)) // slots.block_size)
         block_tables = slots.block_tables[ids, :width].astype(np.int64)
     pages, offsets = np.divmod(positions, slots.block_size)
-    scored = _scored(slots, ids, owners, positions)
+    scored, pooled = _scored(slots, ids, owners, positions), _pooled(slots, ids, owners, positions)
     sample_tokens = cu[sample_rows + 1] - 1
     if drafts is None:
         drafts = np.zeros_like(ids)
@@ -112,6 +114,8 @@ def flat_inputs(
         sample_tokens=sample_tokens,
         prompt_logprob_rows=owners[scored],
         prompt_logprob_tokens=scored,
+        pooled_rows=owners[pooled],
+        pooled_tokens=pooled,
     )
 
 
@@ -128,7 +132,18 @@ def _scored(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
     wanted = slots.params["prompt_logprobs"][ids] >= 0
     if not wanted.any():
         return _NONE
-    return np.flatnonzero(wanted[owners] & (positions + 1 < slots.prompt_lens[ids][owners]))
+    first, end = slots.params["prompt_logprobs_from"][ids], slots.prompt_lens[ids]
+    return np.flatnonzero(wanted[owners] & (positions + 1 >= first[owners]) & (positions + 1 < end[owners]))
+
+
+def _pooled(slots: SlotTable, ids: Ints, owners: Ints, positions: Ints) -> Ints:
+    """Tokens whose states pooled outputs are made of: a prompt's last, all of them, or its first."""
+    kinds = slots.pooling[ids]
+    if not kinds.any():
+        return _NONE
+    is_last = positions + 1 == slots.prompt_lens[ids][owners]
+    of_kind = np.stack([np.zeros_like(is_last), is_last, np.ones_like(is_last), positions == 0])  # as in POOLINGS
+    return np.flatnonzero(of_kind[kinds[owners], np.arange(len(owners))])
 
 
 def check(slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, samples: Ints, drafts: Ints) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,22 @@ class Layer:
     rope: Rope
 
 
+@dataclass(frozen=True)
+class StepOutputs:
+    """Of a step's tokens [S], given as indices into T."""
+
+    runner: ModelRunner
+    hidden: Tensor  # [T, hidden] of `forward`
+
+    def __call__(self, tokens: Ints) -> Tensor:
+        """Logits [S, vocab] float32."""
+        return self.runner.logits(self.hidden, tokens)
+
+    def states(self, tokens: Ints) -> Tensor:
+        """After the final norm [S, hidden] float32."""
+        return self.runner.states(self.hidden, tokens)[: len(tokens)]
+
+
 class ModelRunner:
     """The residual stream, norms, rope and attention are float32; products are in `dtype`.
 
@@ -69,7 +84,7 @@ class ModelRunner:
         spec = self.spec = self._shard.spec
         self._model, self._name, self.max_model_len = model, dtype, max_model_len
         self.dtype = getattr(torch, dtype)
-        self.vocab_size = spec.vocab_size
+        self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.dtype)
         self._activation = ACTIVATIONS[spec.activation]
         tables = {rope: rope.tables(max_model_len) for rope in spec.ropes}
@@ -89,9 +104,9 @@ class ModelRunner:
         every = [linear for layer in self.layers for linear in (layer.qkv, layer.o, *layer.mlp.linears())]
         return list({(x.in_features, x.out_features, x.dtype): x for x in [*every, self._lm_head]}.values())
 
-    def step(self, inputs: StepInputs, cache: KVCache) -> Callable[[Ints], Tensor]:
-        """Writes the step's K and V; answers with tokens [S] (indices into T) → logits [S, vocab] float32."""
-        return partial(self.logits, self.forward(inputs, cache))
+    def step(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
+        """Writes the step's K and V."""
+        return StepOutputs(self, self.forward(inputs, cache))
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Writes the step's K and V to their blocks; answers the last layer's output [T, hidden], before the norm."""
@@ -119,11 +134,15 @@ class ModelRunner:
         """hidden [T, hidden] of `forward`, tokens [S] indices into T → [S, vocab] float32."""
         if not len(tokens):  # in the middle of a prompt
             return torch.empty(0, self.vocab_size)
-        rows = torch.from_numpy(_padded(tokens, padded_rows(len(tokens))))
-        x = rms_norm(hidden.index_select(0, rows), self._final_norm, self.spec.norm_eps)
+        x = self.states(hidden, tokens)
         logits = self._side_by_side(self._lm_head(x.to(self.dtype))[: len(tokens)]).float()
         cap = self.spec.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def states(self, hidden: Tensor, tokens: Ints) -> Tensor:
+        """After the final norm [padded_rows(S), hidden] float32."""
+        rows = torch.from_numpy(_padded(tokens, padded_rows(len(tokens))))
+        return rms_norm(hidden.index_select(0, rows), self._final_norm, self.spec.norm_eps)
 
     def _side_by_side(self, logits: Tensor) -> Tensor:
         """[S, this rank's rows of lm_head] → [S, vocab]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -13,6 +15,8 @@ from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
 from worker_svc.speculation.verify import accept
 
+_NONE: Final[Mapping[int, bytes]] = MappingProxyType({})
+
 
 def build_results(
     plan: StepPlan,
@@ -21,15 +25,16 @@ def build_results(
     token_ids: Ints,
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
+    pooled: Mapping[int, bytes] = _NONE,
 ) -> list[RowResult]:
     """One result a row of the plan; appends the sampled tokens to the slots, but for those behind a draft that fell.
 
     `token_ids` [S] and `logprobs` [S] (None: not asked for) belong to inputs.sample_rows, `prompt_logprobs` [Q] to
-    inputs.prompt_logprob_rows.
+    inputs.prompt_logprob_rows; `pooled` is by row.
     """
     starts = slots.lengths[inputs.slots].tolist()
     counts = accept(inputs, slots, token_ids)
-    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs, counts)
+    return row_results(plan, inputs, starts, token_ids, logprobs, prompt_logprobs, counts, pooled)
 
 
 def row_results(
@@ -40,6 +45,7 @@ def row_results(
     logprobs: Sequence[TokenLogprobs | None],
     prompt_logprobs: Sequence[TokenLogprobs] = (),
     counts: NDArray[np.bool_] | None = None,
+    pooled: Mapping[int, bytes] = _NONE,
 ) -> list[RowResult]:
     """As `build_results`, for slots that know the tokens already; `starts` [R] are their lengths before.
 
@@ -64,6 +70,8 @@ def row_results(
     ]
     for i, scores in _by_row(inputs, prompt_logprobs).items():
         results[i] = msgspec.structs.replace(results[i], prompt_logprobs=scores)
+    for i, vector in pooled.items():
+        results[i] = msgspec.structs.replace(results[i], pooled=vector)
     return results
 
 

@@ -34,10 +34,12 @@ PARAMS = np.dtype(
         ("min_tokens", np.int64),
         ("logprobs", np.int64),
         ("prompt_logprobs", np.int64),
+        ("prompt_logprobs_from", np.int64),
     ]
 )
 
 
+POOLINGS = ("", "last", "mean", "cls")  # by their numbers in a table
 MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -75,6 +77,7 @@ class SlotTable:
         self.block_tables = np.zeros((rows, -(-self.max_model_len // self.block_size)), np.int32)
         self.block_counts = np.zeros(rows, np.int64)
         self.params = np.zeros(rows, PARAMS)
+        self.pooling = np.zeros(rows, np.int8)  # number of each slot's in POOLINGS
         self.sampling: list[Sampling | None] = [None] * rows  # None: the slot is free
         self.domains = [b""] * rows
         self.admissions = np.zeros(rows, np.int64)  # tells a slot's holder from the one before, for memos
@@ -159,12 +162,15 @@ class SlotTable:
         sampling = admit.sampling
         if not 0 <= sampling.seed < 1 << 64:
             raise SlotError(f"slot {slot} has the seed {sampling.seed}, not an unsigned number of 64 bits")
+        if admit.pooling not in POOLINGS:
+            raise SlotError(f"slot {slot} is to be pooled by {admit.pooling!r}, none of {', '.join(POOLINGS[1:])}")
         self.sampling[slot] = sampling
         self._admitted += 1
         self.admissions[slot] = self._admitted
         self.prompt_lens[slot] = admit.prompt_len
         self.limits[slot] = min(admit.prompt_len + sampling.max_tokens, self.max_model_len)
         self.domains[slot] = admit.domain
+        self.pooling[slot] = POOLINGS.index(admit.pooling)
         self.append(slot, admit.token_ids)
         self.add_blocks(slot, admit.block_ids)
         self.params[slot] = (
@@ -179,6 +185,7 @@ class SlotTable:
             sampling.min_tokens,
             sampling.logprobs,
             sampling.prompt_logprobs,
+            sampling.prompt_logprobs_from,
         )
 
     def _bring(self, row: Row) -> None:

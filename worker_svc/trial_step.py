@@ -39,4 +39,6 @@ def trial_step(rows: list[TrialRow], block_size: int) -> StepInputs:
         sample_tokens=cu[1:] - 1,
         prompt_logprob_rows=np.empty(0, np.int64),
         prompt_logprob_tokens=np.empty(0, np.int64),
+        pooled_rows=np.empty(0, np.int64),
+        pooled_tokens=np.empty(0, np.int64),
     )

@@ -120,6 +120,7 @@ class Worker:
                 kv_dtype=capacity.kv_dtype,
                 step_seconds=capacity.step_seconds,
                 propose_seconds=capacity.propose_seconds,
+                hidden_size=capacity.hidden_size,
             )
         )
         self._idle_since = self._clock()

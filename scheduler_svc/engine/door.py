@@ -77,11 +77,8 @@ class Doorkeeper:
         `free`: how many of the queue the next plan has slots for. Until then they stand in it, and take nobody's place.
         """
         self.crowded_out = []
-        if not 0 < submit.prompt_len <= len(submit.token_ids):
-            detail = f"prompt_len is {submit.prompt_len}: must be from 1 to the {len(submit.token_ids)} token_ids"
+        if detail := _malformed(submit):
             return Refusal(FinishReason.INVALID, detail)
-        if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < 1 << 32):
-            return Refusal(FinishReason.INVALID, "token_ids must be unsigned numbers of 32 bits")
         siblings = roster.requests.get(submit.request_id, {})
         if submit.index in siblings or any(not _are_siblings(submit, other.submit) for other in siblings.values()):
             detail = f"request_id {submit.request_id!r} index {submit.index} is running already"
@@ -119,7 +116,7 @@ class Doorkeeper:
         if crowd is own:
             return []
         places = roster.num_queued + submit.num_siblings - self._config.max_waiting - free
-        tokens = roster.queued_tokens + submit.num_siblings * len(submit.token_ids) - self._config.max_waiting_tokens
+        tokens = roster.queued_tokens + _request_tokens(submit) - self._config.max_waiting_tokens
         leaving: list[Sequence] = []
         for sequence in crowd.newest():
             if max(places - len(leaving), tokens) <= 0 or sequence.submit.priority < submit.priority:
@@ -132,7 +129,7 @@ class Doorkeeper:
         return leaving if has_room and come * crowd.weight <= left * own.weight else []
 
     def _overload(self, submit: Submit, roster: Roster, free: int) -> Refusal | None:
-        count, more = submit.num_siblings, submit.num_siblings * len(submit.token_ids)
+        count, more = submit.num_siblings, _request_tokens(submit)
         max_waiting, max_tokens = self._config.max_waiting, self._config.max_waiting_tokens
         if count > max_waiting:
             detail = f"{count} sequences are over max_waiting {max_waiting}, even of an empty queue"
@@ -174,7 +171,7 @@ class Doorkeeper:
         return Refusal(FinishReason.DEADLINE, detail)
 
     def _over_quota(self, submit: Submit, roster: Roster) -> Refusal | None:
-        account, tokens = roster.ledger.account(submit.tenant), submit.num_siblings * len(submit.token_ids)
+        account, tokens = roster.ledger.account(submit.tenant), _request_tokens(submit)
         bucket, name = account.bucket, f"tenant {submit.tenant!r}"
         if bucket is None:
             return None
@@ -194,6 +191,29 @@ class Doorkeeper:
         waiting, counters = bool(roster.num_queued), roster.counters
         self._sequences.tick(now, counters.departed, waiting)
         self._tokens.tick(now, counters.departed_tokens, waiting)
+
+
+def _malformed(submit: Submit) -> str:
+    """Why no sequence can be made of it; empty if one can."""
+    count, sampling = len(submit.token_ids), submit.sampling
+    if not 0 < submit.prompt_len <= count:
+        return f"prompt_len is {submit.prompt_len}: must be from 1 to the {count} token_ids"
+    if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < 1 << 32):
+        return "token_ids must be unsigned numbers of 32 bits"
+    if submit.pooling not in ("", "last", "mean", "cls"):
+        return f"pooling is {submit.pooling!r}: must be last, mean, cls or empty"
+    if submit.pooling and sampling.max_tokens:
+        return f"max_tokens is {sampling.max_tokens}: must be 0 with pooling"
+    if not sampling.max_tokens and submit.prompt_len < count:
+        return f"prompt_len is {submit.prompt_len}: must be that of the {count} token_ids where max_tokens is 0"
+    if sampling.prompt_logprobs_from < 1:
+        return f"prompt_logprobs_from is {sampling.prompt_logprobs_from}: must be at least 1"
+    return ""
+
+
+def _request_tokens(submit: Submit) -> int:
+    """That come with it and its siblings."""
+    return submit.request_tokens or submit.num_siblings * len(submit.token_ids)
 
 
 def _are_siblings(one: Submit, other: Submit) -> bool:

@@ -112,6 +112,8 @@ class Forecast:
         Those that a resumed stream brings are not to be made again.
         """
         sampling, brought = submit.sampling, len(submit.token_ids) - submit.prompt_len
+        if not sampling.max_tokens:
+            return 0.0
         if not _can_end(sampling):
             return float(max(1, sampling.max_tokens - brought))
         habit = self._used.get(sampling.max_tokens.bit_length())
@@ -119,6 +121,8 @@ class Forecast:
 
     def least_tokens(self, sampling: Sampling, brought: int = 0) -> int:
         """Of output, that hardly any stays below; without what a resumed stream brings."""
+        if not sampling.max_tokens:
+            return 0
         if not _can_end(sampling):
             return max(1, sampling.max_tokens - brought)
         habit = self._used.get(sampling.max_tokens.bit_length())
@@ -136,7 +140,7 @@ class Forecast:
         steps = -(-prompt // self._config.max_step_tokens)
         running = len(self._roster.running) / self._roster.num_groups
         is_full = queued or running >= self._config.max_num_seqs
-        tokens = self.least_tokens(sampling, given - prompt_len) - 1
+        tokens = max(0, self.least_tokens(sampling, given - prompt_len) - 1)
         beside = self._prompts_beside(tokens, running) if queued else 0.0
         decode = tokens * (base + each * (running + 1)) + beside * each
         return steps * base + prompt * each + max(decode, tokens * self.pace.recent if is_full else 0.0)
@@ -207,4 +211,4 @@ class Forecast:
 
 def _can_end(sampling: Sampling) -> bool:
     """Whether it may end before max_tokens (a stop string of the frontend's aside)."""
-    return bool(sampling.eos_token_ids or sampling.stop_token_ids)
+    return bool(sampling.max_tokens and (sampling.eos_token_ids or sampling.stop_token_ids))

@@ -67,9 +67,9 @@ class KVManager:
 
     def _usable(self, sequence: Sequence) -> list[bytes]:
         """Digests of the blocks that it may hit: at least one token is left to compute."""
-        if not (self.caching and sequence.reads_cache):
+        if not (self.caching and sequence.reusable):
             return []
-        usable = (sequence.settled - 1) // self.block_size
+        usable = min(sequence.settled - 1, sequence.reusable) // self.block_size
         return self.cache.extend_hashes(sequence)[: usable - usable % self._hit_unit]
 
     def room_for(self, sequence: Sequence, hits: list[int], reserve: int) -> bool:

@@ -57,6 +57,20 @@ class Outbox:
             )
             self._add(sequence.frontend, delta)
 
+    def computed(self, sequence: Sequence, row: Row, answer: RowResult) -> None:
+        """The end of a stream that ends with its prompt."""
+        delta = TokenDelta(
+            sequence.request_id,
+            sequence.index,
+            [],
+            finish_reason=FinishReason.STOP,
+            prompt_logprobs=sequence.new_prompt_logprobs(row.start, answer.prompt_logprobs),
+            cached_tokens=sequence.cached_tokens,
+            queued=sequence.waited,
+            pooled=answer.pooled,
+        )
+        self._add(sequence.frontend, delta)
+
     def tokens(
         self, sequence: Sequence, token_ids: list[int], row: Row, answer: RowResult, reason: FinishReason | None
     ) -> None:

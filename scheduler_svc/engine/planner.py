@@ -69,8 +69,7 @@ class Planner:
             one_behind: list[Sequence] = []
             further_behind: list[Sequence] = []
             for sequence in self._in_order():
-                is_next = sequence.ahead or sequence.computed + 1 == sequence.settled
-                (one_behind if is_next else further_behind).append(sequence)
+                (one_behind if sequence.only_samples else further_behind).append(sequence)
             self._speculate(step, one_behind, further_behind)
             for sequence in one_behind:
                 self._next_token(step, sequence)
@@ -159,21 +158,22 @@ class Planner:
         return 0
 
     def _chunk(self, step: Step, sequence: Sequence) -> None:
-        """A row of known tokens that samples where they end. The account pays for those that were given."""
+        """A row of known tokens; where they end it samples, if ever. The account pays for those that were given."""
         if sequence.state is not State.RUNNING:
             return  # preempted a moment ago
         missing = sequence.settled - sequence.computed
         count = self._chunk_size(step, sequence.computed, missing)
         if not count:
             return
-        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], count == missing))
+        sample = count == missing and sequence.samples
+        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], sample))
         step.sequences.append(sequence)
         step.budget -= count
         if sequence.unpaid:
             paid = min(count, sequence.unpaid)
             sequence.unpaid -= paid
             sequence.account.paid += paid * sequence.account.prompt_cost
-        if count == missing:
+        if sample:
             sequence.ahead += 1
             sequence.wanted = self.device.speculation.first(sequence)
         else:
@@ -281,6 +281,7 @@ class Planner:
                 sequence.sampling,
                 submit.adapter,
                 domain(submit.tenant, submit.cache_salt),
+                submit.pooling,
             )
         )
 
@@ -304,7 +305,7 @@ class Planner:
             self._admit(step, *entrant)
             self.lone = suspect
         step.for_drafts = step.budget - 1
-        if suspect.ahead or suspect.computed + 1 == suspect.settled:
+        if suspect.only_samples:
             self._next_token(step, suspect)
         else:
             self._chunk(step, suspect)

@@ -173,12 +173,15 @@ class Scheduler:
         return sum(max(0, min(len(d.free_slots), most - len(d.running))) for d in self.devices.values())
 
     def _check_length(self, sequence: Sequence) -> None:
-        """Sets how long it may become, and ends it if there is no room for one more token."""
+        """Sets how long it may become, and ends it if there is no room for what it has to become."""
         limit = sequence.prompt_len + sequence.sampling.max_tokens
         sequence.limit = min(limit, self._max_len) if self._max_len else limit
-        if self._max_len and sequence.prompt_len >= self._max_len:
-            detail = f"the prompt of {sequence.prompt_len} tokens and one more exceed {self._max_len_reason}"
+        if self._max_len and sequence.prompt_len + sequence.samples > self._max_len:
+            more = " and one more exceed" if sequence.samples else " exceeds"
+            detail = f"the prompt of {sequence.prompt_len} tokens{more} {self._max_len_reason}"
             self._finish(sequence, FinishReason.INVALID, detail)
+        elif not sequence.samples:
+            return
         elif sequence.settled >= sequence.limit:
             self._finish(sequence, FinishReason.LENGTH)
         elif sequence.settled > sequence.prompt_len and sequence.token_ids[-1] in sequence.ends:
@@ -262,6 +265,9 @@ class Scheduler:
                 except OverflowError:
                     what = f"step {result.step}: slot {row.slot} brings {answer.token_ids}, no token ids"
                     return self._distrust(device, what)
+            elif _completes(sequence, row):
+                self._outbox.computed(sequence, row, answer)
+                self._leave(sequence, FinishReason.STOP)
             elif answer.prompt_logprobs:
                 self._outbox.prompt(sequence, row, answer)
             if sequence.state is State.LEAVING and not sequence.flying:
@@ -377,6 +383,11 @@ def _business(planner: Planner) -> tuple[int, int]:
     return len(planner.device.running), planner.device.group
 
 
+def _completes(sequence: Sequence, row: Row) -> bool:
+    """Whether the row computes the last of a prompt behind which nothing is sampled."""
+    return not sequence.samples and row.start + row.num_tokens == sequence.prompt_len
+
+
 def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:
     """Why an answer cannot be the row's; empty if it can."""
     if answer.slot != row.slot:
@@ -388,4 +399,9 @@ def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:
     if not (0 <= drafted <= row.num_drafts and (0 < count <= 1 + drafted if row.sample else count == 0)):
         of = f"{drafted} drafts, where the plan has sample={row.sample} and {row.num_drafts} drafts"
         return f"slot {row.slot} brings {count} tokens of {of}"
+    pools = bool(sequence.submit.pooling) and _completes(sequence, row)
+    if bool(answer.pooled) != pools or len(answer.pooled) % 4:
+        return (
+            f"slot {row.slot} brings {len(answer.pooled)} bytes of pooled floats, due are {'some' if pools else 'none'}"
+        )
     return ""

@@ -69,10 +69,11 @@ class Sequence:
         "publish_at",
         "published",
         "queued_tokens",
-        "reads_cache",
         "record",
         "request_id",
+        "reusable",
         "root",
+        "samples",
         "sampling",
         "settled",
         "slot",
@@ -98,11 +99,12 @@ class Sequence:
         self.token_ids = array("I", submit.token_ids)  # no list: the collector would walk every queued prompt
         self.settled = self.given = len(self.token_ids)
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
+        self.samples = sampling.max_tokens > 0  # else it ends with its prompt
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
         self.max_drafts = num_drafts
         self.record = Record()
-        self.reads_cache = not submit.skip_cache and sampling.prompt_logprobs < 0
-        self.prompt_logprobs_from = 1  # the first prompt position whose logprobs were not delivered yet
+        self.reusable = _reusable(submit)  # positions of the prompt that may come from the cache
+        self.prompt_logprobs_from = sampling.prompt_logprobs_from  # the first whose logprobs were not delivered yet
         self.cached_tokens = -1  # until the first admission
         self.came = self.waited = 0.0  # when it was let in, and the seconds from there to its first admission
         self.deaths = 0
@@ -140,6 +142,11 @@ class Sequence:
         return self.settled + self.ahead
 
     @property
+    def only_samples(self) -> bool:
+        """Its next row computes the token that the one before sampled, or is about to sample."""
+        return self.samples and (self.ahead > 0 or self.computed + 1 == self.settled)
+
+    @property
     def suspect(self) -> bool:
         return self.deaths >= SUSPECT_DEATHS
 
@@ -158,7 +165,8 @@ class Sequence:
 
     def new_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """Those of a row from `start` that were not delivered yet: a recomputed prompt brings earlier ones again."""
-        new = logprobs[max(0, self.prompt_logprobs_from - start - 1) :]
+        first = max(start + 1, self.sampling.prompt_logprobs_from)  # position of the first of them
+        new = logprobs[max(0, self.prompt_logprobs_from - first) :]
         self.prompt_logprobs_from += len(new)
         return new
 
@@ -170,3 +178,13 @@ _ELSEWHERE: list[int] = []
 def _ends(eos_token_ids: tuple[int, ...], stop_token_ids: tuple[int, ...]) -> frozenset[int]:
     """One set for all who asked for the same: a long queue is mostly the same few."""
     return frozenset(eos_token_ids + stop_token_ids)
+
+
+def _reusable(submit: Submit) -> int:
+    """How many positions may come from the cache: of a cached one nobody sees logits or states."""
+    sampling = submit.sampling
+    if submit.skip_cache or submit.pooling in ("mean", "cls"):
+        return 0
+    return (
+        sampling.prompt_logprobs_from - 1 if sampling.prompt_logprobs >= 0 else submit.prompt_len + sampling.max_tokens
+    )

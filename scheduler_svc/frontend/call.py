@@ -184,7 +184,7 @@ class Call:
         if (broken := self._how_it_broke()) in ("abort", "error"):
             for stream in self.streams:
                 if not stream.ending:
-                    self.observer.stream_ended(stream.facts(broken, now), self.prepared.prompt_len)
+                    self.observer.stream_ended(stream.facts(broken, now), self._prompt_len(stream))
 
     @property
     def started(self) -> float:
@@ -197,7 +197,10 @@ class Call:
 
     def _observe(self, now: float) -> None:
         for stream in self.streams:
-            stream.observe(self.observer, self.prepared.prompt_len, now)
+            stream.observe(self.observer, self._prompt_len(stream), now)
+
+    def _prompt_len(self, stream: IndexStream) -> int:
+        return self.prepared.submits[stream.index].prompt_len
 
     def _how_it_broke(self) -> str:
         """As vLLM calls it. Refused streams are counted by the engine, by reason."""

@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import Question, ServiceStatus
-from protos.wire import Ready
+from protos.wire import Ready, TokenLogprobs
 from scheduler_svc.frontend import access, auth, resume
 from scheduler_svc.frontend.call import Call, open_streams
 from scheduler_svc.frontend.engine_link import EngineLink
@@ -59,6 +59,15 @@ class FrontendConfig:
     keepalive: float = 60.0  # seconds between pings that find out whether a client still lives
     keepalive_answer: float = 20.0  # seconds that it has to answer one
     max_connection_age: float = 0.0  # seconds; 0: no bound
+
+
+@dataclass
+class Computed:
+    """What came of one prompt."""
+
+    pooled: bytes = b""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 class Core:
@@ -121,8 +130,11 @@ class Core:
 
         Raises ServiceError FAILED_PRECONDITION where a stream cannot go on here, UNAVAILABLE where too many wait.
         """
-        if not resume.asks(request):
-            return
+        if resume.asks(request):
+            resume.check_served(request, await self.first_ready())
+
+    async def first_ready(self) -> Ready:
+        """The newest worker's word, as soon as there is one. Raises ServiceError UNAVAILABLE where too many wait."""
         if self.ready is None:
             if self._held >= MAX_HELD:
                 raise not_ready(self._held)
@@ -132,7 +144,7 @@ class Core:
             finally:
                 self._held -= 1
         assert self.ready is not None
-        resume.check_served(request, self.ready)
+        return self.ready
 
     async def _open_streams(self, prepared: Prepared, with_text: bool) -> list[IndexStream]:
         """In a thread where much is resumed: no stream waits for a stranger's past."""
@@ -175,6 +187,19 @@ class Core:
             if not announced:
                 announced = await self._announce(call.prepared, context)
             yield output
+
+    async def computed(self, prepared: Prepared, context: Context) -> list[Computed]:
+        """By index, of a request that samples nothing."""
+        found = [Computed() for _ in prepared.submits]
+        async with self.call(prepared, context, with_text=False) as call:
+            async for output in self.outputs(call, context, at_once=False):
+                one = found[output.index]
+                match output:
+                    case Gain():
+                        one.prompt_logprobs += output.prompt_logprobs
+                    case Ending():
+                        one.pooled, one.cached_tokens = output.pooled, output.cached_tokens
+        return found
 
     async def _announce(self, prepared: Prepared, context: Context) -> bool:
         ready = self.ready

@@ -90,6 +90,10 @@ def not_ready(waiting: int) -> ServiceError:
     )
 
 
+def no_pooling(message: str) -> ServiceError:
+    return ServiceError(grpc.StatusCode.FAILED_PRECONDITION, message, _info("POOLING"))
+
+
 def unauthenticated(reason: str, message: str) -> ServiceError:
     return ServiceError(grpc.StatusCode.UNAUTHENTICATED, message, _info(reason))
 

@@ -23,6 +23,8 @@ MAX_CHARACTERS: Final = 2**20  # to Tokenize; to Generate it is the context that
 MAX_DETOKENIZE: Final = 2**20
 MAX_HELD: Final = 1024  # calls to be resumed that wait for the first worker
 MAX_ABORTS: Final = 1024  # ids in one Abort
+MAX_INPUTS: Final = 256  # to Embed, and candidates to Score
+MAX_SCORED: Final = 2**18  # tokens of a Score's candidates together: what its answer holds a number for
 
 # Of a connection.
 MAX_METADATA_BYTES: Final = 16 << 10

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from protos import gguf_header
-from scheduler_svc.frontend import tokenizer
+from scheduler_svc.frontend import pooling_config, tokenizer
 from scheduler_svc.frontend.config_fields import METADATA, optional, parse_object, positive, token_ids
 from scheduler_svc.frontend.limits import DEFAULT_RANGES
+from scheduler_svc.frontend.pooling_config import PoolingDefault
 from scheduler_svc.frontend.tokenizer import Tokenizer, TokenizerError
 
 FAKE: Final = "fake:"  # `fake:vocab=512,…` names the fake backend of worker_svc/backends
@@ -51,6 +52,7 @@ class ModelCard:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     quantization: str = ""
+    pooling: PoolingDefault = field(default_factory=PoolingDefault)
     defaults: Defaults = field(default_factory=Defaults)
 
 
@@ -98,6 +100,7 @@ def _directory_card(path: Path) -> ModelCard:
         bos_token_id=_named_id(generation, text, "bos_token_id"),
         pad_token_id=_named_id(generation, text, "pad_token_id"),
         quantization=optional(quantization, f"{CONFIG}: quantization_config", "quant_method", str) or "",
+        pooling=pooling_config.of_directory(path),
         defaults=_defaults(generation),
     )
 
@@ -150,6 +153,7 @@ def _gguf_model(path: Path) -> ServedModel:
         bos_token_id=optional(metadata, METADATA, "tokenizer.ggml.bos_token_id", int),
         pad_token_id=optional(metadata, METADATA, "tokenizer.ggml.padding_token_id", int),
         quantization=_gguf_quantization(header),
+        pooling=pooling_config.of_gguf(metadata, architecture),
     )
     config = {
         "model_type": architecture,

@@ -10,7 +10,7 @@ from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import FinishReason
 from protos.wire import TokenLogprobs
-from scheduler_svc.frontend import rpc
+from scheduler_svc.frontend import embedding, rpc, scoring
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, not_found
@@ -29,6 +29,8 @@ class InferenceService:
             INFERENCE,
             {
                 "Generate": rpc.server_stream(pb.GenerateRequest, self.generate),
+                "Embed": rpc.unary(pb.EmbedRequest, self.embed),
+                "Score": rpc.unary(pb.ScoreRequest, self.score),
                 "Tokenize": rpc.unary(pb.TokenizeRequest, self.tokenize),
                 "Detokenize": rpc.unary(pb.DetokenizeRequest, self.detokenize),
                 "GetModel": rpc.unary(pb.GetModelRequest, self.get_model),
@@ -49,6 +51,18 @@ class InferenceService:
                     case Ending():
                         response = pb.GenerateResponse(finished=finished_message(output, prepared.prompt_len))
                 await context.write(response.SerializeToString())
+
+    async def embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        caller = self.core.caller(context)
+        self.core.gate.check(caller, request.priority, len(request.inputs))
+        prepared, form = await embedding.prepare(self.core, request, caller)
+        return embedding.response(prepared, form, await self.core.computed(prepared, context))
+
+    async def score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        caller = self.core.caller(context)
+        self.core.gate.check(caller, request.priority, len(request.candidates))
+        prepared = await scoring.prepare(self.core, request, caller)
+        return scoring.response(prepared, await self.core.computed(prepared, context))
 
     async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         violations, preparer = Violations(), self.core.preparer

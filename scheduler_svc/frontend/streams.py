@@ -50,6 +50,7 @@ class Ending:
     accepted_tokens: int
     first_token: float
     total: float
+    pooled: bytes = b""  # where it was asked for
 
 
 class IndexStream:
@@ -68,6 +69,7 @@ class IndexStream:
         self._resumed = 0  # tokens that the client had before this call
         self._first_token = self._queued = 0.0
         self._observed, self._observed_at = 0, 0.0  # output tokens, and when
+        self._pooled = b""
         self._told = False  # the observer, of the end
         self.ending: Ending | None = None
 
@@ -91,6 +93,7 @@ class IndexStream:
         self._drafted += delta.num_drafted
         self._accepted += delta.num_accepted
         self._prompt_logprobs += delta.prompt_logprobs
+        self._pooled = delta.pooled
         if delta.token_ids and self._completion == self._resumed:
             self._first_token, self._queued = now - self._started, delta.queued
         if stop := self._extend(delta):
@@ -155,6 +158,7 @@ class IndexStream:
             accepted_tokens=self._accepted,
             first_token=self._first_token,
             total=now - self._started,
+            pooled=self._pooled,
         )
 
     @property

@@ -55,15 +55,16 @@ class Tokenizer:
         self._vocabulary = _vocabulary(backend, tokens, special)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, cut: int | None = None) -> list[int]:
+        """`cut`: at most so many tokens, the special ones at the ends among them."""
+        return _within(self._backend.encode(text, add_special_tokens=add_special_tokens), cut)
 
-    async def encode_off_loop(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def encode_off_loop(self, text: str, add_special_tokens: bool = True, cut: int | None = None) -> list[int]:
         """`encode`, in a thread where the text is long."""
         if len(text) <= INLINE_CHARACTERS:
-            return self.encode(text, add_special_tokens)
+            return self.encode(text, add_special_tokens, cut)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode_without_gil, text, add_special_tokens)
+        return await loop.run_in_executor(self._threads, self._encode_without_gil, text, add_special_tokens, cut)
 
     async def encode_all_off_loop(self, texts: Sequence[str]) -> list[list[int]]:
         """Without special tokens; in a thread where they are long together."""
@@ -84,8 +85,8 @@ class Tokenizer:
 
     # `tokenizers` holds the GIL while it encodes or decodes one, and gives it up only for batches.
 
-    def _encode_without_gil(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    def _encode_without_gil(self, text: str, add_special_tokens: bool, cut: int | None) -> list[int]:
+        return _within(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0], cut)
 
     def _encode_all_without_gil(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -95,6 +96,19 @@ class Tokenizer:
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return self._vocabulary.detokenizer(skip_special_tokens)
+
+
+def _within(encoding: tokenizers.Encoding, cut: int | None) -> list[int]:
+    """The first ids, and behind them what the tokenizer closes every text with."""
+    ids: list[int] = encoding.ids
+    if cut is None or len(ids) <= cut:
+        return ids
+    closing = 0
+    for is_special in reversed(encoding.special_tokens_mask):
+        if not is_special or closing == cut:
+            break
+        closing += 1
+    return ids[: cut - closing] + ids[len(ids) - closing :]
 
 
 def from_directory(path: Path) -> Tokenizer:

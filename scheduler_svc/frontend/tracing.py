@@ -98,7 +98,7 @@ class Tracer:
             "pagewire.status": code,
             "pagewire.request_id": prepared.request_id,
             "pagewire.tenant": prepared.submits[0].tenant,
-            "gen_ai.operation.name": "text_completion",
+            "gen_ai.operation.name": "embeddings" if prepared.submits[0].pooling else "text_completion",
             "gen_ai.request.model": self._model,
             "gen_ai.request.max_tokens": sampling.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 from pagewire.v1 import inference_pb2 as pb
@@ -43,6 +43,8 @@ class Names:
 
 
 NATIVE: Final = Names()
+ComputeRequest: TypeAlias = "pb.EmbedRequest | pb.ScoreRequest"
+Prompted: TypeAlias = "pb.GenerateRequest | pb.ScoreRequest | pb.EmbedInput"  # whatever has our three kinds of prompt
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ class Caller:
     @property
     def tenant(self) -> str:
         return self.tenants[0] if self.tenants else ""
+
+
+@dataclass(frozen=True)
+class Computing:
+    """A prompt behind which nothing is sampled."""
+
+    token_ids: list[int]
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,10 @@ class Preparer:
         _check_not_served(request, violations)
         sampling_fields.check_sampling(params, card, names.sampling, violations)
         states = resume.read_states(request, names.sampling, card.vocab_size, violations)
-        max_model_len = self.max_model_len()
-        token_ids = await self._prompt(request, names, max_model_len, violations)
+        token_ids = await self.prompt(request, violations, names)
         bad_words = await sampling_fields.bad_words(params, tokenizer, names.sampling, violations)
         defaults = card.defaults if defaults is None else defaults
-        room = max(max_model_len - len(token_ids), 0)
+        room = max(self.max_model_len() - len(token_ids), 0)
         max_tokens = min(params.max_tokens if params.HasField("max_tokens") else defaults.max_new_tokens or room, room)
         violations.check()
         if params.min_tokens > max_tokens:
@@ -177,13 +186,45 @@ class Preparer:
         )
         return Prepared(request_id, seed, len(token_ids), submits, rules, resumed)
 
-    async def _prompt(
-        self, request: pb.GenerateRequest, names: Names, max_model_len: int, violations: Violations
+    def computing(
+        self, request: ComputeRequest, prompts: Sequence[Computing], caller: Caller, pooling: str = ""
+    ) -> Prepared:
+        """One sequence a prompt, which samples nothing."""
+        request_id, total = request.request_id or uuid.uuid4().hex, sum(len(one.token_ids) for one in prompts)
+        submits = [
+            Submit(
+                request_id=request_id,
+                token_ids=one.token_ids,
+                prompt_len=len(one.token_ids),
+                sampling=one.sampling,
+                index=index,
+                num_siblings=len(prompts),
+                priority=request.priority,
+                tenant=caller.tenant,
+                deadline=caller.deadline,
+                cache_salt=request.cache_salt,
+                frontend=self.frontend,
+                pooling=pooling,
+                request_tokens=total,
+            )
+            for index, one in enumerate(prompts)
+        ]
+        return Prepared(request_id, 0, total, submits, TextRules())
+
+    async def prompt(
+        self,
+        request: Prompted,
+        violations: Violations,
+        names: Names = NATIVE,
+        spare: int = 1,
+        cut: int | None = None,
     ) -> list[int]:
+        """Its tokens, which leave `spare` positions of the context; where `cut` is given, the first so many of them."""
+        longest, context = self.max_model_len() - spare, None if cut else self.max_model_len()
         match request.WhichOneof("prompt"):
             case "token_ids":
-                field, ids = names.token_ids, request.token_ids.ids
-                if not _fits(field, len(ids), max_model_len, violations):  # before 16 MiB of them become objects
+                field, ids = names.token_ids, request.token_ids.ids[:cut]
+                if not _fits(field, len(ids), longest, spare, violations):  # before 16 MiB of them become objects
                     return []
                 token_ids = list(ids)
                 check_vocabulary(field, token_ids, self.model.card.vocab_size, violations)
@@ -191,18 +232,24 @@ class Preparer:
                     violations.add(field, "is empty; a prompt has at least 1 token")
             case "text":
                 field = names.text
-                token_ids = await self.tokenize(field, request.text, True, max_model_len, violations)
+                token_ids = await self.tokenize(field, request.text, True, context, violations, cut)
             case "chat":
                 field = "chat.messages"
-                token_ids = await self.tokenize_chat(request.chat, max_model_len, violations)
+                token_ids = await self.tokenize_chat(request.chat, context, violations, cut)
             case _:
                 violations.add(names.prompt, "is not set; give text, token ids or chat messages")
                 return []
-        _fits(field, len(token_ids), max_model_len, violations)
+        _fits(field, len(token_ids), longest, spare, violations)
         return token_ids
 
     async def tokenize(
-        self, field: str, text: str, add_special_tokens: bool, max_tokens: int | None, violations: Violations
+        self,
+        field: str,
+        text: str,
+        add_special_tokens: bool,
+        max_tokens: int | None,
+        violations: Violations,
+        cut: int | None = None,
     ) -> list[int]:
         """[] with a violation for an empty text, and for one that must be longer than `max_tokens`.
 
@@ -218,14 +265,16 @@ class Preparer:
         if max_tokens and len(text) > max_tokens * tokenizer.longest_token:
             violations.add(field, f"has {len(text)} characters, more than {max_tokens} tokens can hold")
             return []
-        token_ids = await tokenizer.encode_off_loop(text, add_special_tokens)
+        token_ids = await tokenizer.encode_off_loop(text, add_special_tokens, cut)
         if not token_ids:
             violations.add(field, "holds no token")
         elif (most := max(token_ids)) >= (vocab_size := self.model.card.vocab_size):  # the tokenizer may have more
             violations.add(field, f"holds token {most}; the vocabulary has {vocab_size} tokens, from 0")
         return token_ids
 
-    async def tokenize_chat(self, chat: pb.ChatMessages, max_tokens: int | None, violations: Violations) -> list[int]:
+    async def tokenize_chat(
+        self, chat: pb.ChatMessages, max_tokens: int | None, violations: Violations, cut: int | None = None
+    ) -> list[int]:
         template = self.model.tokenizer.chat_template
         if template is None:
             violations.add("chat", "the model has no chat template; send text or token ids")
@@ -253,14 +302,22 @@ class Preparer:
         except TemplateRefusedError as error:
             violations.add("chat", f"the model's chat template refuses these messages: {error}")
             return []
-        return await self.tokenize("chat.messages", text, False, max_tokens, violations)
+        return await self.tokenize("chat.messages", text, False, max_tokens, violations, cut)
 
 
-def _fits(field: str, count: int, max_model_len: int, violations: Violations) -> bool:
-    if count < max_model_len:
+def _fits(field: str, count: int, longest: int, spare: int, violations: Violations) -> bool:
+    if count <= longest:
         return True
-    violations.add(field, f"has {count} tokens; at most {max_model_len - 1} leave room for one more within the context")
+    limit = f"at most {longest} leave room for one more within" if spare else f"at most {longest} fit into"
+    violations.add(field, f"has {count} tokens; {limit} the context")
     return False
+
+
+def check_computing(request: ComputeRequest, caller: Caller, violations: Violations) -> None:
+    _check_caller(caller, violations)
+    _check_identity(request, violations)
+    if request.adapter:
+        violations.add("adapter", "is not served yet; leave it unset")
 
 
 def _check_caller(caller: Caller, violations: Violations) -> None:
@@ -273,7 +330,7 @@ def _check_caller(caller: Caller, violations: Violations) -> None:
         violations.add(field, "must be printable ASCII")
 
 
-def _check_identity(request: pb.GenerateRequest, violations: Violations) -> None:
+def _check_identity(request: pb.GenerateRequest | ComputeRequest, violations: Violations) -> None:
     check_request_id("request_id", request.request_id, violations)
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         violations.add("priority", f"is {request.priority}; must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")

@@ -16,19 +16,22 @@ from typing import Final
 
 import grpc
 from google.protobuf.message import Message
+from pagewire.v1 import inference_pb2 as pb
 from smg_grpc_proto.generated import common_pb2  # type: ignore[import-untyped]
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from protos.engine_wire import FinishReason, Question
+from protos.wire import Sampling
 from scheduler_svc.engine.prefix_cache import root
-from scheduler_svc.frontend import auth, rpc
+from scheduler_svc.frontend import auth, embedding, rpc
+from scheduler_svc.frontend.checks import Violations
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.errors import Context, ServiceError, Violation, invalid, unimplemented
 from scheduler_svc.frontend.kv_messages import RouterBatches
 from scheduler_svc.frontend.limits import MAX_ABORTS
 from scheduler_svc.frontend.model import Defaults
 from scheduler_svc.frontend.streams import Ending, Gain
-from scheduler_svc.frontend.validation import Names
+from scheduler_svc.frontend.validation import Computing, Names, check_computing
 from scheduler_svc.frontend.vllm_messages import IndexOutput, translate
 
 SERVICE: Final = vllm.DESCRIPTOR.services_by_name["VllmEngine"].full_name
@@ -42,7 +45,7 @@ class VllmEngine:
         self.core, self.now = core, now
         self._throughput = Throughput(core.clock)
         self._last_receive = 0.0
-        self.calls = 0  # of Generate, open
+        self.calls = 0  # of Generate and Embed, open
         self._bundle: asyncio.Future[bytes] | None = None  # made once, by the first who asks
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -50,7 +53,7 @@ class VllmEngine:
             SERVICE,
             {
                 "Generate": rpc.server_stream(vllm.GenerateRequest, self.generate),
-                "Embed": rpc.unary(vllm.EmbedRequest, self._unimplemented("Embed")),
+                "Embed": rpc.unary(vllm.EmbedRequest, self.embed),
                 "HealthCheck": rpc.unary(vllm.HealthCheckRequest, self.health_check),
                 "FlushCache": rpc.unary(common_pb2.FlushCacheRequest, self.flush_cache),
                 "StartProfile": rpc.unary(common_pb2.StartProfileRequest, self._unimplemented("StartProfile")),
@@ -90,6 +93,25 @@ class VllmEngine:
                 for unfinished in (output for output in outputs if not output.is_complete):
                     complete = unfinished.aborted()
                     await context.write(vllm.GenerateResponse(complete=complete).SerializeToString())
+
+    async def embed(self, request: vllm.EmbedRequest, context: Context) -> vllm.EmbedResponse:
+        """One input, as vLLM has it by default: the model's own pooling, to length 1."""
+        self._last_receive = self.now()
+        core, caller = self.core, self.core.caller(context)
+        core.gate.check(caller, 0, 1)
+        form = embedding.VectorForm(await embedding.hidden_size(core))
+        ours = pb.EmbedRequest(request_id=request.request_id)
+        prompt = pb.EmbedInput(token_ids=pb.TokenIds(ids=request.tokenized.input_ids))
+        violations = Violations()
+        check_computing(ours, caller, violations)
+        token_ids = await core.preparer.prompt(prompt, violations, NAMES, spare=0)
+        violations.check()
+        computing, pooling = Computing(token_ids, Sampling(max_tokens=0)), embedding.default_pooling(core)
+        prepared = core.preparer.computing(ours, [computing], caller, pooling)
+        async with self._counted():
+            (one,) = await core.computed(prepared, context)
+        values = form.vector(one.pooled)
+        return vllm.EmbedResponse(embedding=values, prompt_tokens=len(token_ids), embedding_dim=len(values))
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:

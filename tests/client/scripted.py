@@ -117,6 +117,18 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def _id(self, word: str) -> int:
         return self.vocabulary.setdefault(word, len(self.vocabulary))
 
+    def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """What was asked, as numbers."""
+        self._fail(context)
+        values = [request.pooling, request.dimensions, request.normalize, request.truncate_prompt_tokens]
+        return pb.EmbedResponse(
+            embeddings=[pb.Embedding(values=values, prompt_tokens=len(one.text)) for one in request.inputs]
+        )
+
+    def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        self._fail(context)
+        return pb.ScoreResponse(scores=[pb.Score(sum=-len(request.text + one.text)) for one in request.candidates])
+
     def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         self._fail(context)
         self.metadata.append(dict(context.invocation_metadata()))

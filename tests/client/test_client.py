@@ -43,6 +43,11 @@ def test_everything_but_streams(server: ScriptedServer) -> None:
         ids = client.tokenize("a b a")
         assert ids == [0, 1, 0]
         assert client.detokenize(ids) == "a b a"
+        (vector,) = client.embed(["ab"], pooling="cls", dimensions=4, truncate_prompt_tokens=9).embeddings
+        assert (list(vector.values), vector.prompt_tokens) == ([3, 4, 0, 9], 2)
+        with pytest.raises(ValueError, match="POOLING_MAX"):
+            client.embed(["ab"], pooling="max")
+        assert [score.sum for score in client.score("ab", ["c", "de"]).scores] == [-3, -4]
         assert client.model().name == "echo"
         assert client.stats().running == 3
         assert client.flush_cache() == 7
@@ -164,6 +169,8 @@ async def test_the_async_client_does_the_same(server: ScriptedServer) -> None:
         assert text([chunk async for chunk in generation]) == "one two "
         assert await client.tokenize("a b a") == [2, 3, 2]
         assert await client.detokenize([3]) == "b"
+        assert len((await client.embed(["a", "b"])).embeddings) == 2
+        assert len((await client.score("a", ["b", TokenIds(ids=[1])])).scores) == 2
         assert (await client.model()).max_model_len == 1000
         assert (await client.stats()).running == 3
         assert await client.flush_cache() == 7

@@ -76,8 +76,8 @@ MUTATIONS = [
     Mutation(
         "a full-prompt hit",
         "kv_manager.py",
-        "usable = (sequence.settled - 1) // self.block_size",
-        "usable = sequence.settled // self.block_size",
+        "min(sequence.settled - 1, sequence.reusable)",
+        "min(sequence.settled, sequence.reusable)",
     ),
     Mutation("hits that ignore align", "kv_manager.py", "lcm(block_size, align)", "lcm(block_size, 1)"),
     Mutation(
@@ -229,7 +229,7 @@ MUTATIONS = [
     Mutation(
         "one prompt for all siblings",
         "door.py",
-        "submit.num_siblings * len(submit.token_ids)\n        bucket",
+        "_request_tokens(submit)\n        bucket",
         "len(submit.token_ids)\n        bucket",
     ),
     Mutation("what never ran is paid", "scheduler.py", "bucket.level + sequence.given", "bucket.level"),
@@ -245,6 +245,11 @@ MUTATIONS = [
         "        del self.by_hash[self.hashes[block]]\n",
         "",
     ),
+    Mutation("a pooled prompt is read from the cache", "sequence.py", ' or submit.pooling in ("mean", "cls")', ""),
+    Mutation(
+        "a prompt ends early", "scheduler.py", "row.start + row.num_tokens == sequence", "row.num_tokens == sequence"
+    ),
+    Mutation("the scored are cached", "sequence.py", "prompt_logprobs_from - 1 if", "prompt_logprobs_from if"),
     Mutation("a dead group takes all along", "roster.py", "if sequence.device is not device:", "if False:"),
     Mutation(
         "who is expected is never looked at",

@@ -288,8 +288,13 @@ def test_a_habit_knows_its_least() -> None:
     assert habit.least < 0.1
 
 
-def test_a_request_of_no_tokens_ends_as_before() -> None:
+def test_a_request_of_no_tokens_is_expected_to_take_its_prompt() -> None:
     w = world()
     learn(w)
-    w.submit(Submit("r", [1, 2], 2, Sampling(0), deadline=w.now + 5))
-    assert w.streams["r", 0].reason is FinishReason.LENGTH
+    forecast = w.scheduler._forecast
+    one, none = (Submit(str(n), [1, 2], 2, Sampling(n), deadline=w.now + 5) for n in (1, 0))
+    assert (forecast.likely_tokens(none), forecast.estimate(none).output_tokens) == (0, 0)
+    assert forecast.estimate(none).total == forecast.estimate(one).total > 0
+    w.submit(none)
+    w.run()
+    assert w.streams["0", 0].reason is FinishReason.STOP

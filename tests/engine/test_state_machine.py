@@ -37,6 +37,7 @@ def samplings(draw: st.DrawFn) -> Sampling:
         eos_token_ids=draw(st.sampled_from([(), (2,), (2, 17)])),
         logprobs=draw(st.sampled_from([-1, -1, 0])),
         prompt_logprobs=draw(st.sampled_from([-1, -1, -1, -1, 0])),
+        prompt_logprobs_from=draw(st.sampled_from([1, 1, 6, 20])),
     )
 
 
@@ -86,6 +87,7 @@ class Engine(RuleBasedStateMachine):
         shared=st.integers(0, 40),
         tail=st.lists(st.integers(0, 31), max_size=6),
         resumed=st.sampled_from([0, 0, 0, 2]),
+        computes=st.sampled_from([None, None, None, "", "last", "mean", "cls"]),
         sampling=samplings(),
         n=st.sampled_from([1, 1, 1, 2, 4]),
         priority=st.sampled_from([0, 0, 1]),
@@ -102,6 +104,7 @@ class Engine(RuleBasedStateMachine):
         shared: int,
         tail: list[int],
         resumed: int,
+        computes: str | None,
         sampling: Sampling,
         n: int,
         priority: int,
@@ -112,7 +115,10 @@ class Engine(RuleBasedStateMachine):
         skip_cache: bool,
         tenant: str,
     ) -> None:
+        """`computes`: nothing is sampled, and so it is pooled, or not at all."""
         prompt = (PREFIXES[family][:shared] + tail) or [1]
+        if computes is not None:
+            resumed, sampling = 0, replace(sampling, max_tokens=0)
         self.requests += 1
         for index in range(n):
             self.world.submit(
@@ -130,6 +136,7 @@ class Engine(RuleBasedStateMachine):
                     adapter,
                     frontend,
                     skip_cache,
+                    pooling=computes or "",
                 )
             )
 
@@ -161,7 +168,9 @@ class Engine(RuleBasedStateMachine):
         self.world.ready(self._draw_group(data, lambda side: side.worker))
 
     @precondition(lambda self: any(side.results for side in self.world.sides))
-    @rule(change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows", "copied"]), data=st.data())
+    @rule(
+        change=st.sampled_from(["gap", "start", "slot", "tokens", "range", "rows", "copied", "pooled"]), data=st.data()
+    )
     def spoil(self, change: str, data: st.DataObject) -> None:
         group = self._draw_group(data, lambda side: side.results)
         if self._first_row_counts(group):

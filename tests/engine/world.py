@@ -16,7 +16,7 @@ from scheduler_svc.engine.events import EndEpoch, Event, Instruction, Tick, Work
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.engine.kv_mirror import Mirror
-from tests.fakes import FakeWorker, expected
+from tests.fakes import FakeWorker, expected, expected_pooled
 
 VOCAB_SIZE = 32
 Table = tuple[tuple[int, float], ...]  # as in WorkerReady
@@ -228,6 +228,8 @@ class World:
                 rows.pop()
             case "copied":
                 copied.append(0)
+            case "pooled":
+                rows[0] = replace(rows[0], pooled=b"" if rows[0].pooled else b"1234")
         side.worker = None
         self.crashes += 1
         side.forget_flights()
@@ -310,8 +312,11 @@ class World:
         match end.finish_reason:
             case FinishReason.LENGTH | FinishReason.STOP if not stream.asked_to_end:
                 assert (stream.token_ids, end.finish_reason) == (tokens, reason)
-                if submit.sampling.prompt_logprobs >= 0 and stream.token_ids:
-                    assert len(stream.prompt_logprobs) == submit.prompt_len - 1
+                if submit.sampling.prompt_logprobs >= 0 and (stream.token_ids or not submit.sampling.max_tokens):
+                    assert len(stream.prompt_logprobs) == max(
+                        0, submit.prompt_len - submit.sampling.prompt_logprobs_from
+                    )
+                assert end.pooled == expected_pooled(submit, domain(submit.tenant, submit.cache_salt))
             case FinishReason.LENGTH | FinishReason.STOP | FinishReason.ABORTED:
                 assert stream.asked_to_end or stream.token_ids == tokens
             case FinishReason.DEADLINE:
@@ -325,7 +330,7 @@ class World:
                     count, config = submit.num_siblings, self.config
                     assert count > config.max_waiting or count * len(submit.token_ids) > config.max_waiting_tokens
                     return
-                assert submit.prompt_len >= self.limit
+                assert submit.prompt_len + (submit.sampling.max_tokens > 0) > self.limit
                 assert str(self.limit) in end.detail or str(self.num_blocks - 1) in end.detail
             case FinishReason.QUOTA:
                 quota = self.quotas[submit.tenant]
@@ -354,7 +359,8 @@ class World:
             assert [(t.token_id, -t.logprob) for t in delta.logprobs] == [
                 (t, begin + i) for i, t in enumerate(delta.token_ids)
             ]
-        assert [-t.logprob for t in stream.prompt_logprobs] == list(range(1, len(stream.prompt_logprobs) + 1))
+        first = submit.sampling.prompt_logprobs_from
+        assert [-t.logprob for t in stream.prompt_logprobs] == list(range(first, first + len(stream.prompt_logprobs)))
         if delta.finish_reason is FinishReason.STOP and delta.token_ids:
             assert delta.stop_token_id == delta.token_ids[-1]
         admitted = [d.cached_tokens for d in stream.deltas if d.token_ids]

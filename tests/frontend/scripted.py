@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,15 @@ from protos.wire import Epoch, Ready, TokenLogprobs
 from scheduler_svc.frontend.engine_link import EngineLink
 
 Script = Callable[[Submit, int], int]  # (request, how many output tokens it has) → the next one
-READY = Ready(Epoch(1, 1), 0, 64, exact=True, device="cpu", dtype="float32", backend="script", fingerprint="f00d")
+READY = Ready(
+    *(Epoch(1, 1), 0, 64),
+    exact=True,
+    device="cpu",
+    dtype="float32",
+    backend="script",
+    fingerprint="f00d",
+    hidden_size=4,
+)
 
 
 def letters(submit: Submit, count: int) -> int:
@@ -196,6 +205,8 @@ class ScriptedEngine:
         sequence.begun = True
         new: list[int] = []
         reason, stop_token_id = None, -1
+        if not sampling.max_tokens:
+            reason = FinishReason.STOP
         while len(new) < self.tokens_per_delta and reason is None:
             token = self.script(submit, len(sequence.output))
             new.append(token)
@@ -219,14 +230,21 @@ class ScriptedEngine:
             prompt_logprobs=[
                 logprob(t, -i, sampling.prompt_logprobs)
                 for i, t in enumerate(submit.token_ids[: submit.prompt_len])
-                if i and first
+                if i >= sampling.prompt_logprobs_from and first
             ]
             if sampling.prompt_logprobs >= 0
             else [],
             cached_tokens=2 if first else 0,
             num_drafted=3,
-            num_accepted=len(new) - 1,
+            num_accepted=max(0, len(new) - 1),
+            pooled=state(submit) if submit.pooling else b"",
         )
+
+
+def state(submit: Submit) -> bytes:
+    """Told apart by pooling and prompt."""
+    first = {"last": 3.0, "mean": -3.0, "cls": 6.0}[submit.pooling]
+    return struct.pack("<4f", first, 4.0, submit.token_ids[0], submit.prompt_len)
 
 
 def logprob(token_id: int, place: int, count: int) -> TokenLogprobs:

@@ -93,7 +93,7 @@ async def test_reflection(service: Service, version: str) -> None:
 
 
 METHODS = {
-    "pagewire.v1.InferenceService": ["Generate", "Tokenize", "Detokenize", "CancelGeneration"],
+    "pagewire.v1.InferenceService": ["Generate", "Embed", "Score", "Tokenize", "Detokenize", "CancelGeneration"],
     "vllm.grpc.engine.VllmEngine": ["Generate", "Embed", "Abort", "GetLoads", "FlushCache", "SubscribeKvEvents"],
     "grpc.health.v1.Health": ["Check", "Watch"],
     "grpc.channelz.v1.Channelz": ["GetTopChannels", "GetServers", "GetServer", "GetSocket"],
@@ -125,7 +125,7 @@ async def test_undecodable_bytes_are_the_clients_fault(service: Service, path: s
 async def test_random_bytes_never_read_unknown(service: Service) -> None:
     noise = random.Random(4)
     allowed = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
-    for path in ("Generate", "Tokenize", "Detokenize", "CancelGeneration"):
+    for path in ("Generate", "Embed", "Score", "Tokenize", "Detokenize", "CancelGeneration"):
         for size in range(1, 40):
             call: Any = service.channel.stream_stream(f"/pagewire.v1.InferenceService/{path}")()
             await call.write(noise.randbytes(size))

@@ -210,7 +210,6 @@ async def test_the_tokenizer_travels(real_service: Service, real_model: ServedMo
 @pytest.mark.parametrize(
     ("method", "request_"),
     [
-        ("Embed", vllm.EmbedRequest()),
         ("StartProfile", common_pb2.StartProfileRequest()),
         ("StopProfile", common_pb2.StopProfileRequest()),
     ],

@@ -47,6 +47,15 @@ SEEDS: Sequence[Message] = (
     inference_pb2.GenerateRequest(
         chat=inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     ),
+    inference_pb2.EmbedRequest(
+        inputs=[inference_pb2.EmbedInput(text="hello"), inference_pb2.EmbedInput(text="you")],
+        pooling=inference_pb2.POOLING_MEAN,
+        dimensions=4,
+    ),
+    inference_pb2.ScoreRequest(
+        text="one, two,",
+        candidates=[inference_pb2.ScoreCandidate(text=" three"), inference_pb2.ScoreCandidate(text=" four")],
+    ),
     inference_pb2.TokenizeRequest(text="hello"),
     inference_pb2.DetokenizeRequest(token_ids=[300, 301]),
     inference_pb2.CancelGenerationRequest(request_id="r"),
@@ -56,6 +65,7 @@ SEEDS: Sequence[Message] = (
         sampling_params=vllm_engine_pb2.SamplingParams(temperature=0.5, max_tokens=4),
         stream=True,
     ),
+    vllm_engine_pb2.EmbedRequest(request_id="e", tokenized=vllm_engine_pb2.TokenizedInput(input_ids=[300, 301])),
     vllm_engine_pb2.AbortRequest(request_ids=["v"]),
 )
 

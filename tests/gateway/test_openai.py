@@ -210,3 +210,10 @@ def test_a_client_that_leaves_without_a_stream_frees_it(api: Api) -> None:
     until_stats(api.native, lambda s: s.running + s.owned_blocks + s.fenced_blocks + s.open_calls == 0, "it is freed")
     after = api.native.stats()
     assert (after.aborted - before.aborted, after.finished) == (1, before.finished)
+
+
+def test_embeddings_are_the_native_ones(api: Api) -> None:
+    answer = api.openai.embeddings.create(model=api.model, input=QUESTION, encoding_format="float")
+    (native,) = api.native.embed([QUESTION]).embeddings
+    assert answer.data[0].embedding == pytest.approx(list(native.values), abs=1e-6)
+    assert answer.usage.prompt_tokens == native.prompt_tokens

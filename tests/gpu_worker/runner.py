@@ -10,9 +10,9 @@ from torch import Tensor
 from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.attention_tuning import Device
 from tests.kernels_triton import compare, interpreter
+from tests.models.stepping import Logits
 from worker_svc.attention.paged import Rows
 from worker_svc.attention.triton import TritonAttention
-from worker_svc.backends.torch import Logits
 from worker_svc.gpu.model import GpuModel, StepTensors
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.kv_cache import KVCache, KVShape

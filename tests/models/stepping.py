@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from worker_svc.backends.torch import Runner
-from worker_svc.inputs import StepInputs
-from worker_svc.kv_cache import KVCache
+from worker_svc.inputs import Ints, StepInputs
+from worker_svc.kv_cache import KVCache, KVShape
 from worker_svc.trial_step import TrialRow, trial_step
+
+Logits = Callable[[Ints], Tensor]  # indices of a step's tokens [S] → [S, vocab] float32
 
 
 @dataclass
@@ -21,6 +24,14 @@ class Sequence:
     cuts: list[int]  # where its chunks end; the last is len(tokens)
     cached: int = 0  # positions that are in its blocks from before
     blocks: list[int] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """As much of a backend's runner as steps need."""
+
+    kv_shape: KVShape
+
+    def step(self, inputs: StepInputs, cache: KVCache) -> Logits: ...
 
 
 def run(runner: Runner, sequences: list[Sequence], block_size: int = 8, seed: int = 0) -> list[Tensor]:

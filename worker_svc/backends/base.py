@@ -36,6 +36,7 @@ class Capacity:
     num_host_blocks: int = 0
     step_seconds: tuple[tuple[int, float], ...] = ()  # where it speculates: positions of a decode step, its seconds
     propose_seconds: tuple[tuple[int, float], ...] = ()  # slots that propose, seconds of one more draft of each
+    hidden_size: int = 0  # floats of a pooled output; 0: it makes none
 
 
 @dataclass(frozen=True)

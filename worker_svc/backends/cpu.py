@@ -39,6 +39,7 @@ from worker_svc.backends.cpu_weights import Weights
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.spec import ModelSpec
+from worker_svc.pooling import Pooler
 from worker_svc.quant import on_load
 from worker_svc.quant.packed import FORMAT, PackedModel
 from worker_svc.results import build_results
@@ -115,6 +116,7 @@ class CpuBackend:
             fingerprint=self._fingerprint(packed, kind, ropes),
             step_seconds=self._step_seconds(setup) if setup.speculation else (),
             propose_seconds=draft.seconds(kv.num_blocks, kv.block_size) if draft else (),
+            hidden_size=packed.spec.hidden_size,
         )
 
     def reset(self, setup: Setup) -> None:
@@ -128,6 +130,7 @@ class CpuBackend:
             vocab_size=self._vocab_size,
             copy=self._host.copy,
         )
+        self._pooler = Pooler(self._slots)
         self._sampler.reset()
         if self._proposer:
             self._proposer.reset()
@@ -176,7 +179,8 @@ class CpuBackend:
                 self._model.sample(outputs)
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
-        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores)
+        pooled = self._pooler.pool(inputs, self._model.hidden)
+        results = build_results(plan, inputs, self._slots, token_ids, logprobs, scores, pooled)
         if self._proposer:
             propose(self._proposer, plan, inputs, self._slots)
         return results

@@ -80,9 +80,8 @@ def whole(packed: PackedModel, kv: KVForm, ropes: Tables) -> Spec:
 
 def outputs_wanted(inputs: StepInputs) -> Ints:
     """Tokens that a step answers something about, ascending: the last layer is computed for those alone."""
-    if not len(inputs.prompt_logprob_tokens):
-        return inputs.sample_tokens
-    return np.union1d(inputs.sample_tokens, inputs.prompt_logprob_tokens)
+    others = np.concatenate([inputs.prompt_logprob_tokens, inputs.pooled_tokens])
+    return np.union1d(inputs.sample_tokens, others) if len(others) else inputs.sample_tokens
 
 
 def batch(inputs: StepInputs, wanted: Ints | None = None) -> library.Batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import struct
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from worker_svc.backends.base import BackendError, Capacity, Landing, Progress
 
 PREFIX = "fake:"
 _WORD = (1 << 64) - 1
+HIDDEN_SIZE = 8  # floats of a pooled output
 _BYTES_PER_TOKEN = 1024  # what a token's KV pretends to weigh when `Setup.kv_bytes` sizes the pool
 
 
@@ -80,12 +82,26 @@ def expected(token_ids: list[int], sampling: Sampling, vocab: int = Options.voca
     return slot.token_ids[slot.prompt_len :]
 
 
+def pooled(token_ids: list[int], pooling: str) -> bytes:
+    """Of states that are hashes of the prefix that ends there: what a prompt is pooled to."""
+    prefix, states = 0, []
+    for token in token_ids:
+        prefix = extend(prefix, token)
+        states.append([draw(i, 0, prefix, 2001) / 1000 - 1 for i in range(HIDDEN_SIZE)])
+    if pooling == "mean":
+        return struct.pack(
+            f"<{HIDDEN_SIZE}f", *(math.fsum(values) / len(states) for values in zip(*states, strict=True))
+        )
+    return struct.pack(f"<{HIDDEN_SIZE}f", *states[-1 if pooling == "last" else 0])
+
+
 @dataclass
 class _Slot:
     token_ids: list[int]
     prompt_len: int
     sampling: Sampling
     table: list[int]  # block ids in position order
+    pooling: str = ""
     computed: int = -1  # positions whose KV is written; −1: not begun, the first row says where
     hashes: list[int] = field(default_factory=list)  # of the prefix that ends at each position
     drafts: list[int] = field(default_factory=list)  # proposed behind the tokens
@@ -197,6 +213,7 @@ class FakeBackend:
             backend="fake",
             max_model_len=setup.max_model_len or options.context,
             vocab_size=options.vocab,
+            hidden_size=HIDDEN_SIZE,
             fingerprint=hashlib.blake2b(f"fake {options.vocab}".encode(), digest_size=8).hexdigest(),
         )
 
@@ -239,7 +256,8 @@ class FakeBackend:
             start = len(slot.token_ids)
             prompt_logprobs = []
             if slot.sampling.prompt_logprobs >= 0:
-                scored = slot.token_ids[computed_from + 1 : min(slot.computed + 1, slot.prompt_len)]
+                first = max(computed_from + 1, slot.sampling.prompt_logprobs_from)
+                scored = slot.token_ids[first : min(slot.computed + 1, slot.prompt_len)]
                 prompt_logprobs = [self._logprobs(token, slot.sampling.prompt_logprobs) for token in scored]
             tokens: list[int] = []
             if row.sample and row.masked:
@@ -251,7 +269,9 @@ class FakeBackend:
                 slot.propose(self._num_propose, self._options.vocab)
             wanted = slot.sampling.logprobs
             logprobs = [self._logprobs(token, wanted) for token in tokens] if wanted >= 0 else []
-            results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs))
+            pools = slot.pooling and slot.computed == slot.prompt_len
+            state = pooled(slot.token_ids, slot.pooling) if pools else b""
+            results.append(RowResult(row.slot, start, tokens, logprobs, len(slot.computing), prompt_logprobs, state))
         return results
 
     def close(self) -> None:
@@ -264,7 +284,7 @@ class FakeBackend:
             raise ValueError(f"admit to slot {admit.slot}, which is taken or not in 1..{self._max_slots}")
         if not 1 <= admit.prompt_len <= len(admit.token_ids):
             raise ValueError(f"admit with prompt_len {admit.prompt_len} of {len(admit.token_ids)} tokens")
-        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [])
+        slot = _Slot(admit.token_ids, admit.prompt_len, admit.sampling, [], admit.pooling)
         self._slots[admit.slot] = slot
         self._add_blocks(slot, admit.block_ids)
 
@@ -307,7 +327,9 @@ class FakeBackend:
         if end > len(slot.token_ids) or end + len(slot.computing) > len(slot.table) * self._block_size:
             known, blocks = len(slot.token_ids), len(slot.table)
             raise ValueError(f"slot {row.slot}: positions up to {end}, with {known} tokens known and {blocks} blocks")
-        if row.sample and end != len(slot.token_ids):
+        if slot.pooling in ("mean", "cls") and slot.computed < 0 and start:
+            raise ValueError(f"slot {row.slot} pools by {slot.pooling}, and begins at {start}")
+        if row.sample and (end != len(slot.token_ids) or slot.pooling):
             raise ValueError(f"slot {row.slot}: a sample at {end} of {len(slot.token_ids)} known tokens")
         self._check_filled(row.slot, slot, start)
         hashes = slot.hashes[start:end]

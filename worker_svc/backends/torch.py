@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +33,7 @@ from worker_svc.models.checkpoint import CheckpointError
 from worker_svc.models.loader import DType, Model, open_model, weights_digest
 from worker_svc.models.spec import SpecError
 from worker_svc.parallel.ranks import Ranks, join
+from worker_svc.pooling import Pooler
 from worker_svc.results import build_results
 from worker_svc.sampler import Sampler
 from worker_svc.slots import SlotTable
@@ -42,7 +42,15 @@ from worker_svc.speculation.draft import DraftProposer, spare_blocks
 
 LOGIT_ROWS = 64  # a prompt's positions scored at once
 
-Logits = Callable[[Ints], Tensor]  # indices of a step's tokens [S] → [S, vocab] float32
+
+class StepOutputs(Protocol):
+    """Of a step's tokens [S], given as indices into T."""
+
+    def __call__(self, tokens: Ints) -> Tensor:
+        """Logits [S, vocab] float32."""
+
+    def states(self, tokens: Ints) -> Tensor:
+        """After the final norm [S, hidden] float32, of inputs.pooled_tokens."""
 
 
 class Runner(Protocol):
@@ -50,9 +58,10 @@ class Runner(Protocol):
 
     kv_shape: KVShape
     vocab_size: int
+    hidden_size: int
     max_model_len: int
 
-    def step(self, inputs: StepInputs, cache: KVCache) -> Logits: ...
+    def step(self, inputs: StepInputs, cache: KVCache) -> StepOutputs: ...
 
 
 class TorchBackend:
@@ -69,7 +78,7 @@ class TorchBackend:
         torch.set_grad_enabled(False)
         self._transformers, self._patience = transformers, patience
         self._ranks = Ranks()
-        self._pending: tuple[StepPlan, StepInputs, Logits] | None = None
+        self._pending: tuple[StepPlan, StepInputs, StepOutputs | None] | None = None  # no outputs: no rows
 
     def load(self, setup: Setup, progress: Progress) -> Capacity:
         refuse_unsupported(
@@ -120,6 +129,7 @@ class TorchBackend:
             max_model_len=self._max_len,
             vocab_size=runner.vocab_size,
             quantization=self._quantization,
+            hidden_size=runner.hidden_size,
             fingerprint=_fingerprint(weights, dtype, backend, runner.max_model_len, kv_tile(size), setup.tp_size),
         )
 
@@ -134,6 +144,7 @@ class TorchBackend:
             vocab_size=self._runner.vocab_size,
             copy=self._host.copy,
         )
+        self._pooler = Pooler(self._slots)
         self._sampler.reset()
         if self._proposer:
             self._proposer.reset()
@@ -143,19 +154,20 @@ class TorchBackend:
             release(self._proposer, plan, self._slots)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
-        vocab_size = self._runner.vocab_size
-        logits = self._runner.step(inputs, self._cache) if plan.rows else lambda tokens: torch.empty(0, vocab_size)
-        self._pending = plan, inputs, logits
+        self._pending = plan, inputs, self._runner.step(inputs, self._cache) if plan.rows else None
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
         assert self._pending is not None, "forward comes first"
-        (plan, inputs, logits), self._pending = self._pending, None
-        sampled = self._sampler.sample(logits(inputs.sample_tokens), plan, inputs, self._slots, mask)
+        (plan, inputs, outputs), self._pending = self._pending, None
+        if outputs is None:
+            return []
+        sampled = self._sampler.sample(outputs(inputs.sample_tokens), plan, inputs, self._slots, mask)
         scores: list[TokenLogprobs] = []
         for first in range(0, len(inputs.prompt_logprob_tokens), LOGIT_ROWS):
             tokens = inputs.prompt_logprob_tokens[first : first + LOGIT_ROWS]
-            scores += self._sampler.prompt_logprobs(logits(tokens), inputs, self._slots, first)
-        results = build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores)
+            scores += self._sampler.prompt_logprobs(outputs(tokens), inputs, self._slots, first)
+        pooled = self._pooler.pool(inputs, lambda tokens: outputs.states(tokens).numpy())
+        results = build_results(plan, inputs, self._slots, sampled.token_ids, sampled.logprobs, scores, pooled)
         if self._proposer:
             propose(self._proposer, plan, inputs, self._slots)
         return results

@@ -8,7 +8,6 @@ config or a trial run says against that is refused. This is the only file that i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,24 @@ class _Step:
 _step: _Step | None = None
 
 
+@dataclass(frozen=True)
+class StepOutputs:
+    """Of those tokens of a step that were wanted, in ascending order."""
+
+    tokens: Ints
+    logits: Tensor  # [len(tokens), vocab] float32
+    all_states: Tensor | None = None  # [T, hidden], where any are wanted
+
+    def __call__(self, tokens: Ints) -> Tensor:
+        """Logits [S, vocab] float32."""
+        return self.logits[torch.from_numpy(np.searchsorted(self.tokens, tokens))]
+
+    def states(self, tokens: Ints) -> Tensor:
+        """After the final norm [S, hidden] float32."""
+        assert self.all_states is not None, "the step pools nothing"
+        return self.all_states[torch.from_numpy(tokens)].float()
+
+
 class TransformersRunner:
     """Raises SpecError for a model that cannot be paged, saying why."""
 
@@ -56,35 +73,33 @@ class TransformersRunner:
         with described_by("config.json"):
             config = self._model.config.get_text_config()
             self.max_model_len = _max_len(config, max_model_len)
-            self.vocab_size = int(config.vocab_size)
+            self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
             self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
             self.kv_shape = self._look(config)
             self._try_out()
 
-    def step(self, inputs: StepInputs, cache: KVCache) -> Callable[[Ints], Tensor]:
-        """Writes the step's K and V; answers with tokens [S] → logits [S, vocab] float32, where tokens are indices into
-        T of those that the step samples or scores.
-        """
+    def step(self, inputs: StepInputs, cache: KVCache) -> StepOutputs:
+        """Writes the step's K and V; answers about the tokens that it samples from, scores or pools."""
         wanted = np.unique(np.concatenate([inputs.sample_tokens, inputs.prompt_logprob_tokens]))
         rows = cache.rows_of(torch.from_numpy(inputs.slot_mapping))
-        logits = self._run(_Step(inputs, cache, rows), wanted)
-        return lambda tokens: logits[torch.from_numpy(np.searchsorted(wanted, tokens))]
+        return self._run(_Step(inputs, cache, rows), wanted, pools=len(inputs.pooled_tokens) > 0)
 
-    def _run(self, step: _Step, wanted: Ints) -> Tensor:
-        """[len(wanted), vocab] float32."""
+    def _run(self, step: _Step, wanted: Ints, pools: bool = False) -> StepOutputs:
         global _step
         keep = {"logits_to_keep": torch.from_numpy(wanted)} if self._keeps else {}
         _step = step
         try:
-            logits: Tensor = self._model(
+            out = self._model(
                 input_ids=torch.from_numpy(step.inputs.token_ids)[None],
                 position_ids=torch.from_numpy(step.inputs.positions)[None],
                 use_cache=False,
+                output_hidden_states=pools,
                 **keep,
-            ).logits[0]
+            )
         finally:
             _step = None
-        return (logits if self._keeps else logits[torch.from_numpy(wanted)]).float()
+        logits = out.logits[0] if self._keeps else out.logits[0][torch.from_numpy(wanted)]
+        return StepOutputs(wanted, logits.float(), out.hidden_states[-1][0] if pools else None)
 
     def _look(self, config: Any) -> KVShape:
         """Runs one token to see which layers attend, and how wide."""
@@ -118,7 +133,7 @@ class TransformersRunner:
             if end > start:
                 inputs = trial_step([TrialRow(tokens[:1], 0, others), TrialRow(tokens[:end], start, blocks)], size)
                 step = _Step(inputs, cache, cache.rows_of(torch.from_numpy(inputs.slot_mapping)))
-                got.append(self._run(step, np.arange(1, len(inputs.token_ids))))
+                got.append(self._run(step, np.arange(1, len(inputs.token_ids))).logits)
             start = end
         error = (torch.cat(got) - expected).abs().mean() / expected.std()
         if not error < 0.05:

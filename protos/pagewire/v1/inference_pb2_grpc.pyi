@@ -44,6 +44,12 @@ class InferenceServiceStub:
     the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
     then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """One vector for each input, of the states after the final norm. Deadlines, tenants, quotas and overload are as with
+    Generate. FAILED_PRECONDITION with ErrorInfo POOLING where the model or its worker has no such vectors.
+    """
+    Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
+    """How likely the model finds each of several continuations of one prompt, which is computed once."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
@@ -66,6 +72,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
     then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
     """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """One vector for each input, of the states after the final norm. Deadlines, tenants, quotas and overload are as with
+    Generate. FAILED_PRECONDITION with ErrorInfo POOLING where the model or its worker has no such vectors.
+    """
+    Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
+    """How likely the model finds each of several continuations of one prompt, which is computed once."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -91,6 +103,24 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         the very tokens and the text that were lost. A client that reads nothing while tokens wait for it is waited for, and
         then ended with RESOURCE_EXHAUSTED, ErrorInfo SLOW_READER, behind what was written; its stream can go on, too.
         """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """One vector for each input, of the states after the final norm. Deadlines, tenants, quotas and overload are as with
+        Generate. FAILED_PRECONDITION with ErrorInfo POOLING where the model or its worker has no such vectors.
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _inference_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ScoreResponse, _abc.Awaitable[_inference_pb2.ScoreResponse]]:
+        """How likely the model finds each of several continuations of one prompt, which is computed once."""
 
     @_abc_1.abstractmethod
     def Tokenize(

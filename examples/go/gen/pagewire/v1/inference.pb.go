@@ -72,6 +72,62 @@ func (FinishReason) EnumDescriptor() ([]byte, []int) {
 	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{0}
 }
 
+// Which states make the vector.
+type Pooling int32
+
+const (
+	// What the model was made for, as its files say (`1_Pooling/config.json` beside a checkpoint, `pooling_type` in a GGUF
+	// file); the last state where they say nothing.
+	Pooling_POOLING_UNSPECIFIED Pooling = 0
+	Pooling_POOLING_LAST        Pooling = 1
+	Pooling_POOLING_MEAN        Pooling = 2
+	// The first token's.
+	Pooling_POOLING_CLS Pooling = 3
+)
+
+// Enum value maps for Pooling.
+var (
+	Pooling_name = map[int32]string{
+		0: "POOLING_UNSPECIFIED",
+		1: "POOLING_LAST",
+		2: "POOLING_MEAN",
+		3: "POOLING_CLS",
+	}
+	Pooling_value = map[string]int32{
+		"POOLING_UNSPECIFIED": 0,
+		"POOLING_LAST":        1,
+		"POOLING_MEAN":        2,
+		"POOLING_CLS":         3,
+	}
+)
+
+func (x Pooling) Enum() *Pooling {
+	p := new(Pooling)
+	*p = x
+	return p
+}
+
+func (x Pooling) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Pooling) Descriptor() protoreflect.EnumDescriptor {
+	return file_pagewire_v1_inference_proto_enumTypes[1].Descriptor()
+}
+
+func (Pooling) Type() protoreflect.EnumType {
+	return &file_pagewire_v1_inference_proto_enumTypes[1]
+}
+
+func (x Pooling) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Pooling.Descriptor instead.
+func (Pooling) EnumDescriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{1}
+}
+
 type ChatMessage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Role          string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
@@ -1406,6 +1462,678 @@ func (*GenerateResponse_Delta) isGenerateResponse_Response() {}
 
 func (*GenerateResponse_Finished) isGenerateResponse_Response() {}
 
+type EmbedInput struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Prompt:
+	//
+	//	*EmbedInput_Text
+	//	*EmbedInput_TokenIds
+	//	*EmbedInput_Chat
+	Prompt        isEmbedInput_Prompt `protobuf_oneof:"prompt"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedInput) Reset() {
+	*x = EmbedInput{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedInput) ProtoMessage() {}
+
+func (x *EmbedInput) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedInput.ProtoReflect.Descriptor instead.
+func (*EmbedInput) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *EmbedInput) GetPrompt() isEmbedInput_Prompt {
+	if x != nil {
+		return x.Prompt
+	}
+	return nil
+}
+
+func (x *EmbedInput) GetText() string {
+	if x != nil {
+		if x, ok := x.Prompt.(*EmbedInput_Text); ok {
+			return x.Text
+		}
+	}
+	return ""
+}
+
+func (x *EmbedInput) GetTokenIds() *TokenIds {
+	if x != nil {
+		if x, ok := x.Prompt.(*EmbedInput_TokenIds); ok {
+			return x.TokenIds
+		}
+	}
+	return nil
+}
+
+func (x *EmbedInput) GetChat() *ChatMessages {
+	if x != nil {
+		if x, ok := x.Prompt.(*EmbedInput_Chat); ok {
+			return x.Chat
+		}
+	}
+	return nil
+}
+
+type isEmbedInput_Prompt interface {
+	isEmbedInput_Prompt()
+}
+
+type EmbedInput_Text struct {
+	Text string `protobuf:"bytes,1,opt,name=text,proto3,oneof"`
+}
+
+type EmbedInput_TokenIds struct {
+	TokenIds *TokenIds `protobuf:"bytes,2,opt,name=token_ids,json=tokenIds,proto3,oneof"`
+}
+
+type EmbedInput_Chat struct {
+	// add_generation_prompt is false by default here: it is the conversation that is embedded.
+	Chat *ChatMessages `protobuf:"bytes,3,opt,name=chat,proto3,oneof"`
+}
+
+func (*EmbedInput_Text) isEmbedInput_Prompt() {}
+
+func (*EmbedInput_TokenIds) isEmbedInput_Prompt() {}
+
+func (*EmbedInput_Chat) isEmbedInput_Prompt() {}
+
+type EmbedRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in GenerateRequest.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// 1 to 256. Each may fill the model's context.
+	Inputs  []*EmbedInput `protobuf:"bytes,2,rep,name=inputs,proto3" json:"inputs,omitempty"`
+	Pooling Pooling       `protobuf:"varint,3,opt,name=pooling,proto3,enum=pagewire.v1.Pooling" json:"pooling,omitempty"`
+	// Of a vector, from its beginning: for models that were trained so (Matryoshka). It is cut before it is normalized.
+	// From 1 to the model's hidden size, which is the default.
+	Dimensions *uint32 `protobuf:"varint,4,opt,name=dimensions,proto3,oneof" json:"dimensions,omitempty"`
+	// To length 1. Default true.
+	Normalize *bool `protobuf:"varint,5,opt,name=normalize,proto3,oneof" json:"normalize,omitempty"`
+	// A longer input is cut to its first so many tokens, special tokens at its ends aside. At most the model's context; not
+	// set: a longer one is refused.
+	TruncatePromptTokens *uint32 `protobuf:"varint,6,opt,name=truncate_prompt_tokens,json=truncatePromptTokens,proto3,oneof" json:"truncate_prompt_tokens,omitempty"`
+	// As in GenerateRequest.
+	Priority  *int32 `protobuf:"varint,7,opt,name=priority,proto3,oneof" json:"priority,omitempty"`
+	CacheSalt string `protobuf:"bytes,8,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	// Adapter by name. Not served yet: refused with INVALID_ARGUMENT.
+	Adapter       string `protobuf:"bytes,9,opt,name=adapter,proto3" json:"adapter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedRequest) Reset() {
+	*x = EmbedRequest{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedRequest) ProtoMessage() {}
+
+func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
+func (*EmbedRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *EmbedRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *EmbedRequest) GetInputs() []*EmbedInput {
+	if x != nil {
+		return x.Inputs
+	}
+	return nil
+}
+
+func (x *EmbedRequest) GetPooling() Pooling {
+	if x != nil {
+		return x.Pooling
+	}
+	return Pooling_POOLING_UNSPECIFIED
+}
+
+func (x *EmbedRequest) GetDimensions() uint32 {
+	if x != nil && x.Dimensions != nil {
+		return *x.Dimensions
+	}
+	return 0
+}
+
+func (x *EmbedRequest) GetNormalize() bool {
+	if x != nil && x.Normalize != nil {
+		return *x.Normalize
+	}
+	return false
+}
+
+func (x *EmbedRequest) GetTruncatePromptTokens() uint32 {
+	if x != nil && x.TruncatePromptTokens != nil {
+		return *x.TruncatePromptTokens
+	}
+	return 0
+}
+
+func (x *EmbedRequest) GetPriority() int32 {
+	if x != nil && x.Priority != nil {
+		return *x.Priority
+	}
+	return 0
+}
+
+func (x *EmbedRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
+}
+
+func (x *EmbedRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
+type Embedding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Values        []float32              `protobuf:"fixed32,1,rep,packed,name=values,proto3" json:"values,omitempty"`
+	PromptTokens  uint32                 `protobuf:"varint,2,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Embedding) Reset() {
+	*x = Embedding{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Embedding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Embedding) ProtoMessage() {}
+
+func (x *Embedding) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
+func (*Embedding) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Embedding) GetValues() []float32 {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *Embedding) GetPromptTokens() uint32 {
+	if x != nil {
+		return x.PromptTokens
+	}
+	return 0
+}
+
+type EmbedResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the inputs.
+	Embeddings []*Embedding `protobuf:"bytes,1,rep,name=embeddings,proto3" json:"embeddings,omitempty"`
+	// Of all inputs together.
+	Usage         *Usage `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedResponse) Reset() {
+	*x = EmbedResponse{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedResponse) ProtoMessage() {}
+
+func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
+func (*EmbedResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *EmbedResponse) GetEmbeddings() []*Embedding {
+	if x != nil {
+		return x.Embeddings
+	}
+	return nil
+}
+
+func (x *EmbedResponse) GetUsage() *Usage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+type ScoreCandidate struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Continuation:
+	//
+	//	*ScoreCandidate_Text
+	//	*ScoreCandidate_TokenIds
+	Continuation  isScoreCandidate_Continuation `protobuf_oneof:"continuation"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScoreCandidate) Reset() {
+	*x = ScoreCandidate{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScoreCandidate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScoreCandidate) ProtoMessage() {}
+
+func (x *ScoreCandidate) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScoreCandidate.ProtoReflect.Descriptor instead.
+func (*ScoreCandidate) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ScoreCandidate) GetContinuation() isScoreCandidate_Continuation {
+	if x != nil {
+		return x.Continuation
+	}
+	return nil
+}
+
+func (x *ScoreCandidate) GetText() string {
+	if x != nil {
+		if x, ok := x.Continuation.(*ScoreCandidate_Text); ok {
+			return x.Text
+		}
+	}
+	return ""
+}
+
+func (x *ScoreCandidate) GetTokenIds() *TokenIds {
+	if x != nil {
+		if x, ok := x.Continuation.(*ScoreCandidate_TokenIds); ok {
+			return x.TokenIds
+		}
+	}
+	return nil
+}
+
+type isScoreCandidate_Continuation interface {
+	isScoreCandidate_Continuation()
+}
+
+type ScoreCandidate_Text struct {
+	// Tokenized by itself, without special tokens.
+	Text string `protobuf:"bytes,1,opt,name=text,proto3,oneof"`
+}
+
+type ScoreCandidate_TokenIds struct {
+	TokenIds *TokenIds `protobuf:"bytes,2,opt,name=token_ids,json=tokenIds,proto3,oneof"`
+}
+
+func (*ScoreCandidate_Text) isScoreCandidate_Continuation() {}
+
+func (*ScoreCandidate_TokenIds) isScoreCandidate_Continuation() {}
+
+type ScoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in GenerateRequest.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Types that are valid to be assigned to Prompt:
+	//
+	//	*ScoreRequest_Text
+	//	*ScoreRequest_TokenIds
+	//	*ScoreRequest_Chat
+	Prompt isScoreRequest_Prompt `protobuf_oneof:"prompt"`
+	// 1 to 256, each of which fits into the context behind the prompt. At most 262144 tokens together.
+	Candidates []*ScoreCandidate `protobuf:"bytes,5,rep,name=candidates,proto3" json:"candidates,omitempty"`
+	// As in GenerateRequest.
+	Priority  *int32 `protobuf:"varint,6,opt,name=priority,proto3,oneof" json:"priority,omitempty"`
+	CacheSalt string `protobuf:"bytes,7,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
+	// Adapter by name. Not served yet: refused with INVALID_ARGUMENT.
+	Adapter       string `protobuf:"bytes,8,opt,name=adapter,proto3" json:"adapter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScoreRequest) Reset() {
+	*x = ScoreRequest{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScoreRequest) ProtoMessage() {}
+
+func (x *ScoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScoreRequest.ProtoReflect.Descriptor instead.
+func (*ScoreRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ScoreRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *ScoreRequest) GetPrompt() isScoreRequest_Prompt {
+	if x != nil {
+		return x.Prompt
+	}
+	return nil
+}
+
+func (x *ScoreRequest) GetText() string {
+	if x != nil {
+		if x, ok := x.Prompt.(*ScoreRequest_Text); ok {
+			return x.Text
+		}
+	}
+	return ""
+}
+
+func (x *ScoreRequest) GetTokenIds() *TokenIds {
+	if x != nil {
+		if x, ok := x.Prompt.(*ScoreRequest_TokenIds); ok {
+			return x.TokenIds
+		}
+	}
+	return nil
+}
+
+func (x *ScoreRequest) GetChat() *ChatMessages {
+	if x != nil {
+		if x, ok := x.Prompt.(*ScoreRequest_Chat); ok {
+			return x.Chat
+		}
+	}
+	return nil
+}
+
+func (x *ScoreRequest) GetCandidates() []*ScoreCandidate {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
+func (x *ScoreRequest) GetPriority() int32 {
+	if x != nil && x.Priority != nil {
+		return *x.Priority
+	}
+	return 0
+}
+
+func (x *ScoreRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
+}
+
+func (x *ScoreRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
+type isScoreRequest_Prompt interface {
+	isScoreRequest_Prompt()
+}
+
+type ScoreRequest_Text struct {
+	Text string `protobuf:"bytes,2,opt,name=text,proto3,oneof"`
+}
+
+type ScoreRequest_TokenIds struct {
+	TokenIds *TokenIds `protobuf:"bytes,3,opt,name=token_ids,json=tokenIds,proto3,oneof"`
+}
+
+type ScoreRequest_Chat struct {
+	Chat *ChatMessages `protobuf:"bytes,4,opt,name=chat,proto3,oneof"`
+}
+
+func (*ScoreRequest_Text) isScoreRequest_Prompt() {}
+
+func (*ScoreRequest_TokenIds) isScoreRequest_Prompt() {}
+
+func (*ScoreRequest_Chat) isScoreRequest_Prompt() {}
+
+type Score struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the raw distribution, as Generate's prompt_logprobs: log probabilities of the candidate's tokens, their sum, and
+	// the sum over their number.
+	Sum           float64   `protobuf:"fixed64,1,opt,name=sum,proto3" json:"sum,omitempty"`
+	Mean          float64   `protobuf:"fixed64,2,opt,name=mean,proto3" json:"mean,omitempty"`
+	Logprobs      []float32 `protobuf:"fixed32,3,rep,packed,name=logprobs,proto3" json:"logprobs,omitempty"`
+	TokenIds      []uint32  `protobuf:"varint,4,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Score) Reset() {
+	*x = Score{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Score) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Score) ProtoMessage() {}
+
+func (x *Score) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Score.ProtoReflect.Descriptor instead.
+func (*Score) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Score) GetSum() float64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
+func (x *Score) GetMean() float64 {
+	if x != nil {
+		return x.Mean
+	}
+	return 0
+}
+
+func (x *Score) GetLogprobs() []float32 {
+	if x != nil {
+		return x.Logprobs
+	}
+	return nil
+}
+
+func (x *Score) GetTokenIds() []uint32 {
+	if x != nil {
+		return x.TokenIds
+	}
+	return nil
+}
+
+type ScoreResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the candidates.
+	Scores []*Score `protobuf:"bytes,1,rep,name=scores,proto3" json:"scores,omitempty"`
+	// `prompt_tokens` are those of the prompt, once, and of all candidates; `cached_tokens` those that one candidate read
+	// from the cache where another, or another request, had computed them, for each that did.
+	Usage         *Usage `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScoreResponse) Reset() {
+	*x = ScoreResponse{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScoreResponse) ProtoMessage() {}
+
+func (x *ScoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScoreResponse.ProtoReflect.Descriptor instead.
+func (*ScoreResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ScoreResponse) GetScores() []*Score {
+	if x != nil {
+		return x.Scores
+	}
+	return nil
+}
+
+func (x *ScoreResponse) GetUsage() *Usage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
 type TokenizeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Input:
@@ -1421,7 +2149,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +2161,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +2174,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{15}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TokenizeRequest) GetInput() isTokenizeRequest_Input {
@@ -1508,7 +2236,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +2248,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +2261,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{16}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []uint32 {
@@ -1555,7 +2283,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +2295,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +2308,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{17}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []uint32 {
@@ -1606,7 +2334,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +2346,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +2359,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{18}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DetokenizeResponse) GetText() string {
@@ -1649,7 +2377,7 @@ type GetModelRequest struct {
 
 func (x *GetModelRequest) Reset() {
 	*x = GetModelRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +2389,7 @@ func (x *GetModelRequest) String() string {
 func (*GetModelRequest) ProtoMessage() {}
 
 func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +2402,7 @@ func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelRequest.ProtoReflect.Descriptor instead.
 func (*GetModelRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{19}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{27}
 }
 
 type GetModelResponse struct {
@@ -1701,7 +2429,7 @@ type GetModelResponse struct {
 
 func (x *GetModelResponse) Reset() {
 	*x = GetModelResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +2441,7 @@ func (x *GetModelResponse) String() string {
 func (*GetModelResponse) ProtoMessage() {}
 
 func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +2454,7 @@ func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelResponse.ProtoReflect.Descriptor instead.
 func (*GetModelResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{20}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetModelResponse) GetName() string {
@@ -1836,7 +2564,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +2576,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +2589,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{21}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CancelGenerationRequest) GetRequestId() string {
@@ -1879,7 +2607,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1891,7 +2619,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1904,7 +2632,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{22}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{30}
 }
 
 var File_pagewire_v1_inference_proto protoreflect.FileDescriptor
@@ -2038,7 +2766,67 @@ const file_pagewire_v1_inference_proto_rawDesc = "" +
 	"\x05delta\x18\x01 \x01(\v2\x1a.pagewire.v1.GenerateDeltaH\x00R\x05delta\x12;\n" +
 	"\bfinished\x18\x02 \x01(\v2\x1d.pagewire.v1.GenerateFinishedH\x00R\bfinishedB\n" +
 	"\n" +
-	"\bresponse\"\xab\x01\n" +
+	"\bresponse\"\x93\x01\n" +
+	"\n" +
+	"EmbedInput\x12\x14\n" +
+	"\x04text\x18\x01 \x01(\tH\x00R\x04text\x124\n" +
+	"\ttoken_ids\x18\x02 \x01(\v2\x15.pagewire.v1.TokenIdsH\x00R\btokenIds\x12/\n" +
+	"\x04chat\x18\x03 \x01(\v2\x19.pagewire.v1.ChatMessagesH\x00R\x04chatB\b\n" +
+	"\x06prompt\"\xb0\x03\n" +
+	"\fEmbedRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12/\n" +
+	"\x06inputs\x18\x02 \x03(\v2\x17.pagewire.v1.EmbedInputR\x06inputs\x12.\n" +
+	"\apooling\x18\x03 \x01(\x0e2\x14.pagewire.v1.PoolingR\apooling\x12#\n" +
+	"\n" +
+	"dimensions\x18\x04 \x01(\rH\x00R\n" +
+	"dimensions\x88\x01\x01\x12!\n" +
+	"\tnormalize\x18\x05 \x01(\bH\x01R\tnormalize\x88\x01\x01\x129\n" +
+	"\x16truncate_prompt_tokens\x18\x06 \x01(\rH\x02R\x14truncatePromptTokens\x88\x01\x01\x12\x1f\n" +
+	"\bpriority\x18\a \x01(\x05H\x03R\bpriority\x88\x01\x01\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\b \x01(\tR\tcacheSalt\x12\x18\n" +
+	"\aadapter\x18\t \x01(\tR\aadapterB\r\n" +
+	"\v_dimensionsB\f\n" +
+	"\n" +
+	"_normalizeB\x19\n" +
+	"\x17_truncate_prompt_tokensB\v\n" +
+	"\t_priority\"H\n" +
+	"\tEmbedding\x12\x16\n" +
+	"\x06values\x18\x01 \x03(\x02R\x06values\x12#\n" +
+	"\rprompt_tokens\x18\x02 \x01(\rR\fpromptTokens\"q\n" +
+	"\rEmbedResponse\x126\n" +
+	"\n" +
+	"embeddings\x18\x01 \x03(\v2\x16.pagewire.v1.EmbeddingR\n" +
+	"embeddings\x12(\n" +
+	"\x05usage\x18\x02 \x01(\v2\x12.pagewire.v1.UsageR\x05usage\"l\n" +
+	"\x0eScoreCandidate\x12\x14\n" +
+	"\x04text\x18\x01 \x01(\tH\x00R\x04text\x124\n" +
+	"\ttoken_ids\x18\x02 \x01(\v2\x15.pagewire.v1.TokenIdsH\x00R\btokenIdsB\x0e\n" +
+	"\fcontinuation\"\xd8\x02\n" +
+	"\fScoreRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x14\n" +
+	"\x04text\x18\x02 \x01(\tH\x00R\x04text\x124\n" +
+	"\ttoken_ids\x18\x03 \x01(\v2\x15.pagewire.v1.TokenIdsH\x00R\btokenIds\x12/\n" +
+	"\x04chat\x18\x04 \x01(\v2\x19.pagewire.v1.ChatMessagesH\x00R\x04chat\x12;\n" +
+	"\n" +
+	"candidates\x18\x05 \x03(\v2\x1b.pagewire.v1.ScoreCandidateR\n" +
+	"candidates\x12\x1f\n" +
+	"\bpriority\x18\x06 \x01(\x05H\x01R\bpriority\x88\x01\x01\x12\x1d\n" +
+	"\n" +
+	"cache_salt\x18\a \x01(\tR\tcacheSalt\x12\x18\n" +
+	"\aadapter\x18\b \x01(\tR\aadapterB\b\n" +
+	"\x06promptB\v\n" +
+	"\t_priority\"f\n" +
+	"\x05Score\x12\x10\n" +
+	"\x03sum\x18\x01 \x01(\x01R\x03sum\x12\x12\n" +
+	"\x04mean\x18\x02 \x01(\x01R\x04mean\x12\x1a\n" +
+	"\blogprobs\x18\x03 \x03(\x02R\blogprobs\x12\x1b\n" +
+	"\ttoken_ids\x18\x04 \x03(\rR\btokenIds\"e\n" +
+	"\rScoreResponse\x12*\n" +
+	"\x06scores\x18\x01 \x03(\v2\x12.pagewire.v1.ScoreR\x06scores\x12(\n" +
+	"\x05usage\x18\x02 \x01(\v2\x12.pagewire.v1.UsageR\x05usage\"\xab\x01\n" +
 	"\x0fTokenizeRequest\x12\x14\n" +
 	"\x04text\x18\x01 \x01(\tH\x00R\x04text\x12/\n" +
 	"\x04chat\x18\x02 \x01(\v2\x19.pagewire.v1.ChatMessagesH\x00R\x04chat\x121\n" +
@@ -2078,9 +2866,16 @@ const file_pagewire_v1_inference_proto_rawDesc = "" +
 	"\fFinishReason\x12\x1d\n" +
 	"\x19FINISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12FINISH_REASON_STOP\x10\x01\x12\x18\n" +
-	"\x14FINISH_REASON_LENGTH\x10\x022\x9f\x03\n" +
+	"\x14FINISH_REASON_LENGTH\x10\x02*W\n" +
+	"\aPooling\x12\x17\n" +
+	"\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fPOOLING_LAST\x10\x01\x12\x10\n" +
+	"\fPOOLING_MEAN\x10\x02\x12\x0f\n" +
+	"\vPOOLING_CLS\x10\x032\x9f\x04\n" +
 	"\x10InferenceService\x12I\n" +
-	"\bGenerate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse0\x01\x12G\n" +
+	"\bGenerate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse0\x01\x12>\n" +
+	"\x05Embed\x12\x19.pagewire.v1.EmbedRequest\x1a\x1a.pagewire.v1.EmbedResponse\x12>\n" +
+	"\x05Score\x12\x19.pagewire.v1.ScoreRequest\x1a\x1a.pagewire.v1.ScoreResponse\x12G\n" +
 	"\bTokenize\x12\x1c.pagewire.v1.TokenizeRequest\x1a\x1d.pagewire.v1.TokenizeResponse\x12M\n" +
 	"\n" +
 	"Detokenize\x12\x1e.pagewire.v1.DetokenizeRequest\x1a\x1f.pagewire.v1.DetokenizeResponse\x12G\n" +
@@ -2100,68 +2895,93 @@ func file_pagewire_v1_inference_proto_rawDescGZIP() []byte {
 	return file_pagewire_v1_inference_proto_rawDescData
 }
 
-var file_pagewire_v1_inference_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pagewire_v1_inference_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_pagewire_v1_inference_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_pagewire_v1_inference_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_pagewire_v1_inference_proto_goTypes = []any{
 	(FinishReason)(0),                // 0: pagewire.v1.FinishReason
-	(*ChatMessage)(nil),              // 1: pagewire.v1.ChatMessage
-	(*ChatMessages)(nil),             // 2: pagewire.v1.ChatMessages
-	(*TokenIds)(nil),                 // 3: pagewire.v1.TokenIds
-	(*SamplingParams)(nil),           // 4: pagewire.v1.SamplingParams
-	(*Choice)(nil),                   // 5: pagewire.v1.Choice
-	(*StructuredOutput)(nil),         // 6: pagewire.v1.StructuredOutput
-	(*ResumeState)(nil),              // 7: pagewire.v1.ResumeState
-	(*GenerateRequest)(nil),          // 8: pagewire.v1.GenerateRequest
-	(*TopLogprob)(nil),               // 9: pagewire.v1.TopLogprob
-	(*TokenLogprob)(nil),             // 10: pagewire.v1.TokenLogprob
-	(*GenerateDelta)(nil),            // 11: pagewire.v1.GenerateDelta
-	(*Usage)(nil),                    // 12: pagewire.v1.Usage
-	(*Timings)(nil),                  // 13: pagewire.v1.Timings
-	(*GenerateFinished)(nil),         // 14: pagewire.v1.GenerateFinished
-	(*GenerateResponse)(nil),         // 15: pagewire.v1.GenerateResponse
-	(*TokenizeRequest)(nil),          // 16: pagewire.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),         // 17: pagewire.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),        // 18: pagewire.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),       // 19: pagewire.v1.DetokenizeResponse
-	(*GetModelRequest)(nil),          // 20: pagewire.v1.GetModelRequest
-	(*GetModelResponse)(nil),         // 21: pagewire.v1.GetModelResponse
-	(*CancelGenerationRequest)(nil),  // 22: pagewire.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 23: pagewire.v1.CancelGenerationResponse
-	nil,                              // 24: pagewire.v1.SamplingParams.LogitBiasEntry
+	(Pooling)(0),                     // 1: pagewire.v1.Pooling
+	(*ChatMessage)(nil),              // 2: pagewire.v1.ChatMessage
+	(*ChatMessages)(nil),             // 3: pagewire.v1.ChatMessages
+	(*TokenIds)(nil),                 // 4: pagewire.v1.TokenIds
+	(*SamplingParams)(nil),           // 5: pagewire.v1.SamplingParams
+	(*Choice)(nil),                   // 6: pagewire.v1.Choice
+	(*StructuredOutput)(nil),         // 7: pagewire.v1.StructuredOutput
+	(*ResumeState)(nil),              // 8: pagewire.v1.ResumeState
+	(*GenerateRequest)(nil),          // 9: pagewire.v1.GenerateRequest
+	(*TopLogprob)(nil),               // 10: pagewire.v1.TopLogprob
+	(*TokenLogprob)(nil),             // 11: pagewire.v1.TokenLogprob
+	(*GenerateDelta)(nil),            // 12: pagewire.v1.GenerateDelta
+	(*Usage)(nil),                    // 13: pagewire.v1.Usage
+	(*Timings)(nil),                  // 14: pagewire.v1.Timings
+	(*GenerateFinished)(nil),         // 15: pagewire.v1.GenerateFinished
+	(*GenerateResponse)(nil),         // 16: pagewire.v1.GenerateResponse
+	(*EmbedInput)(nil),               // 17: pagewire.v1.EmbedInput
+	(*EmbedRequest)(nil),             // 18: pagewire.v1.EmbedRequest
+	(*Embedding)(nil),                // 19: pagewire.v1.Embedding
+	(*EmbedResponse)(nil),            // 20: pagewire.v1.EmbedResponse
+	(*ScoreCandidate)(nil),           // 21: pagewire.v1.ScoreCandidate
+	(*ScoreRequest)(nil),             // 22: pagewire.v1.ScoreRequest
+	(*Score)(nil),                    // 23: pagewire.v1.Score
+	(*ScoreResponse)(nil),            // 24: pagewire.v1.ScoreResponse
+	(*TokenizeRequest)(nil),          // 25: pagewire.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),         // 26: pagewire.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),        // 27: pagewire.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),       // 28: pagewire.v1.DetokenizeResponse
+	(*GetModelRequest)(nil),          // 29: pagewire.v1.GetModelRequest
+	(*GetModelResponse)(nil),         // 30: pagewire.v1.GetModelResponse
+	(*CancelGenerationRequest)(nil),  // 31: pagewire.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 32: pagewire.v1.CancelGenerationResponse
+	nil,                              // 33: pagewire.v1.SamplingParams.LogitBiasEntry
 }
 var file_pagewire_v1_inference_proto_depIdxs = []int32{
-	1,  // 0: pagewire.v1.ChatMessages.messages:type_name -> pagewire.v1.ChatMessage
-	24, // 1: pagewire.v1.SamplingParams.logit_bias:type_name -> pagewire.v1.SamplingParams.LogitBiasEntry
-	5,  // 2: pagewire.v1.StructuredOutput.choice:type_name -> pagewire.v1.Choice
-	3,  // 3: pagewire.v1.GenerateRequest.token_ids:type_name -> pagewire.v1.TokenIds
-	2,  // 4: pagewire.v1.GenerateRequest.chat:type_name -> pagewire.v1.ChatMessages
-	4,  // 5: pagewire.v1.GenerateRequest.sampling:type_name -> pagewire.v1.SamplingParams
-	6,  // 6: pagewire.v1.GenerateRequest.structured_output:type_name -> pagewire.v1.StructuredOutput
-	7,  // 7: pagewire.v1.GenerateRequest.resume_token_ids:type_name -> pagewire.v1.ResumeState
-	9,  // 8: pagewire.v1.TokenLogprob.top:type_name -> pagewire.v1.TopLogprob
-	10, // 9: pagewire.v1.GenerateDelta.logprobs:type_name -> pagewire.v1.TokenLogprob
-	10, // 10: pagewire.v1.GenerateDelta.prompt_logprobs:type_name -> pagewire.v1.TokenLogprob
+	2,  // 0: pagewire.v1.ChatMessages.messages:type_name -> pagewire.v1.ChatMessage
+	33, // 1: pagewire.v1.SamplingParams.logit_bias:type_name -> pagewire.v1.SamplingParams.LogitBiasEntry
+	6,  // 2: pagewire.v1.StructuredOutput.choice:type_name -> pagewire.v1.Choice
+	4,  // 3: pagewire.v1.GenerateRequest.token_ids:type_name -> pagewire.v1.TokenIds
+	3,  // 4: pagewire.v1.GenerateRequest.chat:type_name -> pagewire.v1.ChatMessages
+	5,  // 5: pagewire.v1.GenerateRequest.sampling:type_name -> pagewire.v1.SamplingParams
+	7,  // 6: pagewire.v1.GenerateRequest.structured_output:type_name -> pagewire.v1.StructuredOutput
+	8,  // 7: pagewire.v1.GenerateRequest.resume_token_ids:type_name -> pagewire.v1.ResumeState
+	10, // 8: pagewire.v1.TokenLogprob.top:type_name -> pagewire.v1.TopLogprob
+	11, // 9: pagewire.v1.GenerateDelta.logprobs:type_name -> pagewire.v1.TokenLogprob
+	11, // 10: pagewire.v1.GenerateDelta.prompt_logprobs:type_name -> pagewire.v1.TokenLogprob
 	0,  // 11: pagewire.v1.GenerateFinished.finish_reason:type_name -> pagewire.v1.FinishReason
-	12, // 12: pagewire.v1.GenerateFinished.usage:type_name -> pagewire.v1.Usage
-	13, // 13: pagewire.v1.GenerateFinished.timings:type_name -> pagewire.v1.Timings
-	11, // 14: pagewire.v1.GenerateResponse.delta:type_name -> pagewire.v1.GenerateDelta
-	14, // 15: pagewire.v1.GenerateResponse.finished:type_name -> pagewire.v1.GenerateFinished
-	2,  // 16: pagewire.v1.TokenizeRequest.chat:type_name -> pagewire.v1.ChatMessages
-	8,  // 17: pagewire.v1.InferenceService.Generate:input_type -> pagewire.v1.GenerateRequest
-	16, // 18: pagewire.v1.InferenceService.Tokenize:input_type -> pagewire.v1.TokenizeRequest
-	18, // 19: pagewire.v1.InferenceService.Detokenize:input_type -> pagewire.v1.DetokenizeRequest
-	20, // 20: pagewire.v1.InferenceService.GetModel:input_type -> pagewire.v1.GetModelRequest
-	22, // 21: pagewire.v1.InferenceService.CancelGeneration:input_type -> pagewire.v1.CancelGenerationRequest
-	15, // 22: pagewire.v1.InferenceService.Generate:output_type -> pagewire.v1.GenerateResponse
-	17, // 23: pagewire.v1.InferenceService.Tokenize:output_type -> pagewire.v1.TokenizeResponse
-	19, // 24: pagewire.v1.InferenceService.Detokenize:output_type -> pagewire.v1.DetokenizeResponse
-	21, // 25: pagewire.v1.InferenceService.GetModel:output_type -> pagewire.v1.GetModelResponse
-	23, // 26: pagewire.v1.InferenceService.CancelGeneration:output_type -> pagewire.v1.CancelGenerationResponse
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	13, // 12: pagewire.v1.GenerateFinished.usage:type_name -> pagewire.v1.Usage
+	14, // 13: pagewire.v1.GenerateFinished.timings:type_name -> pagewire.v1.Timings
+	12, // 14: pagewire.v1.GenerateResponse.delta:type_name -> pagewire.v1.GenerateDelta
+	15, // 15: pagewire.v1.GenerateResponse.finished:type_name -> pagewire.v1.GenerateFinished
+	4,  // 16: pagewire.v1.EmbedInput.token_ids:type_name -> pagewire.v1.TokenIds
+	3,  // 17: pagewire.v1.EmbedInput.chat:type_name -> pagewire.v1.ChatMessages
+	17, // 18: pagewire.v1.EmbedRequest.inputs:type_name -> pagewire.v1.EmbedInput
+	1,  // 19: pagewire.v1.EmbedRequest.pooling:type_name -> pagewire.v1.Pooling
+	19, // 20: pagewire.v1.EmbedResponse.embeddings:type_name -> pagewire.v1.Embedding
+	13, // 21: pagewire.v1.EmbedResponse.usage:type_name -> pagewire.v1.Usage
+	4,  // 22: pagewire.v1.ScoreCandidate.token_ids:type_name -> pagewire.v1.TokenIds
+	4,  // 23: pagewire.v1.ScoreRequest.token_ids:type_name -> pagewire.v1.TokenIds
+	3,  // 24: pagewire.v1.ScoreRequest.chat:type_name -> pagewire.v1.ChatMessages
+	21, // 25: pagewire.v1.ScoreRequest.candidates:type_name -> pagewire.v1.ScoreCandidate
+	23, // 26: pagewire.v1.ScoreResponse.scores:type_name -> pagewire.v1.Score
+	13, // 27: pagewire.v1.ScoreResponse.usage:type_name -> pagewire.v1.Usage
+	3,  // 28: pagewire.v1.TokenizeRequest.chat:type_name -> pagewire.v1.ChatMessages
+	9,  // 29: pagewire.v1.InferenceService.Generate:input_type -> pagewire.v1.GenerateRequest
+	18, // 30: pagewire.v1.InferenceService.Embed:input_type -> pagewire.v1.EmbedRequest
+	22, // 31: pagewire.v1.InferenceService.Score:input_type -> pagewire.v1.ScoreRequest
+	25, // 32: pagewire.v1.InferenceService.Tokenize:input_type -> pagewire.v1.TokenizeRequest
+	27, // 33: pagewire.v1.InferenceService.Detokenize:input_type -> pagewire.v1.DetokenizeRequest
+	29, // 34: pagewire.v1.InferenceService.GetModel:input_type -> pagewire.v1.GetModelRequest
+	31, // 35: pagewire.v1.InferenceService.CancelGeneration:input_type -> pagewire.v1.CancelGenerationRequest
+	16, // 36: pagewire.v1.InferenceService.Generate:output_type -> pagewire.v1.GenerateResponse
+	20, // 37: pagewire.v1.InferenceService.Embed:output_type -> pagewire.v1.EmbedResponse
+	24, // 38: pagewire.v1.InferenceService.Score:output_type -> pagewire.v1.ScoreResponse
+	26, // 39: pagewire.v1.InferenceService.Tokenize:output_type -> pagewire.v1.TokenizeResponse
+	28, // 40: pagewire.v1.InferenceService.Detokenize:output_type -> pagewire.v1.DetokenizeResponse
+	30, // 41: pagewire.v1.InferenceService.GetModel:output_type -> pagewire.v1.GetModelResponse
+	32, // 42: pagewire.v1.InferenceService.CancelGeneration:output_type -> pagewire.v1.CancelGenerationResponse
+	36, // [36:43] is the sub-list for method output_type
+	29, // [29:36] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_pagewire_v1_inference_proto_init() }
@@ -2193,17 +3013,32 @@ func file_pagewire_v1_inference_proto_init() {
 		(*GenerateResponse_Finished)(nil),
 	}
 	file_pagewire_v1_inference_proto_msgTypes[15].OneofWrappers = []any{
+		(*EmbedInput_Text)(nil),
+		(*EmbedInput_TokenIds)(nil),
+		(*EmbedInput_Chat)(nil),
+	}
+	file_pagewire_v1_inference_proto_msgTypes[16].OneofWrappers = []any{}
+	file_pagewire_v1_inference_proto_msgTypes[19].OneofWrappers = []any{
+		(*ScoreCandidate_Text)(nil),
+		(*ScoreCandidate_TokenIds)(nil),
+	}
+	file_pagewire_v1_inference_proto_msgTypes[20].OneofWrappers = []any{
+		(*ScoreRequest_Text)(nil),
+		(*ScoreRequest_TokenIds)(nil),
+		(*ScoreRequest_Chat)(nil),
+	}
+	file_pagewire_v1_inference_proto_msgTypes[23].OneofWrappers = []any{
 		(*TokenizeRequest_Text)(nil),
 		(*TokenizeRequest_Chat)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[17].OneofWrappers = []any{}
+	file_pagewire_v1_inference_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pagewire_v1_inference_proto_rawDesc), len(file_pagewire_v1_inference_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   24,
+			NumEnums:      2,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
