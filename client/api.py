@@ -10,6 +10,7 @@ from pagewire.v1.admin_pb2 import Adapter, GetStatsResponse
 from pagewire.v1.inference_pb2 import (
     ChatMessage,
     ChatMessages,
+    Choice,
     EmbedInput,
     EmbedRequest,
     EmbedResponse,
@@ -24,6 +25,7 @@ from pagewire.v1.inference_pb2 import (
     ScoreCandidate,
     ScoreRequest,
     ScoreResponse,
+    StructuredOutput,
     TokenIds,
 )
 
@@ -34,6 +36,7 @@ __all__ = [
     "Adapter",
     "ChatMessage",
     "ChatMessages",
+    "Choice",
     "Chunk",
     "EmbedResponse",
     "FinishReason",
@@ -48,6 +51,7 @@ __all__ = [
     "Retry",
     "SamplingParams",
     "ScoreResponse",
+    "StructuredOutput",
     "TokenIds",
 ]
 
@@ -108,10 +112,21 @@ def channel_options(keepalive: Keepalive | None) -> list[tuple[str, int]]:
 
 
 def generate_request(
-    prompt: Prompt, sampling: SamplingParams | None, request_id: str, priority: int, cache_salt: str, adapter: str
+    prompt: Prompt,
+    sampling: SamplingParams | None,
+    request_id: str,
+    priority: int,
+    cache_salt: str,
+    adapter: str = "",
+    structured_output: StructuredOutput | None = None,
 ) -> GenerateRequest:
     request = GenerateRequest(
-        request_id=request_id, sampling=sampling, priority=priority, cache_salt=cache_salt, adapter=adapter
+        request_id=request_id,
+        sampling=sampling,
+        priority=priority,
+        cache_salt=cache_salt,
+        adapter=adapter,
+        structured_output=structured_output,
     )
     _set_prompt(request, prompt)
     return request

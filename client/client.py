@@ -182,9 +182,10 @@ class Client:
         priority: int = 0,
         cache_salt: str = "",
         adapter: str = "",
+        structured_output: api.StructuredOutput | None = None,
         timeout: float | None = None,
     ) -> Generation:
-        request = api.generate_request(prompt, sampling, request_id, priority, cache_salt, adapter)
+        request = api.generate_request(prompt, sampling, request_id, priority, cache_salt, adapter, structured_output)
         return Generation(self, Continuation(request, self._attempts(timeout)))
 
     def embed(

@@ -21,6 +21,7 @@ class FinishReason(IntEnum):
     DUPLICATE = 9  # its request id is running already
     QUOTA = 10  # of its tenant is used up, see `retry_after`
     NOT_FOUND = 11  # it names an adapter that is not loaded, see `detail`
+    GRAMMAR = 12  # its grammar is no grammar, or too much to follow, see `detail`
 
 
 class FrontendHello(Wire, frozen=True):

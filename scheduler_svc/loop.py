@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -32,12 +33,23 @@ from protos.engine_wire import (
     ToFrontend,
     WatchKv,
 )
-from protos.wire import StepPlan
+from protos.wire import StepPlan, StepResult
 from scheduler_svc.config import LoopConfig
-from scheduler_svc.engine.events import AdapterFree, Drain, EndEpoch, Event, FlushCache, Tick, WorkerReady
+from scheduler_svc.engine.events import (
+    AdapterFree,
+    Drain,
+    EndEpoch,
+    Event,
+    FlushCache,
+    MaskRequest,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
 from scheduler_svc.engine.integrity import IntegrityError
 from scheduler_svc.engine.scheduler import Scheduler
 from scheduler_svc.frontend_socket import FrontendSocket
+from scheduler_svc.grammars.masks import Grammars
 from scheduler_svc.metrics import Frontends
 from scheduler_svc.record import Recorder
 from scheduler_svc.worker_groups import WorkerGroups
@@ -69,7 +81,8 @@ class EngineLoop:
                 frontends.close()
             raise
         self._mailbox: deque[ToEngine | FrontendStop] = deque()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rings when the mailbox is not empty
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rings when there is mail, or a grammar
+        self._grammars = Grammars(config.setup.model, self._ring)
         self._deliver: Deliver | None = None
         self._outgoing: list[ToFrontend] = []
         self._status: ServiceStatus | None = None  # the last one delivered
@@ -100,14 +113,18 @@ class EngineLoop:
 
     def send(self, *messages: ToEngine | FrontendStop) -> None:
         self._mailbox.extend(messages)
-        os.eventfd_write(self._bell, 1)
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # the loop has ended, and a grammar is compiled
+            os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
         """Ends workers and thread; what runs is dropped. A second call does nothing."""
         if self._stopping:
             return
         self._stopping = True
-        os.eventfd_write(self._bell, 1)
+        self._ring()
         self._thread.join()
         os.close(self._bell)
 
@@ -142,11 +159,18 @@ class EngineLoop:
                 self._feed(Tick(self._now))
             for event in self._hear(ready):
                 self._feed(event)
+            self._send_masks()  # that a worker may wait for already
             for event in self._workers.send_plans(self._now):
                 self._feed(event)
+            self._grammars.sent()
+            self._send_masks()  # that it will wait for
             self._keep_workers(poller, ready)
             self._post()
             self._audit()
+
+    def _send_masks(self) -> None:
+        for mask in self._grammars.masks(self._workers.num_words):
+            self._workers.send_mask(mask)
 
     def _audit(self) -> None:
         """Recounts the engine's books, 0.1 ms for 1,000 blocks. Books that are wrong go with the epoch they are of."""
@@ -186,6 +210,7 @@ class EngineLoop:
         """Each event is fed before the next is looked for."""
         if self._bell in ready:
             os.eventfd_read(self._bell)
+        yield from self._grammars.take()
         for _ in range(len(self._mailbox)):
             yield from self._from_frontend(self._mailbox.popleft())
         if self._processes:
@@ -253,17 +278,29 @@ class EngineLoop:
                 self._recorder.raised(event, error)
                 raise
             self._recorder.write(event, instructions)
+            if isinstance(event, Submit) and event.grammar and self._engine.compiles(event.request_id, event.index):
+                self._grammars.begin(event)
             for instruction in instructions:
                 match instruction:
                     case StepPlan():
                         self._workers.add_plan(instruction, self._now)
-                    case Outputs() | KvEvents():
+                    case Outputs():
                         self._outgoing.append(instruction)
+                        self._grammars.tell(instruction.items)
+                    case KvEvents():
+                        self._outgoing.append(instruction)
+                    case MaskRequest():
+                        self._grammars.request(instruction)
                     case AdapterFree(name):
                         self._workers.adapters.free(name)
                     case EndEpoch(epoch, reason):
                         is_unusable = isinstance(event, WorkerReady)
                         events.extend(self._workers.lose(epoch, reason, self._now, fatal=is_unusable))
+            match event:
+                case StepResult(epoch=epoch, step=step) if matched := self._grammars.matched(epoch, step):
+                    events.append(matched)
+                case WorkerLost(epoch=epoch):
+                    self._grammars.forget(epoch)
 
     def _post(self) -> None:
         """All that this iteration has for the frontend, in one call."""
@@ -318,4 +355,5 @@ class EngineLoop:
         if self._processes:
             self._processes.close()
         self._workers.close()
+        self._grammars.close()
         self._recorder.close()

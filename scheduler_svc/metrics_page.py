@@ -34,6 +34,7 @@ REFUSALS: Final = {
     FinishReason.DEADLINE: "deadline",
     FinishReason.DRAINING: "draining",
     FinishReason.INVALID: "invalid",
+    FinishReason.GRAMMAR: "grammar",
     FinishReason.DUPLICATE: "duplicate",
 }
 FINISHES: Final = ("stop", "length", "abort", "error")

@@ -19,7 +19,7 @@ from typing import assert_never
 from msgspec.structs import replace
 
 from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
-from protos.wire import Admit, Epoch, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
+from protos.wire import Admit, Epoch, Row, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.events import (
     AdapterClosed,
     AdapterFree,
@@ -29,7 +29,10 @@ from scheduler_svc.engine.events import (
     Event,
     FlushCache,
     Instruction,
+    MaskRequest,
+    Matched,
     Tick,
+    Verdict,
     WorkerLost,
     WorkerReady,
 )
@@ -46,12 +49,13 @@ def comparable(instructions: list[Instruction]) -> list[Instruction]:
     for instruction in instructions:
         match instruction:
             case StepPlan():
-                kept.append(replace(instruction, admit=[replace(admit, domain=b"") for admit in instruction.admit]))
+                admit = [replace(admit, domain=b"") for admit in instruction.admit]
+                kept.append(replace(instruction, admit=admit, rows=[*map(_without_tokens, instruction.rows)]))
             case EndEpoch():
                 kept.append(EndEpoch(instruction.epoch, ""))  # the reason may quote tokens
             case AdapterFree():
                 kept.append(instruction)
-            case Outputs() | KvEvents():
+            case Outputs() | KvEvents() | MaskRequest():
                 pass
             case _:
                 assert_never(instruction)
@@ -64,6 +68,18 @@ class _Stream:
     def __init__(self, key: bytes, root: bytes, sampling: Sampling) -> None:
         self._hasher = blake2b(len(root).to_bytes(4, "little") + root, digest_size=4, key=key)
         self._ends = frozenset(sampling.eos_token_ids + sampling.stop_token_ids)
+        self.forced: list[int] = []  # what its grammar said last: the engine may know it, or may not
+
+    def preview(self, token_ids: list[int]) -> list[int]:
+        """Their pseudonyms, should they follow."""
+        before, self._hasher = self._hasher, self._hasher.copy()
+        made = self.extend(token_ids)
+        self._hasher = before
+        return made
+
+    def follow(self, count: int) -> None:
+        """So many of what was forced the engine knows now."""
+        self.extend(self.forced[:count])
 
     def extend(self, token_ids: Iterable[int], keep_ends: bool = True) -> list[int]:
         """Pseudonyms; `keep_ends` for tokens that the engine compares with the stream's ends."""
@@ -84,6 +100,7 @@ class Pseudonyms:
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._streams: dict[Epoch, dict[int, _Stream]] = {}  # by epoch and slot
+        self._grammars: dict[tuple[str, int], _Stream] = {}  # those with a grammar, by request id and index
 
     def event(self, event: Event) -> Event:
         match event:
@@ -100,6 +117,10 @@ class Pseudonyms:
                 return AdapterLoaded(self._name(event.name), self._name(event.digest))
             case AdapterClosed():
                 return AdapterClosed(self._name(event.name), "gone" if event.reason else "")
+            case Verdict():
+                return self._verdict(event)
+            case Matched():
+                return replace(event, verdicts=[self._verdict(verdict) for verdict in event.verdicts])
             case Shed() | FrontendLost() | WorkerReady() | Tick() | FlushCache() | Drain() | WatchKv():
                 return event
             case _:
@@ -107,15 +128,32 @@ class Pseudonyms:
 
     def answer(self, instructions: list[Instruction]) -> list[Instruction]:
         """Comparable, and of pseudonyms."""
-        return comparable([self._instruction(i) for i in instructions])
+        hidden: list[Instruction] = []
+        for instruction in instructions:
+            match instruction:
+                case StepPlan():
+                    hidden.append(self._plan(instruction))
+                    plan = instruction
+                case MaskRequest():
+                    for row, request_id, index in instruction.rows:
+                        self._grammars[request_id, index] = self._streams[plan.epoch][plan.rows[row].slot]
+                case AdapterFree():
+                    hidden.append(AdapterFree(self._name(instruction.name)))
+                case Outputs():
+                    for delta in instruction.items:
+                        if delta.finish_reason:
+                            self._grammars.pop((delta.request_id, delta.index), None)
+                case _:
+                    hidden.append(instruction)
+        return comparable(hidden)
 
-    def _instruction(self, instruction: Instruction) -> Instruction:
-        match instruction:
-            case StepPlan():
-                return self._plan(instruction)
-            case AdapterFree():
-                return AdapterFree(self._name(instruction.name))
-        return instruction
+    def _verdict(self, verdict: Verdict) -> Verdict:
+        """Of a stream that has ended: nobody looks at it."""
+        stream = self._grammars.get((verdict.request_id, verdict.index))
+        token_ids = stream.preview(verdict.token_ids) if stream else []
+        if stream:
+            stream.forced = verdict.token_ids
+        return replace(verdict, request_id=self._name(verdict.request_id), token_ids=token_ids, detail="")
 
     def _name(self, name: str) -> str:
         return blake2b(name.encode(), digest_size=8, key=self._key).hexdigest() if name else ""
@@ -128,6 +166,8 @@ class Pseudonyms:
         token_ids = stream.extend(submit.token_ids[:-1], keep_ends=False)
         is_resumed = len(submit.token_ids) > submit.prompt_len  # then its last token may have ended it
         token_ids += stream.extend(submit.token_ids[-1:], keep_ends=is_resumed)
+        if submit.grammar:
+            self._grammars[submit.request_id, submit.index] = stream
         return replace(
             submit,
             request_id=self._name(submit.request_id),
@@ -136,13 +176,18 @@ class Pseudonyms:
             cache_salt=self._name(submit.cache_salt),
             adapter=self._name(submit.adapter),
             adapter_digest=self._name(submit.adapter_digest),
+            grammar=replace(submit.grammar, text="") if submit.grammar else None,
         )
 
     def _plan(self, plan: StepPlan) -> StepPlan:
         streams = self._streams.setdefault(plan.epoch, {})
         for slot in plan.release:
             streams.pop(slot, None)
-        return replace(plan, admit=[self._admit(streams, admit) for admit in plan.admit]) if plan.admit else plan
+        admit = [self._admit(streams, admit) for admit in plan.admit]
+        for row in plan.rows:
+            if row.append_token_ids:
+                streams[row.slot].follow(len(row.append_token_ids))
+        return replace(plan, admit=admit)
 
     def _admit(self, streams: dict[int, _Stream], admit: Admit) -> Admit:
         stream = streams[admit.slot] = self._stream(admit.domain, admit.adapter, admit.sampling)
@@ -157,6 +202,10 @@ class Pseudonyms:
         """Of an epoch that has ended: nobody looks at it."""
         streams = self._streams.get(result.epoch, {})
         return replace(result, rows=[_row(streams.get(row.slot), row) for row in result.rows])
+
+
+def _without_tokens(row: Row) -> Row:
+    return replace(row, append_token_ids=[0] * len(row.append_token_ids)) if row.append_token_ids else row
 
 
 def _row(stream: _Stream | None, row: RowResult) -> RowResult:

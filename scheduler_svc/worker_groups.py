@@ -11,7 +11,7 @@ import zmq
 
 from protos.curve import from_this_host, scheduler_keys
 from protos.engine_wire import Loss, WorkerFigures, WorkerStatus
-from protos.wire import Epoch, Hello, Ready, StepPlan
+from protos.wire import Epoch, Hello, Mask, Ready, StepPlan
 from scheduler_svc.adapters import AdapterBook
 from scheduler_svc.config import LoopConfig
 from scheduler_svc.engine.events import Event
@@ -164,6 +164,15 @@ class WorkerGroups:
     def send_plans(self, now: float) -> Iterator[Event]:
         for group in self.groups:
             yield from group.link.send_plans(now)
+
+    @property
+    def num_words(self) -> int:
+        """Of 32 tokens each, in a row of a mask."""
+        return -(-self.ready.vocab_size // 32) if self.ready else 0
+
+    def send_mask(self, mask: Mask) -> None:
+        if group := self._of(mask.epoch):
+            group.link.send_mask(mask)
 
     def lose(self, epoch: Epoch, reason: str, now: float, *, fatal: bool = False) -> Iterator[Event]:
         """Ends an epoch, unless it has ended already. `fatal`: its group would not do better with another."""

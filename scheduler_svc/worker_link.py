@@ -17,6 +17,7 @@ from protos.wire import (
     FromWorker,
     Hello,
     LoadAdapter,
+    Mask,
     Phase,
     Ready,
     Setup,
@@ -161,6 +162,10 @@ class WorkerLink:
         plans, self._unsent = [plan for plan in self._unsent if plan.epoch == self._epoch], []
         if plans and not self._send(self.peers, *plans):
             yield from self.lose("its connection broke", now)
+
+    def send_mask(self, mask: Mask) -> None:
+        """Behind its plan. One that cannot be sent is missed: the connection is about to be found broken."""
+        self._send(self.peers, mask)
 
     def lose(self, reason: str, now: float, culprit: Rank | None = None) -> Iterator[Event]:
         """Ends the epoch, if there is one, and whatever processes or connection stood behind it. `culprit`: whose doing

@@ -7,10 +7,13 @@ mistake shows as one, and not only as a different token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from protos.engine_wire import FinishReason, Submit
 from protos.wire import Admit, Copy, Direction, Epoch, Row, RowResult, Sampling, StepPlan, StepResult, TokenLogprobs
+from scheduler_svc.engine.events import Verdict
 
 _MASK = (1 << 64) - 1
 
@@ -52,6 +55,49 @@ def sample(sampling: Sampling, vocab_size: int, prefix: int, position: int, num_
     return token
 
 
+@dataclass(frozen=True)
+class FakeGrammar:
+    """Allows and forces by position alone, and ends after some tokens: all of it by its seed."""
+
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return mix(self.seed) % 16
+
+    @cache  # noqa: B019 (there are a few dozen)
+    def forced(self, count: int, vocab_size: int) -> list[int]:
+        """What has to follow `count` output tokens."""
+        run: list[int] = []
+        while count + len(run) < self.length and mix(self.seed, (count + len(run)) // 4) % 3 == 0:
+            run.append(mix(self.seed, count + len(run), 1) % vocab_size)
+        return run
+
+    def choose(self, token: int, count: int, vocab_size: int) -> int:
+        """The first allowed one from `token` on."""
+        if forced := self.forced(count, vocab_size):
+            return forced[0]
+        return next(
+            t % vocab_size for t in range(token, token + 2 * vocab_size) if t % vocab_size in self._allowed(count)
+        )
+
+    @cache  # noqa: B019
+    def _allowed(self, count: int) -> frozenset[int]:
+        return frozenset(t for t in range(64) if mix(self.seed, count, t, 2) % 3 == 0) | {0}
+
+    def verdict(self, submit: Submit, count: int, vocab_size: int) -> Verdict:
+        """Behind `count` output tokens, as the loop says it."""
+        sampling = submit.sampling
+        is_told = sampling.logprobs < 0 and sampling.prompt_logprobs < 0
+        run = self.forced(count, vocab_size) if is_told else []
+        ends = FinishReason.STOP if count + len(run) >= self.length else None
+        return Verdict(submit.request_id, submit.index, run, ends)
+
+
+def fake_grammar(submit: Submit) -> FakeGrammar | None:
+    return FakeGrammar(int(submit.grammar.text)) if submit.grammar else None
+
+
 def root(domain: bytes, adapter: str) -> int:
     """`adapter`: its digest."""
     return mix(int.from_bytes(domain, "little"), int.from_bytes(adapter.encode(), "little"))
@@ -61,12 +107,18 @@ def expected(submit: Submit, vocab_size: int, max_model_len: int, domain: bytes)
     """The oracle, one token after the other: the stream's new tokens, and why it ends."""
     tokens, prefix = list(submit.token_ids), root(domain, submit.adapter_digest)
     limit = min(submit.prompt_len + submit.sampling.max_tokens, max_model_len)
+    grammar = fake_grammar(submit)
     for token in tokens:
         prefix = mix(prefix, token)
     if not submit.sampling.max_tokens:
         return [], FinishReason.STOP
     while len(tokens) < limit:
-        token = sample(submit.sampling, vocab_size, prefix, len(tokens), len(tokens) - submit.prompt_len)
+        count = len(tokens) - submit.prompt_len
+        if grammar and count >= grammar.length:
+            return tokens[len(submit.token_ids) :], FinishReason.STOP
+        token = sample(submit.sampling, vocab_size, prefix, len(tokens), count)
+        if grammar:
+            token = grammar.choose(token, count, vocab_size)
         tokens.append(token)
         prefix = mix(prefix, token)
         if token in submit.sampling.eos_token_ids + submit.sampling.stop_token_ids:
@@ -80,7 +132,7 @@ def pooled(pooling: str, prefix: int) -> bytes:
 
 
 def expected_pooled(submit: Submit, domain: bytes) -> bytes:
-    prefix = root(domain, submit.adapter)
+    prefix = root(domain, submit.adapter_digest)
     for token in submit.token_ids:
         prefix = mix(prefix, token)
     return pooled(submit.pooling, prefix) if submit.pooling else b""
@@ -125,6 +177,7 @@ class FakeWorker:
         self.draft_quality = draft_quality  # share of drafts that are right
         self.step = 0
         self.adapters: dict[str, str] = {}  # digests of those that are loaded, by name
+        self.grammars: Mapping[int, FakeGrammar] = {}  # of this step
         self.slots: dict[int, FakeSlot] = {}
         self.kv: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # prefix digest, its token included
         self.written: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # in which step
@@ -132,7 +185,9 @@ class FakeWorker:
         self.host_written = [0] * num_host_blocks  # in which step
         self.loaded: dict[int, int] = {}  # blocks that this step copies from the host, and the slot that reads each
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, grammars: Mapping[int, FakeGrammar] | None = None) -> StepResult:
+        """`grammars`: by slot, of the rows that have a mask."""
+        self.grammars = grammars or {}
         _demand(plan.epoch == self.epoch and plan.step == self.step + 1, f"step {plan.step} after {self.step}")
         self.step = plan.step
         for slot in plan.release:
@@ -191,6 +246,10 @@ class FakeWorker:
         _demand(row.slot in self.slots, f"a row for slot {row.slot}, which holds nothing")
         slot = self.slots[row.slot]
         self._extend(slot, row.new_block_ids)
+        _demand(row.masked == (row.slot in self.grammars), f"slot {row.slot}: masked is {row.masked}")
+        _demand(not (row.masked and row.num_drafts) and row.masked <= row.sample, "a masked row only samples")
+        for token in row.append_token_ids:
+            slot.append(token)
         known, start = len(slot.tokens), slot.computed
         if row.start >= 0:
             if not slot.sampled and not slot.computed:
@@ -248,8 +307,10 @@ class FakeWorker:
         return drafts
 
     def _sample(self, slot: FakeSlot, prefix: int, position: int) -> int:
-        admit = slot.admit
-        return sample(admit.sampling, self.vocab_size, prefix, position, position - admit.prompt_len)
+        admit, count = slot.admit, position - slot.admit.prompt_len
+        token = sample(admit.sampling, self.vocab_size, prefix, position, count)
+        grammar = self.grammars.get(admit.slot)
+        return grammar.choose(token, count, self.vocab_size) if grammar else token
 
     def _read(self, slot: FakeSlot, end: int) -> None:
         for position in range(end):

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from client.api import FinishReason, GenerateDelta, GenerateFinished
+from client.api import Choice, FinishReason, GenerateDelta, GenerateFinished, StructuredOutput
 from client.client import Client, Generation
 from client.commands import flags
 
@@ -22,7 +23,32 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     flags.add_sampling(parser, max_tokens=256)
     parser.add_argument("--adapter", default="", metavar="NAME", help="a LoRA adapter, see `pagewire adapters`")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of a stream")
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument("--json-schema", type=_text, metavar="FILE", help="the output is JSON of this schema")
+    constraint.add_argument("--json-object", action="store_true", help="the output is any JSON object")
+    constraint.add_argument("--regex", metavar="PATTERN", help="the output matches, in Rust's syntax")
+    constraint.add_argument("--grammar", type=_text, metavar="FILE", help="the output follows it: Lark or GBNF")
+    constraint.add_argument("--choice", action="append", metavar="TEXT", help="the output is one of these; repeatable")
     return parser
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path!r} cannot be read: {error}") from None
+
+
+def _structured_output(arguments: argparse.Namespace) -> StructuredOutput | None:
+    given = {
+        "json_schema": arguments.json_schema,
+        "json_object": arguments.json_object or None,
+        "regex": arguments.regex,
+        "grammar": arguments.grammar,
+        "choice": Choice(values=arguments.choice) if arguments.choice else None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return StructuredOutput(**chosen) if chosen else None
 
 
 def main(prog: str, argv: Sequence[str]) -> int:
@@ -30,7 +56,12 @@ def main(prog: str, argv: Sequence[str]) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with (
         Client(arguments.address, retry=flags.retry(arguments), **flags.access(arguments)) as client,
-        client.generate(prompt, flags.sampling(arguments), adapter=arguments.adapter) as generation,
+        client.generate(
+            prompt,
+            flags.sampling(arguments),
+            adapter=arguments.adapter,
+            structured_output=_structured_output(arguments),
+        ) as generation,
     ):
         if arguments.json:
             print(json.dumps(_collect(generation)))

@@ -18,10 +18,11 @@ from scheduler_svc.engine.speculation import Costs, Speculation
 class Flight:
     """A sent plan, with whom it named: its result is resolved against this, never against live state."""
 
-    __slots__ = ("fenced", "num_drafts", "num_tokens", "plan", "sequences")
+    __slots__ = ("fenced", "masked", "num_drafts", "num_tokens", "plan", "sequences")
 
     def __init__(self, plan: StepPlan, sequences: list[Sequence], num_tokens: int, num_drafts: int = 0) -> None:
         self.plan = plan
+        self.masked = [i for i, row in enumerate(plan.rows) if row.masked]
         self.num_tokens = num_tokens  # positions computed at most
         self.num_drafts = num_drafts  # … drafts among them
         self.sequences = sequences  # one for each of plan.rows
@@ -45,6 +46,7 @@ class Device:
         self.free_slots = list(range(ready.max_slots, 0, -1))  # slot 0 is the null slot
         self.release: list[int] = []  # slots that the next plan tells the worker to forget
         self.sent: deque[Flight] = deque()
+        self.unmatched = 0  # the step whose tokens the grammars have not taken in yet
 
     def vacate(self, sequence: Sequence) -> None:
         """Takes slot and blocks from a sequence: at once, or when the last plan that names it has landed."""

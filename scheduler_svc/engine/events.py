@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from protos.engine_wire import Abort, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
+from protos.engine_wire import Abort, FinishReason, FrontendLost, KvEvents, Outputs, Shed, Submit, WatchKv
 from protos.wire import Epoch, StepPlan, StepResult
 
 
@@ -63,12 +63,32 @@ class Drain(Happening, frozen=True):
     """Take no new requests; finish what was accepted."""
 
 
+class Verdict(Happening, frozen=True):
+    """What a stream's grammar says behind all its settled tokens. The first one says that it is compiled."""
+
+    request_id: str
+    index: int
+    token_ids: list[int] = []  # nothing else may follow: known without being sampled
+    ends: FinishReason | None = None  # and behind them the stream has ended, for this reason
+    detail: str = ""
+
+
+class Matched(Happening, frozen=True):
+    """The grammars have taken in what a step with masked rows brought. Nothing is planned between the two."""
+
+    epoch: Epoch
+    step: int
+    verdicts: list[Verdict]
+
+
 Event = (
     Submit
     | Shed
     | Abort
     | FrontendLost
     | StepResult
+    | Verdict
+    | Matched
     | WorkerReady
     | WorkerLost
     | Tick
@@ -93,4 +113,12 @@ class AdapterFree(Happening, frozen=True):
     name: str
 
 
-Instruction = StepPlan | Outputs | EndEpoch | KvEvents | AdapterFree
+class MaskRequest(Happening, frozen=True):
+    """Behind its plan, which samples in these rows what a grammar allows (R3): (row, request id, index) of each."""
+
+    epoch: Epoch
+    step: int
+    rows: list[tuple[int, str, int]]
+
+
+Instruction = StepPlan | MaskRequest | Outputs | EndEpoch | KvEvents | AdapterFree

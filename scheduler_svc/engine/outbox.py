@@ -35,10 +35,11 @@ class Outbox:
 
     def end(self, sequence: Sequence, reason: FinishReason, detail: str) -> None:
         """A stream ends without a further token."""
+        unsaid, sequence.unsaid = sequence.unsaid, []
         delta = TokenDelta(
             sequence.request_id,
             sequence.index,
-            [],
+            unsaid,
             finish_reason=reason,
             cached_tokens=max(0, sequence.cached_tokens),
             detail=detail,
@@ -71,10 +72,29 @@ class Outbox:
         )
         self._add(sequence.frontend, delta)
 
+    def forced(self, sequence: Sequence, token_ids: list[int], reason: FinishReason | None) -> None:
+        """Tokens that nobody sampled. Those of a stream that never ran wait for its first, or for its end."""
+        sequence.unsaid += token_ids
+        if reason is None and sequence.cached_tokens < 0:
+            return
+        unsaid, sequence.unsaid = sequence.unsaid, []
+        delta = TokenDelta(
+            sequence.request_id,
+            sequence.index,
+            unsaid,
+            finish_reason=reason,
+            stop_token_id=unsaid[-1] if reason is FinishReason.STOP and unsaid[-1] in sequence.ends else -1,
+            cached_tokens=max(0, sequence.cached_tokens),
+            queued=sequence.waited,
+        )
+        self._add(sequence.frontend, delta)
+
     def tokens(
         self, sequence: Sequence, token_ids: list[int], row: Row, answer: RowResult, reason: FinishReason | None
     ) -> None:
         """New tokens: the answer's, cut where the stream ends."""
+        if sequence.unsaid:
+            token_ids, sequence.unsaid = sequence.unsaid + token_ids, []
         prompt_logprobs = answer.prompt_logprobs
         if prompt_logprobs:
             prompt_logprobs = sequence.new_prompt_logprobs(row.start, prompt_logprobs)
@@ -83,7 +103,7 @@ class Outbox:
             sequence.request_id,
             sequence.index,
             token_ids,
-            logprobs[: len(token_ids)] if logprobs else logprobs,
+            logprobs[: len(token_ids)] if logprobs else logprobs,  # who asks for them is never told what is forced
             reason,
             token_ids[-1] if reason is FinishReason.STOP else -1,
             prompt_logprobs,

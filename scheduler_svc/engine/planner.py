@@ -12,6 +12,7 @@ from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import Sequence, State
 
+MAX_MASKED = 2  # sampling rows in flight of a sequence with a grammar (R3)
 MAX_ASIDE = 8192  # blocks of the followers that one step sets aside: to hash and look up so many takes some 10 ms
 
 
@@ -67,12 +68,18 @@ class Planner:
             if self.roster.ledger.several:
                 self._displace(step)
             one_behind: list[Sequence] = []
+            forced: list[Sequence] = []
             further_behind: list[Sequence] = []
             for sequence in self._in_order():
-                (one_behind if sequence.only_samples else further_behind).append(sequence)
+                if sequence.unsent:
+                    forced.append(sequence)
+                else:
+                    (one_behind if sequence.only_samples else further_behind).append(sequence)
             self._speculate(step, one_behind, further_behind)
             for sequence in one_behind:
                 self._next_token(step, sequence)
+            for sequence in forced:
+                self._jump(step, sequence)
             self._catch_up(step, further_behind)
         return self._send(step) if step.rows else None
 
@@ -123,6 +130,8 @@ class Planner:
         room = sequence.limit - hi - 1
         if room < 0 or not step.budget or sequence.state is not State.RUNNING:
             return  # what is in flight may be all that it wanted; or it was preempted a moment ago
+        if sequence.ahead and sequence.masked and (sequence.pauses or sequence.ahead == MAX_MASKED):
+            return
         drafts = min(sequence.proposed, room, step.for_drafts)
         new: list[list[int]] = []
         if hi + drafts > len(sequence.block_ids) * self.kv.block_size:
@@ -133,11 +142,25 @@ class Planner:
             if blocks := self.kv.grow(sequence, hi + drafts):
                 new = [blocks]
         start = -1 if sequence.ahead else sequence.computed
-        step.rows.append(Row(sequence.slot, start, 1, drafts, new, True))
+        step.rows.append(Row(sequence.slot, start, 1, drafts, new, True, sequence.masked))
         step.sequences.append(sequence)
         step.budget -= 1 + drafts
         step.for_drafts -= drafts
         sequence.ahead += 1 + drafts
+
+    def _jump(self, step: Step, sequence: Sequence) -> None:
+        """A row that brings forced tokens to the worker, computes them, and samples where they end."""
+        settled = sequence.settled
+        if sequence.state is not State.RUNNING:
+            return  # preempted a moment ago
+        if self._chunk_size(step, sequence.computed, settled - sequence.computed) <= 0:
+            return
+        new: list[list[int]] = []
+        if self.kv.missing(sequence, settled):
+            if self._make_room(step, sequence, settled, 0) < 0:
+                return
+            new = [self.kv.grow(sequence, settled)]
+        self._chunk(step, sequence, new)
 
     def _make_room(self, step: Step, sequence: Sequence, hi: int, drafts: int) -> int:
         """How many drafts the row may verify with the blocks there are, or −1 if it has to wait.
@@ -157,7 +180,7 @@ class Planner:
                 return -1  # it is gone itself, or the blocks are behind the fence
         return 0
 
-    def _chunk(self, step: Step, sequence: Sequence) -> None:
+    def _chunk(self, step: Step, sequence: Sequence, new: list[list[int]] | None = None) -> None:
         """A row of known tokens; where they end it samples, if ever. The account pays for those that were given."""
         if sequence.state is not State.RUNNING:
             return  # preempted a moment ago
@@ -166,7 +189,10 @@ class Planner:
         if not count:
             return
         sample = count == missing and sequence.samples
-        step.rows.append(Row(sequence.slot, sequence.computed, count, 0, [], sample))
+        masked = sample and sequence.masked
+        row = Row(sequence.slot, sequence.computed, count, 0, new or [], sample, masked, sequence.unsent)
+        sequence.unsent = []
+        step.rows.append(row)
         step.sequences.append(sequence)
         step.budget -= count
         if sequence.unpaid:
@@ -307,6 +333,8 @@ class Planner:
         step.for_drafts = step.budget - 1
         if suspect.only_samples:
             self._next_token(step, suspect)
+        elif suspect.unsent:
+            self._jump(step, suspect)
         else:
             self._chunk(step, suspect)
 

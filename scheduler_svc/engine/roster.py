@@ -53,10 +53,11 @@ class Counters:
 class Roster:
     """
     Submit ──► WAITING ──► RUNNING ──► FINISHED          from any state by an abort, a deadline, a lost frontend
-               ▲  ▲  │        │ preempted
-               │  │  └► HOLDING, until its leader has filled the block or has left, or for a group's next plan
-               │  └─── LEAVING ◄┘  until its last result is in
-               └────── all of a worker group's, when its epoch ends
+      │        ▲  ▲  │        │ preempted
+      │        │  │  └► HOLDING, until its leader has filled the block or has left, or for a group's next plan
+      │        │  └─── LEAVING ◄┘  until its last result is in
+      │        └────── all of a worker group's, when its epoch ends
+      └► COMPILING, until its grammar is ready: then WAITING
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -96,7 +97,7 @@ class Roster:
             self.deadlines.add((deadline, sequence.arrival), sequence)
         self.ledger.enter(sequence.account)
         self.expect(sequence, sequence.look_at)
-        self._queue(sequence, State.WAITING, new=True)
+        self._queue(sequence, sequence.state, new=True)
 
     def expect(self, sequence: Sequence, look_at: float) -> None:
         """When to see whether it can still meet its deadline; 0 for never."""
@@ -104,6 +105,10 @@ class Roster:
         sequence.look_at = look_at
         if look_at:
             self.doubtful.add((look_at, sequence.arrival), sequence)
+
+    def compiled(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        self.waiting.join(sequence)
 
     def start(self, sequence: Sequence, device: Device) -> None:
         self.waiting.discard(sequence)
@@ -147,7 +152,7 @@ class Roster:
                 sequence.device.kv.cache.let_go(sequence)
             case State.RUNNING:
                 self._stop(sequence)
-            case State.LEAVING | State.FINISHED:
+            case State.COMPILING | State.LEAVING | State.FINISHED:
                 pass
         if sequence.state is not State.RUNNING:
             self._unqueue(sequence)
@@ -183,10 +188,8 @@ class Roster:
         self.queued_tokens += sequence.settled
         self.queued_output += sequence.likely_tokens
         sequence.account.queue(sequence)
-        if new:
-            self.waiting.join(sequence)
-        elif state is State.WAITING:
-            self.waiting.add(sequence)
+        if state is State.WAITING:
+            (self.waiting.join if new else self.waiting.add)(sequence)
 
     def _unqueue(self, sequence: Sequence) -> None:
         if sequence.cached_tokens < 0:

@@ -24,7 +24,10 @@ from scheduler_svc.engine.events import (
     Event,
     FlushCache,
     Instruction,
+    MaskRequest,
+    Matched,
     Tick,
+    Verdict,
     WorkerLost,
     WorkerReady,
 )
@@ -39,7 +42,8 @@ from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
 from scheduler_svc.engine.stats import summary
 
 SWEEP = 1.0  # seconds between two looks for tenants that can be forgotten
-_REFUSALS = (FinishReason.REJECTED, FinishReason.DEADLINE, FinishReason.INVALID)  # of what has waited, and never ran
+# Of what has waited, and never ran.
+_REFUSALS = (FinishReason.REJECTED, FinishReason.DEADLINE, FinishReason.INVALID, FinishReason.GRAMMAR)
 
 
 class Scheduler:
@@ -86,6 +90,13 @@ class Scheduler:
                     if sequence.frontend == event.frontend:
                         self._finish(sequence, FinishReason.ABORTED)
                 self.journal.unwatch(event.frontend)
+            case Verdict():
+                self._heed(event)
+            case Matched():
+                if (device := self._device(event.epoch)) and device.unmatched == event.step:
+                    device.unmatched = 0
+                for verdict in event.verdicts:
+                    self._heed(verdict)
             case WorkerReady():
                 self._begin_epoch(event)
             case WorkerLost():
@@ -125,24 +136,31 @@ class Scheduler:
         """Whose epoch it is, if it has not ended."""
         return next((device for device in self.devices.values() if device.epoch == epoch), None)
 
-    def _plans(self) -> Iterator[StepPlan]:
+    def _plans(self) -> Iterator[StepPlan | MaskRequest]:
         """One of each group that may and can; who is the least busy has the first choice among those who wait."""
         for planner in sorted(self._planners.values(), key=_business):
             if self._may_plan(planner.device) and (flight := planner.plan()):
                 yield flight.plan
+                if flight.masked:
+                    named = [(i, s.request_id, s.index) for i in flight.masked for s in (flight.sequences[i],)]
+                    yield MaskRequest(flight.plan.epoch, flight.plan.step, named)
 
     def _may_plan(self, device: Device) -> bool:
         """Behind another one, to save the worker a wait; not behind a long one: newcomers would wait for two. Behind
         short ones several, so that worker and loop need not wake each other for every single one.
         """
         sent, config = device.sent, self.config
+        if device.unmatched:
+            return False
         if not sent:
             return True
         newest = sent[-1].num_tokens
         if config.long_step and newest - sent[-1].num_drafts > config.long_step:
             return False
-        depth = max(config.depth, config.short_depth) if newest <= config.short_step else config.depth
-        return len(sent) < depth
+        if len(sent) < config.depth:
+            return True
+        is_short = newest <= config.short_step and not any(flight.masked for flight in sent)  # R3: plan N+2 is too far
+        return is_short and len(sent) < config.short_depth
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.roster.requests
@@ -298,6 +316,8 @@ class Scheduler:
             if sequence.state is State.LEAVING and not sequence.flying:
                 self.roster.wait_again([sequence])
         device.speculation.learn(flight, result.rows, seconds)
+        if flight.masked:
+            device.unmatched = result.step
         device.land()
         return None
 
@@ -308,6 +328,7 @@ class Scheduler:
         if count < len(token_ids):
             token_ids = token_ids[:count]
         sequence.append(token_ids)
+        sequence.pauses = False
         sequence.deaths = 0
         sequence.account.output_tokens += count
         reason = None
@@ -324,6 +345,42 @@ class Scheduler:
                 self.roster.wait_again(sequence.device.kv.publish(sequence))
         if reason:
             self._leave(sequence, reason)
+
+    # ------------------------------------------------------------ grammars
+
+    def compiles(self, request_id: str, index: int) -> bool:
+        """Whether this stream waits for its grammar."""
+        return any(sequence.state is State.COMPILING for sequence in self.roster.find(request_id, index))
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Forced tokens are known at once, or, while the first of them is being sampled under a mask that leaves no
+        choice, once that one has come. So they depend on the tokens alone, and on no depth and no moment.
+        """
+        for sequence in self.roster.find(verdict.request_id, verdict.index):
+            if sequence.state is State.COMPILING and verdict.ends is None:
+                self.roster.compiled(sequence)
+            if not sequence.can_jump and len(verdict.token_ids) > 1:
+                sequence.pauses = True
+            elif sequence.can_jump and verdict.token_ids:
+                self._jump(sequence, verdict)
+            elif not verdict.token_ids and verdict.ends:
+                self._finish(sequence, verdict.ends, verdict.detail)
+
+    def _jump(self, sequence: Sequence, verdict: Verdict) -> None:
+        token_ids = verdict.token_ids[: sequence.first_end(verdict.token_ids)]
+        sequence.append(token_ids)
+        sequence.account.output_tokens += len(token_ids)
+        if token_ids[-1] in sequence.ends:
+            reason: FinishReason | None = FinishReason.STOP
+        elif sequence.settled >= sequence.limit:
+            reason = FinishReason.LENGTH  # also where the grammar ends there: a sampled token is told no other
+        else:
+            reason = verdict.ends
+        self._outbox.forced(sequence, token_ids, reason)
+        if reason:
+            self._leave(sequence, reason)
+        elif sequence.state is State.RUNNING:
+            sequence.unsent += token_ids
 
     # ------------------------------------------------------------ epochs
 

@@ -22,6 +22,7 @@ FATAL_DEATHS = SUSPECT_DEATHS + 3  # the last three of them alone: nobody else c
 
 
 class State(Enum):
+    COMPILING = auto()  # its grammar is not ready yet
     WAITING = auto()  # in the queue
     HOLDING = auto()  # waits for the leader that fills its next block (R4), or for a worker group's next plan
     RUNNING = auto()  # has a slot and blocks
@@ -62,7 +63,9 @@ class Sequence:
         "likely_tokens",
         "limit",
         "look_at",
+        "masked",
         "max_drafts",
+        "pauses",
         "prompt_len",
         "prompt_logprobs_from",
         "proposed",
@@ -81,6 +84,8 @@ class Sequence:
         "submit",
         "token_ids",
         "unpaid",
+        "unsaid",
+        "unsent",
         "waited",
         "wanted",
     )
@@ -101,7 +106,8 @@ class Sequence:
         self.limit = submit.prompt_len + sampling.max_tokens  # length that it may reach
         self.samples = sampling.max_tokens > 0  # else it ends with its prompt
         self.ends = _ends(sampling.eos_token_ids, sampling.stop_token_ids)
-        self.max_drafts = num_drafts
+        self.masked = submit.grammar is not None
+        self.max_drafts = 0 if self.masked else num_drafts
         self.record = Record()
         self.reusable = _reusable(submit)  # positions of the prompt that may come from the cache
         self.prompt_logprobs_from = sampling.prompt_logprobs_from  # the first whose logprobs were not delivered yet
@@ -115,7 +121,8 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.root = b""  # the parent of the first; set with it
         self.holds_on = b""
-        self.state = State.WAITING
+        self.unsaid: list[int] = []  # forced before it ever ran: its first delta brings them
+        self.state = State.COMPILING if self.masked else State.WAITING
         self.forget_device()
 
     def forget_device(self) -> None:
@@ -126,6 +133,8 @@ class Sequence:
         self.proposed = 0
         self.ahead = 0  # Σ (1 + num_drafts) over sampling rows in flight
         self.flying = 0  # plans in flight that name it
+        self.pauses = False  # no row behind the one in flight: forced tokens are known once that has landed
+        self.unsent: list[int] = []  # the last tokens known, which its next row brings to the worker
         self.last_step = 0  # of the newest plan that names it
         self.slot = 0
         self.block_ids: list[int] = []
@@ -149,6 +158,11 @@ class Sequence:
     @property
     def suspect(self) -> bool:
         return self.deaths >= SUSPECT_DEATHS
+
+    @property
+    def can_jump(self) -> bool:
+        """Nothing of it is being sampled: tokens that follow without being sampled can be known now."""
+        return not self.ahead and self.state is not State.LEAVING
 
     def append(self, token_ids: list[int]) -> None:
         """Raises OverflowError, and changes nothing, where one is not an unsigned number of 32 bits."""

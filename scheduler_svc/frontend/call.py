@@ -132,7 +132,7 @@ class Call:
         stream = self.streams[delta.index]
         if stream.ending or self._given_up:
             return  # a stop string ended it here first, or nobody reads
-        if not self._failure and (failure := from_finish(delta)):
+        if not self._failure and (failure := from_finish(delta, self.prepared.grammar_field)):
             self._failure, self.refusal = failure, delta
         if stream.push(delta, now):
             self.link.abort(self.prepared.request_id, FinishReason.STOP, delta.index)

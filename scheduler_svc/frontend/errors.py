@@ -116,7 +116,7 @@ def internal(request_id: str) -> ServiceError:
     return ServiceError(grpc.StatusCode.INTERNAL, f"internal error, logged as {request_id}")
 
 
-def from_finish(delta: TokenDelta) -> ServiceError | None:
+def from_finish(delta: TokenDelta, grammar_field: str) -> ServiceError | None:
     """The status that a finish reason of the engine ends a call with; None for those that end it well."""
     match delta.finish_reason:
         case None | FinishReason.STOP | FinishReason.LENGTH:
@@ -155,6 +155,8 @@ def from_finish(delta: TokenDelta) -> ServiceError | None:
             return invalid([Violation("request", delta.detail or "cannot be served under the engine's limits")])
         case FinishReason.NOT_FOUND:
             return not_found(delta.detail)
+        case FinishReason.GRAMMAR:
+            return invalid([Violation(grammar_field, delta.detail)])
         case FinishReason.DUPLICATE:
             return duplicate(delta.request_id)
 

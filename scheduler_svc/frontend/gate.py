@@ -75,6 +75,6 @@ class Gate:
 
 
 def _refuse(refusal: TokenDelta) -> NoReturn:
-    error = from_finish(refusal)
+    error = from_finish(refusal, "")
     assert isinstance(error, ServiceError)  # as REJECTED always is
     raise error

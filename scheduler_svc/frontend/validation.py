@@ -15,9 +15,9 @@ from typing import Final, TypeAlias
 import msgspec
 from pagewire.v1 import inference_pb2 as pb
 
-from protos.engine_wire import Submit
+from protos.engine_wire import Grammar, Submit
 from protos.wire import Sampling
-from scheduler_svc.frontend import resume, sampling_fields
+from scheduler_svc.frontend import grammar_fields, resume, sampling_fields
 from scheduler_svc.frontend.chat_template import TemplateRefusedError
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.errors import Violation, invalid
@@ -40,6 +40,7 @@ class Names:
     token_ids: str = "token_ids.ids"
     text: str = "text"
     prompt: str = "prompt"
+    grammar: str = "structured_output"
 
 
 NATIVE: Final = Names()
@@ -86,6 +87,7 @@ class Prepared:
     rules: TextRules
     resumed: Mapping[int, Resumed] = field(default_factory=dict)  # by index: what the client has already
     adapter_digest: str = ""
+    grammar_field: str = ""  # which holds its grammar
 
 
 def random_seed() -> int:
@@ -128,8 +130,8 @@ class Preparer:
         params = request.sampling
         _check_caller(caller, violations)
         _check_identity(request, violations)
-        _check_not_served(request, violations)
         sampling_fields.check_sampling(params, card, names.sampling, violations)
+        grammar_field, grammar = grammar_fields.read(request, names.grammar, names.sampling, violations)
         states = resume.read_states(request, names.sampling, card.vocab_size, violations)
         token_ids = await self.prompt(request, violations, names)
         bad_words = await sampling_fields.bad_words(params, tokenizer, names.sampling, violations)
@@ -144,7 +146,9 @@ class Preparer:
         sampling = sampling_fields.resolve(params, defaults, card, max_tokens, bad_words)
         resumed = resume.with_ends(states, sampling, violations)
         violations.check()
-        return self._prepared(request, token_ids, sampling, seed, caller, resumed, adapter_digest)
+        return self._prepared(
+            request, token_ids, sampling, seed, caller, resumed, adapter_digest, grammar, grammar_field
+        )
 
     def _prepared(
         self,
@@ -155,6 +159,8 @@ class Preparer:
         caller: Caller,
         resumed: Mapping[int, Resumed],
         adapter_digest: str,
+        grammar: Grammar | None,
+        grammar_field: str,
     ) -> Prepared:
         params = request.sampling
         request_id = request.request_id or uuid.uuid4().hex
@@ -182,6 +188,7 @@ class Preparer:
                     adapter_digest=adapter_digest,
                     frontend=self.frontend,
                     skip_cache=own.prompt_logprobs >= 0,
+                    grammar=grammar,
                 )
             )
         rules = TextRules(
@@ -190,7 +197,7 @@ class Preparer:
             skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
             min_tokens=params.min_tokens,
         )
-        return Prepared(request_id, seed, len(token_ids), submits, rules, resumed, adapter_digest)
+        return Prepared(request_id, seed, len(token_ids), submits, rules, resumed, adapter_digest, grammar_field)
 
     def computing(
         self, request: ComputeRequest, prompts: Sequence[Computing], caller: Caller, pooling: str = ""
@@ -342,11 +349,3 @@ def _check_identity(request: pb.GenerateRequest | ComputeRequest, violations: Vi
         violations.add("priority", f"is {request.priority}; must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
     if (size := len(request.cache_salt.encode())) > MAX_SALT_BYTES:
         violations.add("cache_salt", f"has {size} bytes; at most {MAX_SALT_BYTES}")
-
-
-def _check_not_served(request: pb.GenerateRequest, violations: Violations) -> None:
-    given = {
-        "structured_output": request.HasField("structured_output"),
-    }
-    for name in (name for name, is_given in given.items() if is_given):
-        violations.add(name, "is not served yet; leave it unset")

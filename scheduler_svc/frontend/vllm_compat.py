@@ -35,7 +35,9 @@ from scheduler_svc.frontend.validation import Computing, Names, check_computing
 from scheduler_svc.frontend.vllm_messages import IndexOutput, translate
 
 SERVICE: Final = vllm.DESCRIPTOR.services_by_name["VllmEngine"].full_name
-NAMES: Final = Names(sampling="sampling_params", token_ids="tokenized.input_ids", text="text", prompt="input")
+NAMES: Final = Names(
+    sampling="sampling_params", token_ids="tokenized.input_ids", text="text", prompt="input", grammar="sampling_params"
+)
 CHUNK_BYTES: Final = 64 << 10
 MAX_CURSOR: Final = 2**63 - 1  # batches are numbered on from it
 

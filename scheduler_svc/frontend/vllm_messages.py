@@ -34,6 +34,8 @@ def translate(request: vllm.GenerateRequest) -> tuple[pb.GenerateRequest, list[V
     translated = pb.GenerateRequest(
         request_id=request.request_id, sampling=_sampling(request.sampling_params, violations)
     )
+    if constraint := request.sampling_params.WhichOneof("constraint"):
+        _constrain(translated.structured_output, request.sampling_params, constraint)
     match request.WhichOneof("input"):
         case "tokenized":
             translated.token_ids.ids.extend(request.tokenized.input_ids)
@@ -43,15 +45,21 @@ def translate(request: vllm.GenerateRequest) -> tuple[pb.GenerateRequest, list[V
     return translated, violations
 
 
+def _constrain(ours: pb.StructuredOutput, theirs: vllm.SamplingParams, constraint: str) -> None:
+    """`grammar_from_first_token` is taken at either value: here a grammar always begins with the first one."""
+    if constraint == "choice":
+        ours.choice.values.extend(theirs.choice.choices)
+        ours.choice.SetInParent()
+    else:
+        setattr(ours, constraint, getattr(theirs, constraint))
+
+
 def _sampling(theirs: vllm.SamplingParams, violations: Violations) -> pb.SamplingParams:
     """`spaces_between_special_tokens` is taken at either value: it shapes text only, and this service returns ids.
     False could not be refused anyway: proto3 cannot tell it from unset, which means true in vLLM.
     """
-    if constraint := theirs.WhichOneof("constraint"):
-        violations.add(f"{PREFIX}.{constraint}", "is not served yet; leave it unset")
-    for field in ("truncate_prompt_tokens", "grammar_from_first_token"):
-        if field in {descriptor.name for descriptor, _ in theirs.ListFields()}:
-            violations.add(f"{PREFIX}.{field}", "is not served; leave it unset")
+    if theirs.HasField("truncate_prompt_tokens"):
+        violations.add(f"{PREFIX}.truncate_prompt_tokens", "is not served; leave it unset")
     ours = pb.SamplingParams(
         temperature=theirs.temperature if theirs.HasField("temperature") else 1.0,
         top_k=theirs.top_k,

@@ -1,7 +1,8 @@
 """Random requests, crashes, aborts, preemptions and pools, against the ten invariants of architecture.md.
 
 Invariants 1, 2 and 8 are looked at after every event (World.check), 3 and 4 by the FakeWorker in every row, 5 and 6
-with every delta, 9 when a run ends; 10 has a test of its own (test_replay.py), and 7 comes with masks.
+with every delta (and with them 7: the oracle follows a stream's grammar), 9 when a run ends; 10 has a test of its own
+(test_replay.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from msgspec.structs import replace
 
-from protos.engine_wire import FinishReason, FrontendLost, Submit
+from protos.engine_wire import FinishReason, FrontendLost, Grammar, Submit
 from protos.wire import Epoch, Sampling, StepResult
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.events import Drain, Event, FlushCache, WorkerLost, WorkerReady
@@ -98,6 +99,7 @@ class Engine(RuleBasedStateMachine):
         frontend=st.sampled_from(["f", "f", "f", "g"]),
         skip_cache=st.sampled_from([False, False, False, True]),
         tenant=st.sampled_from(["", "", "a", "b", "c"]),
+        grammar=st.none() | st.integers(0, 40),
     )
     def submit(
         self,
@@ -116,11 +118,14 @@ class Engine(RuleBasedStateMachine):
         frontend: str,
         skip_cache: bool,
         tenant: str,
+        grammar: int | None,
     ) -> None:
         """`computes`: nothing is sampled, and so it is pooled, or not at all."""
         prompt = (PREFIXES[family][:shared] + tail) or [1]
         if computes is not None:
-            resumed, sampling = 0, replace(sampling, max_tokens=0)
+            resumed, sampling, grammar = 0, replace(sampling, max_tokens=0), None
+        if grammar is not None:  # the frontend refuses both
+            sampling = replace(sampling, min_tokens=0)
         self.requests += 1
         for index in range(n):
             self.world.submit(
@@ -138,6 +143,7 @@ class Engine(RuleBasedStateMachine):
                     adapter,
                     frontend,
                     skip_cache,
+                    grammar=None if grammar is None else Grammar("regex", str(grammar + index)),
                     pooling=computes or "",
                     adapter_digest="of other files" if adapter and stale else "",
                 )
@@ -152,6 +158,11 @@ class Engine(RuleBasedStateMachine):
     def close_adapter(self, name: str, reason: str) -> None:
         if name in self.world.adapters.keys() - self.world.closed:
             self.world.close_adapter(name, reason)
+
+    @precondition(lambda self: self.world.compiling)
+    @rule(ends=st.sampled_from([None] * 9 + [FinishReason.GRAMMAR]))
+    def compiled(self, ends: FinishReason | None) -> None:
+        self.world.compiled(ends)
 
     @rule(count=st.integers(1, 6), data=st.data())
     def land(self, count: int, data: st.DataObject) -> None:
@@ -242,6 +253,8 @@ class Engine(RuleBasedStateMachine):
         world = self.world
         world.send(Drain())
         world.ready_all()
+        while world.compiling:
+            world.compiled()
         bound = 200 + 12 * world.config.depth * sum(s.limit for s in world.scheduler.roster)
         world.run(bound)
         world.check_ends()

@@ -19,14 +19,17 @@ from scheduler_svc.engine.events import (
     EndEpoch,
     Event,
     Instruction,
+    MaskRequest,
+    Matched,
     Tick,
+    Verdict,
     WorkerLost,
     WorkerReady,
 )
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.engine.kv_mirror import Mirror
-from tests.fakes import FakeWorker, expected, expected_pooled
+from tests.fakes import FakeWorker, expected, expected_pooled, fake_grammar
 
 VOCAB_SIZE = 32
 Table = tuple[tuple[int, float], ...]  # as in WorkerReady
@@ -128,6 +131,8 @@ class World:
         self.closed: set[str] = set()  # of those, what requests may name no more
         self.abrupt: set[str] = set()  # digests of what was lost under its users
         self.unknown: set[tuple[str, int]] = set()  # streams that named none that they could
+        self.compiling: list[Submit] = []
+        self._matching: dict[tuple[str, int], None] = {}  # streams with a grammar that gained tokens
         self.counter = 0  # of epochs
         self.last_epochs: dict[int, Epoch] = {}  # by group
         self.crashes = 0
@@ -220,6 +225,19 @@ class World:
             self.unknown.add(key)
         self.streams[key] = Stream(submit)
         self.send(submit)
+        if submit.grammar:
+            self.compiling.append(submit)
+
+    def compiled(self, ends: FinishReason | None = None) -> None:
+        """The first verdict of the oldest grammar that is being compiled; or why there is none."""
+        submit = self.compiling.pop(0)
+        grammar = fake_grammar(submit)
+        assert grammar
+        if ends:
+            self.streams[submit.request_id, submit.index].asked_to_end.append(ends)
+            self.send(Verdict(submit.request_id, submit.index, [], ends, "no grammar"))
+        else:
+            self.send(grammar.verdict(submit, len(submit.token_ids) - submit.prompt_len, VOCAB_SIZE))
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORTED, index: int = -1) -> None:
         for (rid, i), stream in self.streams.items():
@@ -302,10 +320,11 @@ class World:
         self.log.append(event)
         instructions = self.scheduler.handle(event)
         self.answers.append(instructions)
+        requests = {(i.epoch, i.step): i for i in instructions if isinstance(i, MaskRequest)}
         for instruction in instructions:
             match instruction:
                 case StepPlan():
-                    self._take_plan(instruction)
+                    self._take_plan(instruction, requests.get((instruction.epoch, instruction.step)))
                 case Outputs():
                     for delta in instruction.items:
                         self._take_delta(delta, instruction.frontend)
@@ -318,7 +337,18 @@ class World:
                 case EndEpoch():
                     self.ended.append(instruction)
         self.check()
+        for device in list(self.scheduler.devices.values()):
+            if device.unmatched:
+                matching, self._matching = list(self._matching), {}
+                self.send(Matched(device.epoch, device.unmatched, [*map(self._verdict, matching)]))
         return instructions
+
+    def _verdict(self, key: tuple[str, int]) -> Verdict:
+        stream = self.streams[key]
+        grammar = fake_grammar(stream.submit)
+        assert grammar
+        count = len(stream.submit.token_ids) - stream.submit.prompt_len + len(stream.token_ids)
+        return grammar.verdict(stream.submit, count, VOCAB_SIZE)
 
     def check(self) -> None:
         self.scheduler.check_integrity()
@@ -333,7 +363,8 @@ class World:
             assert len(side.results) <= max(self.config.depth, self.config.short_depth)
             for sequence in device.running:
                 slot = side.worker.slots[sequence.slot]
-                length = len(slot.tokens)
+                length = len(slot.tokens) + len(sequence.unsent)
+                assert not sequence.masked or sequence.ahead <= 2
                 assert sequence.settled <= length <= sequence.hi, (sequence.settled, length, sequence.hi)
                 assert slot.blocks == sequence.block_ids
 
@@ -399,6 +430,8 @@ class World:
                 assert self.crashes >= 5
             case FinishReason.NOT_FOUND:
                 assert (submit.request_id, submit.index) in self.unknown
+            case FinishReason.GRAMMAR:
+                assert FinishReason.GRAMMAR in stream.asked_to_end
             case FinishReason.DRAINING | FinishReason.DUPLICATE | None:
                 pass
 
@@ -411,6 +444,8 @@ class World:
         begin = len(submit.token_ids) + len(stream.token_ids)
         stream.deltas.append(delta)
         stream.token_ids += delta.token_ids
+        if submit.grammar and delta.token_ids:
+            self._matching[delta.request_id, delta.index] = None
         stream.prompt_logprobs += delta.prompt_logprobs
         assert stream.token_ids == self.oracle(submit)[0][: len(stream.token_ids)], "not the oracle's tokens"
         if submit.sampling.logprobs >= 0:
@@ -419,12 +454,12 @@ class World:
             ]
         first = submit.sampling.prompt_logprobs_from
         assert [-t.logprob for t in stream.prompt_logprobs] == list(range(first, first + len(stream.prompt_logprobs)))
-        if delta.finish_reason is FinishReason.STOP and delta.token_ids:
+        if delta.finish_reason is FinishReason.STOP and delta.token_ids and not submit.grammar:
             assert delta.stop_token_id == delta.token_ids[-1]
         admitted = [d.cached_tokens for d in stream.deltas if d.token_ids]
         assert admitted == admitted[:1] * len(admitted), "cached_tokens changed"
 
-    def _take_plan(self, plan: StepPlan) -> None:
+    def _take_plan(self, plan: StepPlan, request: MaskRequest | None) -> None:
         side = next((side for side in self.sides if side.worker and side.worker.epoch == plan.epoch), None)
         assert side, "a plan without a worker"
         assert side.worker
@@ -454,7 +489,14 @@ class World:
         self._check_owners(side, named)
         side.in_flight.append(named)
         side.copying.append(plan.copies)
-        result = side.worker.run(plan)
+        grammars = {}
+        for number, request_id, index in request.rows if request else ():
+            named_row = plan.rows[number]
+            grammar = fake_grammar(self.streams[request_id, index].submit)
+            assert grammar
+            assert named_row.masked
+            grammars[named_row.slot] = grammar
+        result = side.worker.run(plan, grammars)
         side.naming.append({side.worker.slots[row.slot].admit.adapter for row in plan.rows})
         if self.seconds:
             result = replace(result, timings=Timings(forward=self.seconds(drafts)))

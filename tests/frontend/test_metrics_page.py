@@ -134,7 +134,15 @@ async def test_the_engines_numbers_are_those_of_its_stats(seen: Service) -> None
     refused = {
         dict(labels)["reason"]: value for (name, labels), value in samples.items() if name == "pagewire_refused_total"
     }
-    assert refused == {"queue_full": 5, "quota": 2, "deadline": 0, "draining": 0, "invalid": 0, "duplicate": 0}
+    assert refused == {
+        "queue_full": 5,
+        "quota": 2,
+        "deadline": 0,
+        "draining": 0,
+        "invalid": 0,
+        "duplicate": 0,
+        "grammar": 0,
+    }
     assert samples["pagewire_tenant_tokens_total", (("kind", "output"), ("tenant", 'a"b\\'))] == 40
     assert samples["pagewire_tenant_tokens_total", (("kind", "prompt"), ("tenant", "(none)"))] == 10
     assert samples["pagewire_kv_blocks", (("state", "owned"),)] == 20

@@ -14,6 +14,7 @@ from pagewire.v1 import inference_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # type: ignore[import-untyped]
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
+from scheduler_svc.frontend.limits import MAX_GRAMMAR_BYTES
 from scheduler_svc.frontend.model import load_model
 from tests.frontend.conftest import EOS, Service, open_service
 from tests.frontend.scripted import READY
@@ -96,8 +97,31 @@ NATIVE: list[tuple[pb.GenerateRequest, list[str], str]] = [
     *[(given(priority=v), ["priority"], "[-100, 100]") for v in (-101, 101, 2**31 - 1)],
     (given(cache_salt="x" * 257), ["cache_salt"], "256"),
     (given(cache_salt="é" * 129), ["cache_salt"], "258 bytes"),
-    (given(structured_output=pb.StructuredOutput()), ["structured_output"], "not served yet"),
-    (given(structured_output=pb.StructuredOutput(regex="a+")), ["structured_output"], "not served yet"),
+    (given(structured_output=pb.StructuredOutput()), ["structured_output"], "is empty"),
+    (given(structured_output=pb.StructuredOutput(regex="")), ["structured_output.regex"], "is empty"),
+    (given(structured_output=pb.StructuredOutput(json_object=False)), ["structured_output.json_object"], "is false"),
+    (
+        given(structured_output=pb.StructuredOutput(grammar="a" * (MAX_GRAMMAR_BYTES + 1))),
+        ["structured_output.grammar"],
+        str(MAX_GRAMMAR_BYTES),
+    ),
+    (
+        given(structured_output=pb.StructuredOutput(choice=pb.Choice())),
+        ["structured_output.choice"],
+        "from 1 to 4096",
+    ),
+    (
+        given(structured_output=pb.StructuredOutput(choice=pb.Choice(values=["a", ""]))),
+        ["structured_output.choice.values[1]"],
+        "is empty",
+    ),
+    (
+        pb.GenerateRequest(
+            text="a", sampling=pb.SamplingParams(ignore_eos=True), structured_output=pb.StructuredOutput(regex="a")
+        ),
+        ["sampling.ignore_eos"],
+        "does not go with structured output",
+    ),
     (given(resume_token_ids=[state(1)]), ["sampling.seed", "resume_fingerprint"], "not set"),
     (resumed([state(1)], seed=None), ["sampling.seed"], "not set"),
     (resumed([state(1), state(1, index=1)]), ["resume_token_ids"], "has 2 entries; n is 1"),
@@ -147,13 +171,8 @@ VLLM: list[tuple[vllm.GenerateRequest, list[str], str]] = [
     (vsampled(stop=[""]), ["sampling_params.stop[0]"], "1 to 1024"),
     (vsampled(stop_token_ids=[512]), ["sampling_params.stop_token_ids[0]"], "512"),
     (vsampled(truncate_prompt_tokens=5), ["sampling_params.truncate_prompt_tokens"], "not served"),
-    (vsampled(grammar_from_first_token=True), ["sampling_params.grammar_from_first_token"], "not served"),
-    (vsampled(json_schema="{}"), ["sampling_params.json_schema"], "not served yet"),
-    (vsampled(regex="a"), ["sampling_params.regex"], "not served yet"),
-    (vsampled(grammar="a"), ["sampling_params.grammar"], "not served yet"),
-    (vsampled(structural_tag="a"), ["sampling_params.structural_tag"], "not served yet"),
-    (vsampled(json_object=True), ["sampling_params.json_object"], "not served yet"),
-    (vsampled(choice=vllm.ChoiceConstraint(choices=["a"])), ["sampling_params.choice"], "not served yet"),
+    (vsampled(regex=""), ["sampling_params.regex"], "is empty"),
+    (vsampled(choice=vllm.ChoiceConstraint()), ["sampling_params.choice"], "from 1 to 4096"),
     (tokenized(kv_transfer_params=vllm.KvTransferParams()), ["kv_transfer_params"], "not served"),
     (tokenized(kv_transfer_params_json="{}"), ["kv_transfer_params_json"], "not served"),
     (tokenized(mm_inputs=vllm.MultimodalInputs()), ["mm_inputs"], "not served"),
@@ -166,7 +185,7 @@ VLLM: list[tuple[vllm.GenerateRequest, list[str], str]] = [
     (vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[512])), ["tokenized.input_ids[0]"], "512"),
     (vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[1] * 300)), ["tokenized.input_ids"], "at most 255"),
     (
-        tokenized(data_parallel_rank=1, sampling_params=vllm.SamplingParams(top_p=7, regex="a")),
+        tokenized(data_parallel_rank=1, sampling_params=vllm.SamplingParams(top_p=7, regex="")),
         ["data_parallel_rank", "sampling_params.regex", "sampling_params.top_p"],
         "",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,7 +165,20 @@ def test_what_cannot_be_served_is_a_bad_request(api: Api) -> None:
     with pytest.raises(openai.BadRequestError):
         api.chat(messages=[{"role": "user", "content": "word " * 20_000}])
     with pytest.raises(openai.BadRequestError):
-        api.chat(response_format={"type": "json_object"})
+        api.chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}})
+
+
+def test_a_response_format_is_kept(api: Api) -> None:
+    schema: dict[str, object] = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+    }
+    schema["additionalProperties"] = False
+    wanted = {"type": "json_schema", "json_schema": {"name": "colours", "schema": schema, "strict": True}}
+    choice = api.chat(response_format=wanted, max_tokens=60, temperature=0.7, seed=3).choices[0]
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content or "")["colour"] in ("red", "blue")
 
 
 def test_a_client_that_leaves_a_stream_frees_it(api: Api) -> None:

@@ -1083,6 +1083,350 @@ func (x *FlushCacheResponse) GetFreedBlocks() uint32 {
 	return 0
 }
 
+type Adapter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Path  string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Of its files. Cached prefixes and fingerprints of streams go by it, not by the name.
+	Digest string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	// The greatest of its matrices; 0 while no worker has said.
+	Rank uint32 `protobuf:"varint,4,opt,name=rank,proto3" json:"rank,omitempty"`
+	// Sequences that run with it or wait.
+	Users         uint32 `protobuf:"varint,5,opt,name=users,proto3" json:"users,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Adapter) Reset() {
+	*x = Adapter{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Adapter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Adapter) ProtoMessage() {}
+
+func (x *Adapter) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Adapter.ProtoReflect.Descriptor instead.
+func (*Adapter) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Adapter) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Adapter) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Adapter) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Adapter) GetRank() uint32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
+func (x *Adapter) GetUsers() uint32 {
+	if x != nil {
+		return x.Users
+	}
+	return 0
+}
+
+type LoadAdapterRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadAdapterRequest) Reset() {
+	*x = LoadAdapterRequest{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadAdapterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadAdapterRequest) ProtoMessage() {}
+
+func (x *LoadAdapterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadAdapterRequest.ProtoReflect.Descriptor instead.
+func (*LoadAdapterRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *LoadAdapterRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *LoadAdapterRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type LoadAdapterResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Adapter       *Adapter               `protobuf:"bytes,1,opt,name=adapter,proto3" json:"adapter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadAdapterResponse) Reset() {
+	*x = LoadAdapterResponse{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadAdapterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadAdapterResponse) ProtoMessage() {}
+
+func (x *LoadAdapterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadAdapterResponse.ProtoReflect.Descriptor instead.
+func (*LoadAdapterResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *LoadAdapterResponse) GetAdapter() *Adapter {
+	if x != nil {
+		return x.Adapter
+	}
+	return nil
+}
+
+type UnloadAdapterRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnloadAdapterRequest) Reset() {
+	*x = UnloadAdapterRequest{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnloadAdapterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnloadAdapterRequest) ProtoMessage() {}
+
+func (x *UnloadAdapterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnloadAdapterRequest.ProtoReflect.Descriptor instead.
+func (*UnloadAdapterRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *UnloadAdapterRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type UnloadAdapterResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnloadAdapterResponse) Reset() {
+	*x = UnloadAdapterResponse{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnloadAdapterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnloadAdapterResponse) ProtoMessage() {}
+
+func (x *UnloadAdapterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnloadAdapterResponse.ProtoReflect.Descriptor instead.
+func (*UnloadAdapterResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+type ListAdaptersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAdaptersRequest) Reset() {
+	*x = ListAdaptersRequest{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAdaptersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAdaptersRequest) ProtoMessage() {}
+
+func (x *ListAdaptersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAdaptersRequest.ProtoReflect.Descriptor instead.
+func (*ListAdaptersRequest) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+type ListAdaptersResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Adapters []*Adapter             `protobuf:"bytes,1,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// How many may be loaded at once (--max-adapters); 0: none are served.
+	MaxAdapters   uint32 `protobuf:"varint,2,opt,name=max_adapters,json=maxAdapters,proto3" json:"max_adapters,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAdaptersResponse) Reset() {
+	*x = ListAdaptersResponse{}
+	mi := &file_pagewire_v1_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAdaptersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAdaptersResponse) ProtoMessage() {}
+
+func (x *ListAdaptersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAdaptersResponse.ProtoReflect.Descriptor instead.
+func (*ListAdaptersResponse) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListAdaptersResponse) GetAdapters() []*Adapter {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
+}
+
+func (x *ListAdaptersResponse) GetMaxAdapters() uint32 {
+	if x != nil {
+		return x.MaxAdapters
+	}
+	return 0
+}
+
 type WatchKvEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Also what the blocks hold: the tokens that clients sent and got.
@@ -1093,7 +1437,7 @@ type WatchKvEventsRequest struct {
 
 func (x *WatchKvEventsRequest) Reset() {
 	*x = WatchKvEventsRequest{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1449,7 @@ func (x *WatchKvEventsRequest) String() string {
 func (*WatchKvEventsRequest) ProtoMessage() {}
 
 func (x *WatchKvEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[13]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,7 +1462,7 @@ func (x *WatchKvEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchKvEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchKvEventsRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WatchKvEventsRequest) GetTokenIds() bool {
@@ -1147,7 +1491,7 @@ type WatchKvEventsResponse struct {
 
 func (x *WatchKvEventsResponse) Reset() {
 	*x = WatchKvEventsResponse{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1503,7 @@ func (x *WatchKvEventsResponse) String() string {
 func (*WatchKvEventsResponse) ProtoMessage() {}
 
 func (x *WatchKvEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[14]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1516,7 @@ func (x *WatchKvEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchKvEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchKvEventsResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WatchKvEventsResponse) GetSequence() uint64 {
@@ -1216,7 +1560,7 @@ type KvEvent struct {
 
 func (x *KvEvent) Reset() {
 	*x = KvEvent{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1572,7 @@ func (x *KvEvent) String() string {
 func (*KvEvent) ProtoMessage() {}
 
 func (x *KvEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[15]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1585,7 @@ func (x *KvEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KvEvent.ProtoReflect.Descriptor instead.
 func (*KvEvent) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *KvEvent) GetEvent() isKvEvent_Event {
@@ -1302,7 +1646,7 @@ type KvBlockStored struct {
 
 func (x *KvBlockStored) Reset() {
 	*x = KvBlockStored{}
-	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1658,7 @@ func (x *KvBlockStored) String() string {
 func (*KvBlockStored) ProtoMessage() {}
 
 func (x *KvBlockStored) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_admin_proto_msgTypes[16]
+	mi := &file_pagewire_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1671,7 @@ func (x *KvBlockStored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KvBlockStored.ProtoReflect.Descriptor instead.
 func (*KvBlockStored) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_pagewire_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *KvBlockStored) GetBlockHash() []byte {
@@ -1452,7 +1796,25 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\rDrainResponse\"\x13\n" +
 	"\x11FlushCacheRequest\"7\n" +
 	"\x12FlushCacheResponse\x12!\n" +
-	"\ffreed_blocks\x18\x01 \x01(\rR\vfreedBlocks\"3\n" +
+	"\ffreed_blocks\x18\x01 \x01(\rR\vfreedBlocks\"s\n" +
+	"\aAdapter\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04rank\x18\x04 \x01(\rR\x04rank\x12\x14\n" +
+	"\x05users\x18\x05 \x01(\rR\x05users\"<\n" +
+	"\x12LoadAdapterRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"E\n" +
+	"\x13LoadAdapterResponse\x12.\n" +
+	"\aadapter\x18\x01 \x01(\v2\x14.pagewire.v1.AdapterR\aadapter\"*\n" +
+	"\x14UnloadAdapterRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x17\n" +
+	"\x15UnloadAdapterResponse\"\x15\n" +
+	"\x13ListAdaptersRequest\"k\n" +
+	"\x14ListAdaptersResponse\x120\n" +
+	"\badapters\x18\x01 \x03(\v2\x14.pagewire.v1.AdapterR\badapters\x12!\n" +
+	"\fmax_adapters\x18\x02 \x01(\rR\vmaxAdapters\"3\n" +
 	"\x14WatchKvEventsRequest\x12\x1b\n" +
 	"\ttoken_ids\x18\x01 \x01(\bR\btokenIds\"\x9e\x01\n" +
 	"\x15WatchKvEventsResponse\x12\x1a\n" +
@@ -1476,13 +1838,16 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n" +
 	"\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n" +
 	"\x14WORKER_STATE_SERVING\x10\x03\x12\x15\n" +
-	"\x11WORKER_STATE_LOST\x10\x042\x8c\x03\n" +
+	"\x11WORKER_STATE_LOST\x10\x042\x8b\x05\n" +
 	"\fAdminService\x12G\n" +
 	"\bGetStats\x12\x1c.pagewire.v1.GetStatsRequest\x1a\x1d.pagewire.v1.GetStatsResponse\x12J\n" +
 	"\tGetConfig\x12\x1d.pagewire.v1.GetConfigRequest\x1a\x1e.pagewire.v1.GetConfigResponse\x12>\n" +
 	"\x05Drain\x12\x19.pagewire.v1.DrainRequest\x1a\x1a.pagewire.v1.DrainResponse\x12M\n" +
 	"\n" +
-	"FlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12X\n" +
+	"FlushCache\x12\x1e.pagewire.v1.FlushCacheRequest\x1a\x1f.pagewire.v1.FlushCacheResponse\x12P\n" +
+	"\vLoadAdapter\x12\x1f.pagewire.v1.LoadAdapterRequest\x1a .pagewire.v1.LoadAdapterResponse\x12V\n" +
+	"\rUnloadAdapter\x12!.pagewire.v1.UnloadAdapterRequest\x1a\".pagewire.v1.UnloadAdapterResponse\x12S\n" +
+	"\fListAdapters\x12 .pagewire.v1.ListAdaptersRequest\x1a!.pagewire.v1.ListAdaptersResponse\x12X\n" +
 	"\rWatchKvEvents\x12!.pagewire.v1.WatchKvEventsRequest\x1a\".pagewire.v1.WatchKvEventsResponse0\x01B<\n" +
 	"\x0fdev.pagewire.v1P\x01Z'pagewire.dev/gen/pagewire/v1;pagewirev1b\x06proto3"
 
@@ -1499,7 +1864,7 @@ func file_pagewire_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_pagewire_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_pagewire_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_pagewire_v1_admin_proto_goTypes = []any{
 	(WorkerState)(0),              // 0: pagewire.v1.WorkerState
 	(*WorkerStats)(nil),           // 1: pagewire.v1.WorkerStats
@@ -1515,10 +1880,17 @@ var file_pagewire_v1_admin_proto_goTypes = []any{
 	(*DrainResponse)(nil),         // 11: pagewire.v1.DrainResponse
 	(*FlushCacheRequest)(nil),     // 12: pagewire.v1.FlushCacheRequest
 	(*FlushCacheResponse)(nil),    // 13: pagewire.v1.FlushCacheResponse
-	(*WatchKvEventsRequest)(nil),  // 14: pagewire.v1.WatchKvEventsRequest
-	(*WatchKvEventsResponse)(nil), // 15: pagewire.v1.WatchKvEventsResponse
-	(*KvEvent)(nil),               // 16: pagewire.v1.KvEvent
-	(*KvBlockStored)(nil),         // 17: pagewire.v1.KvBlockStored
+	(*Adapter)(nil),               // 14: pagewire.v1.Adapter
+	(*LoadAdapterRequest)(nil),    // 15: pagewire.v1.LoadAdapterRequest
+	(*LoadAdapterResponse)(nil),   // 16: pagewire.v1.LoadAdapterResponse
+	(*UnloadAdapterRequest)(nil),  // 17: pagewire.v1.UnloadAdapterRequest
+	(*UnloadAdapterResponse)(nil), // 18: pagewire.v1.UnloadAdapterResponse
+	(*ListAdaptersRequest)(nil),   // 19: pagewire.v1.ListAdaptersRequest
+	(*ListAdaptersResponse)(nil),  // 20: pagewire.v1.ListAdaptersResponse
+	(*WatchKvEventsRequest)(nil),  // 21: pagewire.v1.WatchKvEventsRequest
+	(*WatchKvEventsResponse)(nil), // 22: pagewire.v1.WatchKvEventsResponse
+	(*KvEvent)(nil),               // 23: pagewire.v1.KvEvent
+	(*KvBlockStored)(nil),         // 24: pagewire.v1.KvBlockStored
 }
 var file_pagewire_v1_admin_proto_depIdxs = []int32{
 	0,  // 0: pagewire.v1.WorkerStats.state:type_name -> pagewire.v1.WorkerState
@@ -1531,23 +1903,31 @@ var file_pagewire_v1_admin_proto_depIdxs = []int32{
 	4,  // 7: pagewire.v1.GetStatsResponse.queue_wait:type_name -> pagewire.v1.Histogram
 	4,  // 8: pagewire.v1.GetStatsResponse.step:type_name -> pagewire.v1.Histogram
 	8,  // 9: pagewire.v1.GetConfigResponse.settings:type_name -> pagewire.v1.Setting
-	16, // 10: pagewire.v1.WatchKvEventsResponse.events:type_name -> pagewire.v1.KvEvent
-	17, // 11: pagewire.v1.KvEvent.stored:type_name -> pagewire.v1.KvBlockStored
-	5,  // 12: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
-	7,  // 13: pagewire.v1.AdminService.GetConfig:input_type -> pagewire.v1.GetConfigRequest
-	10, // 14: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
-	12, // 15: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
-	14, // 16: pagewire.v1.AdminService.WatchKvEvents:input_type -> pagewire.v1.WatchKvEventsRequest
-	6,  // 17: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
-	9,  // 18: pagewire.v1.AdminService.GetConfig:output_type -> pagewire.v1.GetConfigResponse
-	11, // 19: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
-	13, // 20: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
-	15, // 21: pagewire.v1.AdminService.WatchKvEvents:output_type -> pagewire.v1.WatchKvEventsResponse
-	17, // [17:22] is the sub-list for method output_type
-	12, // [12:17] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	14, // 10: pagewire.v1.LoadAdapterResponse.adapter:type_name -> pagewire.v1.Adapter
+	14, // 11: pagewire.v1.ListAdaptersResponse.adapters:type_name -> pagewire.v1.Adapter
+	23, // 12: pagewire.v1.WatchKvEventsResponse.events:type_name -> pagewire.v1.KvEvent
+	24, // 13: pagewire.v1.KvEvent.stored:type_name -> pagewire.v1.KvBlockStored
+	5,  // 14: pagewire.v1.AdminService.GetStats:input_type -> pagewire.v1.GetStatsRequest
+	7,  // 15: pagewire.v1.AdminService.GetConfig:input_type -> pagewire.v1.GetConfigRequest
+	10, // 16: pagewire.v1.AdminService.Drain:input_type -> pagewire.v1.DrainRequest
+	12, // 17: pagewire.v1.AdminService.FlushCache:input_type -> pagewire.v1.FlushCacheRequest
+	15, // 18: pagewire.v1.AdminService.LoadAdapter:input_type -> pagewire.v1.LoadAdapterRequest
+	17, // 19: pagewire.v1.AdminService.UnloadAdapter:input_type -> pagewire.v1.UnloadAdapterRequest
+	19, // 20: pagewire.v1.AdminService.ListAdapters:input_type -> pagewire.v1.ListAdaptersRequest
+	21, // 21: pagewire.v1.AdminService.WatchKvEvents:input_type -> pagewire.v1.WatchKvEventsRequest
+	6,  // 22: pagewire.v1.AdminService.GetStats:output_type -> pagewire.v1.GetStatsResponse
+	9,  // 23: pagewire.v1.AdminService.GetConfig:output_type -> pagewire.v1.GetConfigResponse
+	11, // 24: pagewire.v1.AdminService.Drain:output_type -> pagewire.v1.DrainResponse
+	13, // 25: pagewire.v1.AdminService.FlushCache:output_type -> pagewire.v1.FlushCacheResponse
+	16, // 26: pagewire.v1.AdminService.LoadAdapter:output_type -> pagewire.v1.LoadAdapterResponse
+	18, // 27: pagewire.v1.AdminService.UnloadAdapter:output_type -> pagewire.v1.UnloadAdapterResponse
+	20, // 28: pagewire.v1.AdminService.ListAdapters:output_type -> pagewire.v1.ListAdaptersResponse
+	22, // 29: pagewire.v1.AdminService.WatchKvEvents:output_type -> pagewire.v1.WatchKvEventsResponse
+	22, // [22:30] is the sub-list for method output_type
+	14, // [14:22] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_pagewire_v1_admin_proto_init() }
@@ -1555,7 +1935,7 @@ func file_pagewire_v1_admin_proto_init() {
 	if File_pagewire_v1_admin_proto != nil {
 		return
 	}
-	file_pagewire_v1_admin_proto_msgTypes[15].OneofWrappers = []any{
+	file_pagewire_v1_admin_proto_msgTypes[22].OneofWrappers = []any{
 		(*KvEvent_Stored)(nil),
 		(*KvEvent_Removed)(nil),
 	}
@@ -1565,7 +1945,7 @@ func file_pagewire_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pagewire_v1_admin_proto_rawDesc), len(file_pagewire_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   17,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

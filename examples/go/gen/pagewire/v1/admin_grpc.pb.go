@@ -23,6 +23,9 @@ const (
 	AdminService_GetConfig_FullMethodName     = "/pagewire.v1.AdminService/GetConfig"
 	AdminService_Drain_FullMethodName         = "/pagewire.v1.AdminService/Drain"
 	AdminService_FlushCache_FullMethodName    = "/pagewire.v1.AdminService/FlushCache"
+	AdminService_LoadAdapter_FullMethodName   = "/pagewire.v1.AdminService/LoadAdapter"
+	AdminService_UnloadAdapter_FullMethodName = "/pagewire.v1.AdminService/UnloadAdapter"
+	AdminService_ListAdapters_FullMethodName  = "/pagewire.v1.AdminService/ListAdapters"
 	AdminService_WatchKvEvents_FullMethodName = "/pagewire.v1.AdminService/WatchKvEvents"
 )
 
@@ -39,6 +42,13 @@ type AdminServiceClient interface {
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Forgets every cached prefix that no running request uses.
 	FlushCache(ctx context.Context, in *FlushCacheRequest, opts ...grpc.CallOption) (*FlushCacheResponse, error)
+	// Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+	// answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+	// else is disturbed. The same adapter again changes nothing.
+	LoadAdapter(ctx context.Context, in *LoadAdapterRequest, opts ...grpc.CallOption) (*LoadAdapterResponse, error)
+	// Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone.
+	UnloadAdapter(ctx context.Context, in *UnloadAdapterRequest, opts ...grpc.CallOption) (*UnloadAdapterResponse, error)
+	ListAdapters(ctx context.Context, in *ListAdaptersRequest, opts ...grpc.CallOption) (*ListAdaptersResponse, error)
 	// Every cached block that there is, then every change, until the client leaves.
 	WatchKvEvents(ctx context.Context, in *WatchKvEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchKvEventsResponse], error)
 }
@@ -91,6 +101,36 @@ func (c *adminServiceClient) FlushCache(ctx context.Context, in *FlushCacheReque
 	return out, nil
 }
 
+func (c *adminServiceClient) LoadAdapter(ctx context.Context, in *LoadAdapterRequest, opts ...grpc.CallOption) (*LoadAdapterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LoadAdapterResponse)
+	err := c.cc.Invoke(ctx, AdminService_LoadAdapter_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) UnloadAdapter(ctx context.Context, in *UnloadAdapterRequest, opts ...grpc.CallOption) (*UnloadAdapterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnloadAdapterResponse)
+	err := c.cc.Invoke(ctx, AdminService_UnloadAdapter_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ListAdapters(ctx context.Context, in *ListAdaptersRequest, opts ...grpc.CallOption) (*ListAdaptersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAdaptersResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListAdapters_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) WatchKvEvents(ctx context.Context, in *WatchKvEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchKvEventsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &AdminService_ServiceDesc.Streams[0], AdminService_WatchKvEvents_FullMethodName, cOpts...)
@@ -123,6 +163,13 @@ type AdminServiceServer interface {
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Forgets every cached prefix that no running request uses.
 	FlushCache(context.Context, *FlushCacheRequest) (*FlushCacheResponse, error)
+	// Reads a LoRA adapter (a directory as PEFT writes it, by the workers' paths) into every worker, between two steps;
+	// answers when requests may name it. FAILED_PRECONDITION, with the worker's reason, where it cannot be served: nothing
+	// else is disturbed. The same adapter again changes nothing.
+	LoadAdapter(context.Context, *LoadAdapterRequest) (*LoadAdapterResponse, error)
+	// Requests may not name it from now on (NOT_FOUND); answers when those that do have ended, and it is gone.
+	UnloadAdapter(context.Context, *UnloadAdapterRequest) (*UnloadAdapterResponse, error)
+	ListAdapters(context.Context, *ListAdaptersRequest) (*ListAdaptersResponse, error)
 	// Every cached block that there is, then every change, until the client leaves.
 	WatchKvEvents(*WatchKvEventsRequest, grpc.ServerStreamingServer[WatchKvEventsResponse]) error
 	mustEmbedUnimplementedAdminServiceServer()
@@ -146,6 +193,15 @@ func (UnimplementedAdminServiceServer) Drain(context.Context, *DrainRequest) (*D
 }
 func (UnimplementedAdminServiceServer) FlushCache(context.Context, *FlushCacheRequest) (*FlushCacheResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FlushCache not implemented")
+}
+func (UnimplementedAdminServiceServer) LoadAdapter(context.Context, *LoadAdapterRequest) (*LoadAdapterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method LoadAdapter not implemented")
+}
+func (UnimplementedAdminServiceServer) UnloadAdapter(context.Context, *UnloadAdapterRequest) (*UnloadAdapterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnloadAdapter not implemented")
+}
+func (UnimplementedAdminServiceServer) ListAdapters(context.Context, *ListAdaptersRequest) (*ListAdaptersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAdapters not implemented")
 }
 func (UnimplementedAdminServiceServer) WatchKvEvents(*WatchKvEventsRequest, grpc.ServerStreamingServer[WatchKvEventsResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchKvEvents not implemented")
@@ -243,6 +299,60 @@ func _AdminService_FlushCache_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_LoadAdapter_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LoadAdapterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).LoadAdapter(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_LoadAdapter_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).LoadAdapter(ctx, req.(*LoadAdapterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_UnloadAdapter_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnloadAdapterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).UnloadAdapter(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_UnloadAdapter_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).UnloadAdapter(ctx, req.(*UnloadAdapterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ListAdapters_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAdaptersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListAdapters(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListAdapters_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListAdapters(ctx, req.(*ListAdaptersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_WatchKvEvents_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchKvEventsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -276,6 +386,18 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "FlushCache",
 			Handler:    _AdminService_FlushCache_Handler,
+		},
+		{
+			MethodName: "LoadAdapter",
+			Handler:    _AdminService_LoadAdapter_Handler,
+		},
+		{
+			MethodName: "UnloadAdapter",
+			Handler:    _AdminService_UnloadAdapter_Handler,
+		},
+		{
+			MethodName: "ListAdapters",
+			Handler:    _AdminService_ListAdapters_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -497,8 +497,9 @@ func (x *SamplingParams) GetSkipSpecialTokens() bool {
 }
 
 type Choice struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Values        []string               `protobuf:"bytes,1,rep,name=values,proto3" json:"values,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 4096, none of them empty.
+	Values        []string `protobuf:"bytes,1,rep,name=values,proto3" json:"values,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,7 +541,14 @@ func (x *Choice) GetValues() []string {
 	return nil
 }
 
-// Constrains the output. Not served yet: refused with INVALID_ARGUMENT.
+// What the output has to be, from its first token. At most 256 KiB. INVALID_ARGUMENT, with the field and the place in it,
+// for what is no grammar, cannot be satisfied, or takes too much time or memory to compile; and in the middle of a stream,
+// for a grammar that turns out to be too much to follow.
+//
+// A stream ends with STOP where nothing more may follow, without an end token; where it may also end, by the model's end
+// token. One that ends with LENGTH is the beginning of what was asked for. Tokens that the grammar leaves no choice about
+// are not sampled: the output is the same as if they were, which is what happens with logprobs. Not with ignore_eos,
+// min_tokens and bad_words.
 type StructuredOutput struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Constraint:
@@ -652,26 +660,36 @@ type isStructuredOutput_Constraint interface {
 }
 
 type StructuredOutput_JsonSchema struct {
+	// A JSON schema, of the keywords that llguidance knows; another one is refused by its place. Between two tokens of
+	// JSON stands nothing, a space, or a line break and up to 40 spaces; `"x-guidance": {"whitespace_flexible": false}`
+	// in the schema leaves out all of it.
 	JsonSchema string `protobuf:"bytes,1,opt,name=json_schema,json=jsonSchema,proto3,oneof"`
 }
 
 type StructuredOutput_Regex struct {
+	// Of Rust's `regex` syntax. The whole output matches.
 	Regex string `protobuf:"bytes,2,opt,name=regex,proto3,oneof"`
 }
 
 type StructuredOutput_Grammar struct {
+	// Lark, as llguidance writes it, with a rule `start:`; or else GBNF, as llama.cpp writes it.
 	Grammar string `protobuf:"bytes,3,opt,name=grammar,proto3,oneof"`
 }
 
 type StructuredOutput_Choice struct {
+	// One of these texts.
 	Choice *Choice `protobuf:"bytes,4,opt,name=choice,proto3,oneof"`
 }
 
 type StructuredOutput_JsonObject struct {
+	// Any JSON object; true.
 	JsonObject bool `protobuf:"varint,5,opt,name=json_object,json=jsonObject,proto3,oneof"`
 }
 
 type StructuredOutput_StructuralTag struct {
+	// Text with tags of which each holds something of a grammar, in JSON as xgrammar and vLLM write it:
+	// {"structures": [{"begin", "schema", "end"}], "triggers": []}, or {"type": "structural_tag", "format": …} with a
+	// format of `triggered_tags` or `tag` and contents of `json_schema`, `regex`, `grammar` or `const_string`.
 	StructuralTag string `protobuf:"bytes,6,opt,name=structural_tag,json=structuralTag,proto3,oneof"`
 }
 
@@ -765,7 +783,7 @@ type GenerateRequest struct {
 	Priority *int32 `protobuf:"varint,6,opt,name=priority,proto3,oneof" json:"priority,omitempty"`
 	// Requests share cached prefixes only with those of the same salt. At most 256 bytes.
 	CacheSalt string `protobuf:"bytes,7,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
-	// Adapter by name. Not served yet: refused with INVALID_ARGUMENT.
+	// LoRA adapter by name, see AdminService.LoadAdapter; empty: the model as it is. NOT_FOUND where it is not loaded.
 	Adapter          string            `protobuf:"bytes,8,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	StructuredOutput *StructuredOutput `protobuf:"bytes,9,opt,name=structured_output,json=structuredOutput,proto3" json:"structured_output,omitempty"`
 	// Of a stream that broke, at most n. With any ids, sampling.seed and resume_fingerprint must be set.
