@@ -141,7 +141,8 @@ class PlanLiar:
             frame = encode(self._bent(self.rng.choice(good)))
         sound = [encode(plan) for plan in good[: self.rng.randrange(3)]]
         self.end.router.send_multipart((self.end.peer, *sound, frame))
-        self.end.send(Mask(begin.epoch, 1, [], b""), LoadAdapter(begin.epoch, 99, "a", "", ""))  # the second faults
+        adapter = LoadAdapter(begin.epoch, 99, "a", "", "")
+        self.end.send(Mask(begin.epoch, 1, [], b""), adapter, StepPlan(begin.epoch, 99, [], [], [], []))  # faults
         while True:
             heard = self.end.receive_any()
             if isinstance(heard, StepResult):
