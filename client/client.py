@@ -199,12 +199,13 @@ class Client:
         request_id: str = "",
         priority: int = 0,
         cache_salt: str = "",
+        adapter: str = "",
         timeout: float | None = None,
     ) -> api.EmbedResponse:
         """One vector an input. `pooling`: last, mean or cls; the model's own where it is empty."""
         request = api.embed_request(
             inputs, pooling, dimensions, normalize, truncate_prompt_tokens,
-            request_id=request_id, priority=priority, cache_salt=cache_salt,
+            request_id=request_id, priority=priority, cache_salt=cache_salt, adapter=adapter,
         )  # fmt: skip
         return self._retried(lambda target, left: target.inference.Embed(request, timeout=left), timeout)
 
@@ -216,10 +217,13 @@ class Client:
         request_id: str = "",
         priority: int = 0,
         cache_salt: str = "",
+        adapter: str = "",
         timeout: float | None = None,
     ) -> api.ScoreResponse:
         """How likely each of the candidates is behind the prompt."""
-        request = api.score_request(prompt, candidates, request_id=request_id, priority=priority, cache_salt=cache_salt)
+        request = api.score_request(
+            prompt, candidates, request_id=request_id, priority=priority, cache_salt=cache_salt, adapter=adapter
+        )
         return self._retried(lambda target, left: target.inference.Score(request, timeout=left), timeout)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout: float | None = None) -> list[int]:

@@ -15,6 +15,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Turns texts into vectors; prints one JSON object.")
     parser.add_argument("texts", metavar="TEXT", nargs="+", help="a text; - reads one a line from standard input")
     flags.add_address(parser)
+    parser.add_argument("--adapter", default="", metavar="NAME", help="a LoRA adapter, see `pagewire adapters`")
     parser.add_argument("--pooling", choices=("last", "mean", "cls"), default="", help="default: the model's own")
     parser.add_argument("--dimensions", type=flags.unsigned(32), metavar="N", help="keep the first N of a vector")
     parser.add_argument("--raw", action="store_true", help="vectors of any length, not brought to 1")
@@ -32,6 +33,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
             dimensions=arguments.dimensions,
             normalize=not arguments.raw,
             truncate_prompt_tokens=arguments.truncate,
+            adapter=arguments.adapter,
         )
     usage = response.usage
     print(

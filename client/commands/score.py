@@ -17,13 +17,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("prompt", metavar="PROMPT", help="the text before each of them")
     parser.add_argument("candidates", metavar="CANDIDATE", nargs="+", help="a continuation, with its leading space")
     flags.add_address(parser)
+    parser.add_argument("--adapter", default="", metavar="NAME", help="a LoRA adapter, see `pagewire adapters`")
     return parser
 
 
 def main(prog: str, argv: Sequence[str]) -> int:
     arguments = _parser(prog).parse_args(argv)
     with Client(arguments.address, **flags.access(arguments)) as client:
-        response = client.score(arguments.prompt, arguments.candidates)
+        response = client.score(arguments.prompt, arguments.candidates, adapter=arguments.adapter)
     scores = [
         {
             "candidate": candidate,

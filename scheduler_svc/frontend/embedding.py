@@ -44,13 +44,15 @@ async def hidden_size(core: Core) -> int:
 
 
 async def prepare(core: Core, request: pb.EmbedRequest, caller: Caller) -> tuple[Prepared, VectorForm]:
-    """Raises ServiceError INVALID_ARGUMENT with all violations."""
+    """Raises ServiceError NOT_FOUND for its adapter, INVALID_ARGUMENT with all violations."""
+    digest = await core.adapter_digest(request.adapter)
     most, violations = await hidden_size(core), Violations()
     check_computing(request, caller, violations)
     if not 1 <= (count := len(request.inputs)) <= MAX_INPUTS:
         violations.add("inputs", f"has {count} inputs; must have 1 to {MAX_INPUTS}")
     cut = request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None
-    if cut is not None and not 1 <= cut <= (longest := core.max_model_len()):
+    longest = core.max_model_len()
+    if cut is not None and not 1 <= cut <= longest:
         violations.add("truncate_prompt_tokens", f"is {cut}; must be in [1, {longest}]")
     dimensions = request.dimensions if request.HasField("dimensions") else most
     if not 1 <= dimensions <= most:
@@ -63,7 +65,7 @@ async def prepare(core: Core, request: pb.EmbedRequest, caller: Caller) -> tuple
     pooling = _KINDS[request.pooling] if request.pooling else default_pooling(core)
     computing = [Computing(ids, Sampling(max_tokens=0)) for ids in prompts]
     form = VectorForm(dimensions, request.normalize if request.HasField("normalize") else True)
-    return core.preparer.computing(request, computing, caller, pooling), form
+    return core.preparer.computing(request, computing, caller, digest, pooling), form
 
 
 async def _prompt(core: Core, i: int, given: pb.EmbedInput, cut: int | None, violations: Violations) -> list[int]:

@@ -15,8 +15,8 @@ from scheduler_svc.frontend.validation import Caller, Computing, Prepared, check
 
 
 async def prepare(core: Core, request: pb.ScoreRequest, caller: Caller) -> Prepared:
-    """Raises ServiceError INVALID_ARGUMENT with all violations."""
-    violations = Violations()
+    """Raises ServiceError NOT_FOUND for its adapter, INVALID_ARGUMENT with all violations."""
+    digest, violations = await core.adapter_digest(request.adapter), Violations()
     check_computing(request, caller, violations)
     if not 1 <= (count := len(request.candidates)) <= MAX_INPUTS:
         violations.add("candidates", f"has {count} candidates; must have 1 to {MAX_INPUTS}")
@@ -34,7 +34,7 @@ async def prepare(core: Core, request: pb.ScoreRequest, caller: Caller) -> Prepa
     # What scores a candidate's first token is the prompt's last position.
     sampling = Sampling(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(prompt))
     computing = [Computing(prompt + token_ids, sampling) for token_ids in candidates]
-    return core.preparer.computing(request, computing, caller)
+    return core.preparer.computing(request, computing, caller, digest)
 
 
 async def _candidate(core: Core, i: int, given: pb.ScoreCandidate, violations: Violations) -> list[int]:

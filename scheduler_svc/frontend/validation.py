@@ -200,7 +200,12 @@ class Preparer:
         return Prepared(request_id, seed, len(token_ids), submits, rules, resumed, adapter_digest, grammar_field)
 
     def computing(
-        self, request: ComputeRequest, prompts: Sequence[Computing], caller: Caller, pooling: str = ""
+        self,
+        request: ComputeRequest,
+        prompts: Sequence[Computing],
+        caller: Caller,
+        adapter_digest: str,
+        pooling: str = "",
     ) -> Prepared:
         """One sequence a prompt, which samples nothing."""
         request_id, total = request.request_id or uuid.uuid4().hex, sum(len(one.token_ids) for one in prompts)
@@ -217,6 +222,8 @@ class Preparer:
                 deadline=caller.deadline,
                 cache_salt=request.cache_salt,
                 frontend=self.frontend,
+                adapter=request.adapter,
+                adapter_digest=adapter_digest,
                 pooling=pooling,
                 request_tokens=total,
             )
@@ -329,8 +336,6 @@ def _fits(field: str, count: int, longest: int, spare: int, violations: Violatio
 def check_computing(request: ComputeRequest, caller: Caller, violations: Violations) -> None:
     _check_caller(caller, violations)
     _check_identity(request, violations)
-    if request.adapter:
-        violations.add("adapter", "is not served yet; leave it unset")
 
 
 def _check_caller(caller: Caller, violations: Violations) -> None:

@@ -109,7 +109,7 @@ class VllmEngine:
         token_ids = await core.preparer.prompt(prompt, violations, NAMES, spare=0)
         violations.check()
         computing, pooling = Computing(token_ids, Sampling(max_tokens=0)), embedding.default_pooling(core)
-        prepared = core.preparer.computing(ours, [computing], caller, pooling)
+        prepared = core.preparer.computing(ours, [computing], caller, "", pooling)
         async with self._counted():
             (one,) = await core.computed(prepared, context)
         values = form.vector(one.pooled)

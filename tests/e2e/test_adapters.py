@@ -77,6 +77,37 @@ async def test_eight_mixed_are_each_alone_also_over_a_dead_worker(model_path: Pa
         assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+async def test_scores_and_vectors_are_the_adapters(model_path: Path, files: list[Path]) -> None:
+    """What a stream says of its own tokens is what they score; without the adapter they score less."""
+    async with service(str(model_path), *FLAGS, "--adapter", f"a1={files[1]}") as running:
+        sampling = pb.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+        said: list[tuple[int, float]] = []
+        async for response in running.inference.Generate(
+            pb.GenerateRequest(text="The sea", sampling=sampling, adapter="a1")
+        ):
+            said += [(one.token_id, one.logprob) for one in response.delta.logprobs]
+        candidate = pb.ScoreCandidate(token_ids=pb.TokenIds(ids=[token for token, _ in said]))
+        score, bare = [
+            (
+                await running.inference.Score(pb.ScoreRequest(text="The sea", candidates=[candidate], adapter=name))
+            ).scores[0]
+            for name in ("a1", "")
+        ]
+        assert score.logprobs == pytest.approx([logprob for _, logprob in said], abs=1e-4)
+        assert bare.sum < score.sum - 1
+        one, other, again = [
+            (await running.inference.Embed(pb.EmbedRequest(inputs=[pb.EmbedInput(text="The sea")], adapter=name)))
+            .embeddings[0]
+            .values
+            for name in ("a1", "", "a1")
+        ]
+        assert list(one) == list(again)
+        assert sum(a * b for a, b in zip(one, other, strict=True)) < 0.99
+        with pytest.raises(grpc.aio.AioRpcError, match="a9") as refused:
+            await running.inference.Embed(pb.EmbedRequest(inputs=[pb.EmbedInput(text="The sea")], adapter="a9"))
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_load_and_unload_under_traffic(
     model_path: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,6 @@ def test_a_file_that_is_no_model_ends_it_with_its_reason(tmp_path: Path) -> None
 
 
 def test_what_is_not_built_is_wrong_usage() -> None:
-    code, err = _refusal("fake:", "--speculation", "ngram")
+    code, err = _refusal("fake:", "--openai-port", "18080", "--frontends", "2")
     assert code == 2
     assert err.count("\n") == 1

@@ -109,9 +109,12 @@ def test_what_closes_a_text_stays_where_it_is_cut() -> None:
 
 async def test_what_is_wrong_is_listed(service: Service) -> None:
     embed, score = service.inference.Embed, service.inference.Score
-    request = pb.EmbedRequest(dimensions=5, truncate_prompt_tokens=257, adapter="a", request_id=" ", priority=101)
-    named = ["request_id", "priority", "adapter", "inputs", "truncate_prompt_tokens", "dimensions"]
+    request = pb.EmbedRequest(dimensions=5, truncate_prompt_tokens=257, request_id=" ", priority=101)
+    named = ["request_id", "priority", "inputs", "truncate_prompt_tokens", "dimensions"]
     assert await violations(embed(request)) == named
+    assert await violations(embed(pb.EmbedRequest(inputs=inputs([7]), truncate_prompt_tokens=0))) == [
+        "truncate_prompt_tokens"
+    ]
     assert await violations(embed(pb.EmbedRequest(inputs=inputs([7]), pooling=9))) == ["pooling"]  # type: ignore[arg-type]
     assert await violations(embed(pb.EmbedRequest(inputs=inputs(*[[7]] * 257)))) == ["inputs"]
     assert await violations(embed(pb.EmbedRequest(inputs=[pb.EmbedInput()]))) == ["inputs[0].prompt"]
@@ -121,8 +124,7 @@ async def test_what_is_wrong_is_listed(service: Service) -> None:
     ]
     assert await violations(score(pb.ScoreRequest(text="a"))) == ["candidates"]
     bad = [pb.ScoreCandidate(), pb.ScoreCandidate(token_ids=ids()), pb.ScoreCandidate(token_ids=ids(512))]
-    assert await violations(score(pb.ScoreRequest(candidates=bad, adapter="a"))) == [
-        "adapter",
+    assert await violations(score(pb.ScoreRequest(candidates=bad))) == [
         "prompt",
         "candidates[0]",
         "candidates[1].token_ids.ids",
