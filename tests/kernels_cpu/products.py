@@ -27,7 +27,7 @@ class Operand(Struct):
 class Output(Struct):
     _fields_ = (
         ("then", c_int32), ("c", c_void_p), ("ldc", c_int64), ("c_bf16", c_void_p), ("activation", c_int32),
-        ("next", c_void_p),
+        ("next", c_void_p), ("addition", c_void_p),
     )  # fmt: skip
 
 
