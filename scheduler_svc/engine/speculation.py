@@ -31,7 +31,8 @@ LEAST_VALUES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # of a sequence'
 MARGIN = 1.04  # how much faster it has to be than none
 REVIEW = 4  # steps for which a choice holds among the same sequences
 LOOK = 2  # drafts of a look, of one sequence in a step
-PROBES = 8  # steps from one look to the next, after one that was in vain
+SHARE = 0.01  # of the time that steps take, for looks
+PROBES = 8  # steps from one look at a sequence to the next, after one that was in vain
 LONGEST_PAUSE = 64  # steps
 STEADY = 1 / 32  # of each step in the mean of how long steps really take
 
@@ -85,6 +86,7 @@ class Speculation:
         self._steps = self._reviewed = 0
         self._of: tuple[int, int] = (0, 0)  # sequences and other positions of the last choice
         self._least_value = LEAST_VALUES[0]  # of that choice: 1 is none
+        self._saved = 0.0  # seconds that looks may take
 
     def choose(self, sequences: list[Sequence], room: int, others: int) -> None:
         """Sets `wanted` of each of these, who sample in the next step: the drafts that are proposed there, and verified
@@ -100,13 +102,25 @@ class Speculation:
         if of != self._of or self._steps >= self._reviewed + REVIEW:
             self._of, self._reviewed = of, self._steps
             self._least_value = self._weigh(sequences, room, others)
-        may_look = True
+        curious = None
         for sequence in sequences:
             sequence.wanted = min(self._worth(sequence, self._least_value), room)
-            if not sequence.wanted and self._is_due(sequence) and may_look:
-                sequence.wanted = min(LOOK, sequence.max_drafts, room)
-                may_look = False
             room -= sequence.wanted
+            if not sequence.wanted and sequence.max_drafts and self._is_due(sequence) and curious is None:
+                curious = sequence
+        if self._can_afford_a_look(sequences, others) and curious and room:
+            self._saved = 0.0
+            curious.wanted = min(LOOK, curious.max_drafts, room)
+
+    def _can_afford_a_look(self, sequences: list[Sequence], others: int) -> bool:
+        """Whether what looks take, next to steps without, has been put aside since the last one. Whoever proposes does
+        it for all who sample.
+        """
+        positions, costs = len(sequences) + others, self._costs
+        plain = self._scales[0] * costs.step(positions)
+        self._saved += SHARE * plain
+        proposing = 0.0 if any(each.wanted for each in sequences) else costs.proposing(len(sequences), LOOK)
+        return self._saved >= self._scales[1] * (costs.step(positions + LOOK) + proposing) - plain
 
     def first(self, sequence: Sequence) -> int:
         """Drafts that are worth proposing behind a sequence's first sample."""
@@ -168,9 +182,8 @@ class Speculation:
 
     def _is_due(self, sequence: Sequence) -> bool:
         """For a look whether drafts have become worth it."""
-        record = sequence.record
-        record.wait -= 1
-        return record.wait <= 0 and (record.pause == 1 or not self._steps % PROBES)
+        sequence.record.wait -= 1
+        return sequence.record.wait <= 0
 
     def _chance(self, sequence: Sequence) -> float:
         """That one draft is right; newcomers are taken to be like the others."""

@@ -47,11 +47,12 @@ def drafts(plans: list[StepPlan]) -> float:
     return sum(rows) / len(rows)
 
 
+@pytest.mark.parametrize("proposing", [(), ((1, 0.0003), (16, 0.001)), ((1, 0.003), (16, 0.006))])
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("quality", [0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
-def test_it_never_loses(streams: int, quality: float) -> None:
+def test_it_never_loses(streams: int, quality: float, proposing: Table) -> None:
     without = serve(world(quality, num_drafts=0), streams, 300)
-    assert serve(world(quality), streams, 300) >= 0.95 * without
+    assert serve(world(quality, proposing=proposing), streams, 300) >= 0.95 * without
 
 
 @pytest.mark.parametrize(("streams", "quality", "times"), [(1, 1.0, 5.5), (1, 0.8, 2.5), (4, 0.8, 1.8), (16, 1.0, 1.2)])

@@ -28,6 +28,7 @@ from scheduler_svc.engine.events import (
 )
 from scheduler_svc.engine.prefix_cache import domain
 from scheduler_svc.engine.scheduler import Scheduler
+from scheduler_svc.engine.speculation import Costs
 from tests.engine.kv_mirror import Mirror
 from tests.fakes import FakeWorker, expected, expected_pooled, fake_grammar
 
@@ -499,7 +500,8 @@ class World:
         result = side.worker.run(plan, grammars)
         side.naming.append({side.worker.slots[row.slot].admit.adapter for row in plan.rows})
         if self.seconds:
-            result = replace(result, timings=Timings(forward=self.seconds(drafts)))
+            proposing = Costs((), self.propose_seconds).proposing(len(plan.rows), plan.num_propose)
+            result = replace(result, timings=Timings(forward=self.seconds(drafts) + proposing))
         side.results.append(result)
 
     def _check_copies(self, side: Side, plan: StepPlan) -> None:
