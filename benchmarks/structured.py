@@ -1,8 +1,10 @@
-"""What structured output costs, with the real model: `python -m benchmarks.structured`.
+"""What structured output costs, and whether it is one, with the real model: `python -m benchmarks.structured`.
 
-A service decodes a batch of streams with a grammar and without one, in turn, either of them first every second time.
-Measured are tokens a second of a whole wave; "text" is a grammar that forces nothing, "records" one that forces much.
-And how long schemas of many kinds take to compile, in the checker's way but in this process.
+- How many schemas of many kinds compile, and how long that takes, in the checker's way but in this process.
+- The model writes something for each of them, greedily and sampled: does what it finishes validate?
+- Grammars made to cost a server dearly: how soon each is refused, and what streams beside them notice.
+- A service decodes a batch of streams with a grammar and without one, in turn, either of them first every second time.
+  Measured are tokens a second of a whole wave; "text" is a grammar that forces nothing, "records" one that forces much.
 """
 
 from __future__ import annotations
@@ -13,23 +15,25 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import grpc.aio
 import uvloop
+from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc
 
 from benchmarks import contestants, machine
 from benchmarks.process import running
+from benchmarks.schemas import HOSTILE, Schema, all_schemas
 from client import store
 from protos.engine_wire import Grammar
 from scheduler_svc.grammars import vocabulary
 from scheduler_svc.grammars.checker import check
 
+Stub = inference_pb2_grpc.InferenceServiceAsyncStub
 RECORD = {
     "type": "object",
     "properties": {"first name": {"type": "string", "maxLength": 12}, "date of birth": {"type": "integer"}},
@@ -44,43 +48,10 @@ GRAMMARS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def schemas() -> Iterator[dict[str, Any]]:
-    """Some hundreds, of varied features: each leaf in each frame."""
-    leaves: list[dict[str, Any]] = [
-        *({"type": kind} for kind in ("string", "integer", "number", "boolean", "null")),
-        {"type": "string", "maxLength": 40},
-        {"type": "string", "minLength": 3, "maxLength": 3},
-        {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3,6}$"},
-        *({"type": "string", "format": name} for name in ("date", "date-time", "time", "uuid", "email", "ipv4", "uri")),
-        {"type": "integer", "minimum": -7, "maximum": 1200},
-        {"type": "integer", "exclusiveMinimum": 0, "multipleOf": 5},
-        {"type": "number", "minimum": 0.5, "maximum": 99.25},
-        {"enum": ["red", "green", 3, None]},
-        {"const": {"a": [1, 2]}},
-        {"type": ["string", "null"]},
-        {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 5}]},
-        {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}]},
-        {"oneOf": [{"type": "boolean"}, {"type": "integer"}]},
-    ]
-    frames = [
-        lambda leaf: leaf,
-        lambda leaf: {"type": "array", "items": leaf, "minItems": 1, "maxItems": 4},
-        lambda leaf: {"type": "array", "prefixItems": [leaf, {"type": "integer"}], "items": False, "minItems": 2},
-        lambda leaf: {"type": "object", "properties": {"a": leaf, "b": leaf}, "required": ["a"]},
-        lambda leaf: {"type": "object", "properties": {"a": leaf}, "required": ["a"], "additionalProperties": False},
-        lambda leaf: {"type": "object", "additionalProperties": leaf},
-        lambda leaf: {"type": "object", "patternProperties": {"^x_": leaf}, "additionalProperties": False},
-        lambda leaf: {"$defs": {"l": leaf}, "type": "array", "items": {"$ref": "#/$defs/l"}},
-        lambda leaf: {"type": "object", "properties": {"v": leaf, "next": {"$ref": "#"}}, "required": ["v"]},
-        lambda leaf: {"type": "object", "properties": {"in": {"type": "object", "properties": {"v": leaf}}}},
-    ]
-    yield from (frame(leaf) for frame, leaf in itertools.product(frames, leaves))
-
-
 def compile_all(model: str) -> dict[str, Any]:
     tokenizer = vocabulary.load(model)
     seconds, refused = [], {}
-    for schema in schemas():
+    for schema in all_schemas():
         text = json.dumps(schema)
         began = time.perf_counter()
         if trouble := check(Grammar("json_schema", text), tokenizer).trouble:
@@ -92,7 +63,7 @@ def compile_all(model: str) -> dict[str, Any]:
     }
 
 
-async def wave(stub: inference_pb2_grpc.InferenceServiceAsyncStub, name: str, streams: int, tokens: int) -> float:
+async def wave(stub: Stub, name: str, streams: int, tokens: int) -> float:
     """Tokens a second."""
 
     async def one(seed: int) -> int:
@@ -106,7 +77,83 @@ async def wave(stub: inference_pb2_grpc.InferenceServiceAsyncStub, name: str, st
     return sum(counts) / (time.perf_counter() - began)
 
 
-async def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
+async def write(stub: Stub, wanted: pb.StructuredOutput, tokens: int, **sampling: Any) -> tuple[str, bool]:
+    """What the model says, and whether it finished."""
+    params = pb.SamplingParams(max_tokens=tokens, **sampling)
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Make up an example, as JSON.")])
+    text, finished = "", False
+    async for response in stub.Generate(pb.GenerateRequest(chat=chat, sampling=params, structured_output=wanted)):
+        text += response.delta.text
+        finished |= response.finished.finish_reason == pb.FINISH_REASON_STOP
+    return text, finished
+
+
+async def validate(stub: Stub, streams: int, tokens: int) -> dict[str, Any]:
+    """Of each schema that compiles: one greedy and one sampled answer."""
+    told: dict[str, Any] = {"answers": 0, "finished": 0, "valid": 0, "invalid": []}
+    limit = asyncio.Semaphore(streams)
+
+    async def one(schema: Schema, **sampling: Any) -> None:
+        async with limit:
+            try:
+                text, finished = await write(
+                    stub, pb.StructuredOutput(json_schema=json.dumps(schema)), tokens, **sampling
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+                return
+        told["answers"] += 1
+        if finished:
+            told["finished"] += 1
+            try:
+                Draft202012Validator(schema, format_checker=FormatChecker()).validate(json.loads(text))
+                told["valid"] += 1
+            except (ValidationError, ValueError) as error:
+                told["invalid"].append({"schema": schema, "text": text, "why": str(error).splitlines()[0]})
+
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.9, "seed": 1}]
+    await asyncio.gather(*(one(schema, **kind) for schema in all_schemas() for kind in kinds))
+    return told
+
+
+async def attack(stub: Stub, streams: int, tokens: int) -> dict[str, Any]:
+    """Seconds to each refusal, and the longest waits for a token of streams beside, without and with them."""
+    record = pb.StructuredOutput(json_schema=json.dumps({"type": "array", "minItems": 100, "items": RECORD}))
+
+    async def pace(seed: int) -> list[float]:
+        sampling = pb.SamplingParams(max_tokens=tokens, seed=seed)
+        came = [
+            time.perf_counter()
+            async for _ in stub.Generate(pb.GenerateRequest(text="[", sampling=sampling, structured_output=record))
+        ]
+        return [later - earlier for earlier, later in itertools.pairwise(came)]
+
+    async def refusals() -> dict[str, float]:
+        seconds = {}
+        for name, hostile in HOSTILE.items():
+            began = time.perf_counter()
+            try:
+                await write(stub, hostile, 4)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+                seconds[name] = time.perf_counter() - began
+        return seconds
+
+    async def beside() -> list[float]:
+        return sorted(itertools.chain(*await asyncio.gather(*(pace(seed) for seed in range(streams)))))
+
+    await beside()
+    without = await beside()
+    waits, seconds = await asyncio.gather(beside(), refusals())
+    return {
+        "refused": seconds,
+        "itl_p99": {"without": quantiles(without, n=100)[98], "with": quantiles(waits, n=100)[98]},
+    }
+
+
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in GRAMMARS}
     flags = ["--max-num-seqs", str(arguments.streams), *arguments.flags.split()]
     async with (
@@ -114,12 +161,30 @@ async def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
         grpc.aio.insecure_channel(f"127.0.0.1:{started.port}") as channel,
     ):
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        attacked = await attack(stub, arguments.streams // 2, 200)
         for name in GRAMMARS:
             await wave(stub, name, 2, 8)
         for number in range(arguments.rounds):
             for name in list(GRAMMARS)[:: 1 if number % 2 else -1]:
                 rates[name].append(await wave(stub, name, arguments.streams, arguments.tokens))
-    return rates
+        validated = await validate(stub, arguments.streams, 200)
+    return {"tokens_per_second": rates, "validated": validated, "hostile": attacked}
+
+
+def tell(compiled: dict[str, Any], measured: dict[str, Any]) -> None:
+    print(f"{compiled['compiled']} of {compiled['schemas']} schemas compile", end="")
+    print(f", in {1e3 * compiled['p50']:.1f} ms (p50), {1e3 * compiled['p99']:.1f} ms (p99)")
+    validated, hostile = measured["validated"], measured["hostile"]
+    print(f"{validated['answers']} answers, {validated['finished']} finished, {validated['valid']} of them valid")
+    for one in validated["invalid"]:
+        print(f"  invalid: {one}")
+    for name, seconds in hostile["refused"].items():
+        print(f"{name}: refused in {seconds:.3f} s")
+    print("ITL p99 beside them " + ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in hostile["itl_p99"].items()))
+    rates = measured["tokens_per_second"]
+    for name, values in rates.items():
+        ratios = [value / none for value, none in zip(values, rates["none"], strict=True)]
+        print(f"{name}: {median(values):.0f} tokens/s, {median(ratios):.3f} of what is without a grammar")
 
 
 def main() -> int:
@@ -133,15 +198,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     arguments.model = str(store.resolve(arguments.model))
-    compiled = compile_all(arguments.model)
-    print(f"{compiled['compiled']} of {compiled['schemas']} schemas compile", end="")
-    print(f", in {1e3 * compiled['p50']:.1f} ms (p50), {1e3 * compiled['p99']:.1f} ms (p99)")
-    rates = uvloop.run(measure(arguments))
-    for name, values in rates.items():
-        ratios = [value / none for value, none in zip(values, rates["none"], strict=True)]
-        print(f"{name}: {median(values):.0f} tokens/s, {median(ratios):.3f} of what is without a grammar")
+    compiled, measured = compile_all(arguments.model), uvloop.run(measure(arguments))
+    tell(compiled, measured)
     if arguments.json:
-        record = {**machine.describe(), "compile": compiled, "tokens_per_second": rates}
+        record = {**machine.describe(), "compile": compiled, **measured}
         record |= {"model": Path(arguments.model).name, "streams": arguments.streams, "tokens": arguments.tokens}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0

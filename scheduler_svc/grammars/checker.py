@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 from protos.engine_wire import Grammar
 from protos.wire import Wire
 from scheduler_svc.grammars import lower, vocabulary
-from scheduler_svc.grammars.errors import GrammarError
+from scheduler_svc.grammars.errors import GrammarError, one_line
 from scheduler_svc.grammars.matcher import Matcher
 
 CPU_SECONDS: Final = 0.5
@@ -70,7 +70,7 @@ def check(grammar: Grammar, tokenizer: LLTokenizer) -> Report:
     except (GrammarError, RecursionError) as error:
         return Report(trouble=str(error))
     if compiled.is_error():
-        return Report(trouble=f"nothing satisfies it, or too much work is needed: {compiled.get_error()}")
+        return Report(trouble=f"nothing satisfies it, or too much work is needed: {one_line(compiled.get_error())}")
     return Report(lowered, max(0, _resident() - before), matcher.detail)
 
 

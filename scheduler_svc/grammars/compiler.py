@@ -21,7 +21,7 @@ from llguidance import LLMatcher
 from protos.engine_wire import Grammar
 from scheduler_svc.grammars import vocabulary
 from scheduler_svc.grammars.checker import BEGUN, Report, receive, send
-from scheduler_svc.grammars.errors import GrammarError
+from scheduler_svc.grammars.errors import GrammarError, one_line
 
 AT_ONCE: Final = 4
 MAX_CACHED: Final = 256  # grammars, those that were refused included
@@ -78,7 +78,7 @@ class Compiler:
         tokenizer = self._tokenizer.result()
         matcher = LLMatcher(tokenizer, report.lowered, log_level=0, limits=vocabulary.LIMITS)  # without the GIL
         if matcher.is_error():
-            raise GrammarError(matcher.get_error())
+            raise GrammarError(one_line(matcher.get_error()))
         return Compiled(matcher, report.size)
 
     @property

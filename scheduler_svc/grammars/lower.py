@@ -11,7 +11,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from protos.engine_wire import Grammar
 from scheduler_svc.grammars import structural_tag
-from scheduler_svc.grammars.errors import GrammarError
+from scheduler_svc.grammars.errors import GrammarError, one_line
 from scheduler_svc.grammars.structural_tag import json_options
 from scheduler_svc.grammars.vocabulary import LIMITS
 
@@ -61,7 +61,7 @@ def trouble(grammar: Grammar, lowered: str, tokenizer: LLTokenizer | None) -> st
 
 def _problem(lowered: str, tokenizer: LLTokenizer | None) -> str:
     is_error, messages = LLMatcher.validate_grammar_with_warnings(lowered, tokenizer, limits=LIMITS)
-    return " ".join(messages[0].split()) if is_error else ""
+    return one_line(messages[0]) if is_error else ""
 
 
 def _json_schema(schema: Any) -> str:
@@ -81,7 +81,7 @@ def _ebnf(text: str) -> str:
     except RecursionError:
         raise GrammarError("is nested too deeply") from None
     except Exception as error:  # the converter raises bare Exceptions
-        raise GrammarError(f"is no GBNF: {' '.join(str(error).split())}") from None
+        raise GrammarError(f"is no GBNF: {one_line(str(error))}") from None
 
 
 def _place(schema: Any, problem: str) -> str:

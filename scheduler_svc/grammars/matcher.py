@@ -11,6 +11,7 @@ from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from protos.engine_wire import FinishReason
+from scheduler_svc.grammars.errors import one_line
 
 MAX_FORCED: Final = 4096  # tokens that a grammar may force at once: to find them takes 15 µs each
 
@@ -86,7 +87,7 @@ class Matcher:
 
     @property
     def detail(self) -> str:
-        words = " ".join(self._trouble.split())
+        words = one_line(self._trouble)
         return f"cannot be followed behind output token {self._count}: {words}" if words else ""
 
     def fill(self, row: MaskRow, address: int) -> bool:

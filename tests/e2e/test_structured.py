@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from pagewire.v1 import inference_pb2 as pb
 
+from benchmarks.schemas import HOSTILE
 from tests.e2e.service import Service, service
 
 pytestmark = pytest.mark.timeout(300)
@@ -30,17 +31,6 @@ SCHEMA = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_flexible": False},
 }
-# More than a grammar may take: of time, of memory, of depth, of tokens that are forced at once.
-HOSTILE = [
-    pb.StructuredOutput(
-        json_schema=json.dumps({"allOf": [{"pattern": f".*{c}.*"} for c in "abcdefghijklmnopqrstuvwxyz"]})
-    ),
-    pb.StructuredOutput(json_schema='{"type": "integer", "multipleOf": 999983}'),
-    pb.StructuredOutput(json_schema='{"properties": {"a":' * 5000 + "{}" + "}}" * 5000),
-    pb.StructuredOutput(regex="(" * 5000 + "a" + ")" * 5000),
-    pb.StructuredOutput(regex="[xy]a{10000000}"),
-    pb.StructuredOutput(grammar="start: " + "(" * 5000 + '"a"' + ")" * 5000),
-]
 
 
 @dataclass
@@ -118,7 +108,7 @@ async def test_hostile_grammars_end_alone(running: Service) -> None:
     wanted = pb.StructuredOutput(json_schema=json.dumps(SCHEMA))
     before = await generate(running, wanted, 7)
     beside = asyncio.create_task(generate(running, wanted, 7))
-    for hostile in HOSTILE:
+    for hostile in HOSTILE.values():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await generate(running, hostile, 1)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
