@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import uvloop
@@ -33,13 +33,15 @@ from protos.engine_wire import Grammar
 from scheduler_svc.grammars import vocabulary
 from scheduler_svc.grammars.checker import check
 
-Stub = inference_pb2_grpc.InferenceServiceAsyncStub
 RECORD = {
     "type": "object",
     "properties": {"first name": {"type": "string", "maxLength": 12}, "date of birth": {"type": "integer"}},
     "required": ["first name", "date of birth"],
     "additionalProperties": False,
 }
+if TYPE_CHECKING:
+    Stub = inference_pb2_grpc.InferenceServiceAsyncStub
+
 COMPACT = {"whitespace_flexible": False}
 GRAMMARS: dict[str, dict[str, Any] | None] = {
     "none": None,
