@@ -23,7 +23,7 @@ from kernels.cpu.cpus import usable_cpus, usable_threads
 
 __all__ = ["LibraryError", "load", "source_digest", "usable_cpus", "usable_threads"]
 
-ABI: Final = 5
+ABI: Final = 6
 PANEL: Final = 48  # columns
 GROUP: Final = 32  # weights
 PAGE: Final = 32  # tokens
@@ -112,8 +112,13 @@ class Spec(Struct):
         ("logit_softcap", c_float), ("embedding_scale", c_float),
         ("cos", c_void_p), ("sin", c_void_p), ("embed", c_void_p), ("final_norm", c_void_p),
         ("lm_head", Weight), ("layers", POINTER(Layer)),
+        ("taps", c_void_p), ("num_taps", c_int32),
+        ("fuse", Weight), ("embed_norm", c_void_p), ("state_norm", c_void_p),
     )  # fmt: skip
-    _arrays_: ClassVar = {"cos": np.float32, "sin": np.float32, "embed": np.uint16, "final_norm": np.float32}
+    _arrays_: ClassVar = {
+        **dict.fromkeys(("cos", "sin", "final_norm", "embed_norm", "state_norm"), np.float32),
+        "embed": np.uint16, "taps": np.int32,
+    }  # fmt: skip
 
 
 class Batch(Struct):
@@ -122,12 +127,13 @@ class Batch(Struct):
         ("cu", c_void_p), ("context_lens", c_void_p),
         ("token_ids", c_void_p), ("positions", c_void_p), ("slot_mapping", c_void_p),
         ("block_tables", c_void_p), ("table_stride", c_int64), ("adapters", c_void_p),
-        ("wanted", c_void_p), ("num_wanted", c_int64),
+        ("wanted", c_void_p), ("num_wanted", c_int64), ("states", c_void_p),
     )  # fmt: skip
     _arrays_: ClassVar = {
         **dict.fromkeys(("cu", "context_lens", "token_ids", "positions", "slot_mapping"), np.int64),
         **dict.fromkeys(("block_tables", "wanted"), np.int64),
         "adapters": np.int32,
+        "states": np.float32,
     }
 
 
@@ -317,6 +323,12 @@ class Model:
         self._library.check(self._c.pw_hidden(self.handle, _in(tokens, np.int64), len(tokens), address(out)))
         return out
 
+    def states(self, tokens: Ints) -> Floats:
+        """The same before the final norm."""
+        out = np.empty((len(tokens), self._spec.hidden_size), np.float32)
+        self._library.check(self._c.pw_states(self.handle, _in(tokens, np.int64), len(tokens), address(out)))
+        return out
+
     def score(self, tokens: Ints, token_ids: Ints, num_top: NDArray[np.int32]) -> tuple[Doubles, Ints, Ints, Doubles]:
         """Of `token_ids` at `tokens` [count] of the last forward: logprobs, ranks, top ids and their logprobs."""
         count, max_top = len(tokens), int(num_top.max(initial=0))
@@ -363,6 +375,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "pw_step": (c_int, c_void_p, POINTER(Batch), POINTER(Samples)),
     "pw_logits": (c_int, c_void_p, c_void_p, c_int32, c_void_p),
     "pw_hidden": (c_int, c_void_p, c_void_p, c_int32, c_void_p),
+    "pw_states": (c_int, c_void_p, c_void_p, c_int32, c_void_p),
     "pw_score": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, *(c_void_p,) * 4),
     "pw_phases": (c_char_p,),
     "pw_timings": (c_int, c_void_p, c_void_p),

@@ -134,7 +134,7 @@ def test_outputs_of_no_forward() -> None:
 
 
 SPECS: list[tuple[dict[str, Any], str]] = [
-    ({"abi": 7}, "abi is 7, and this library's is 5"),
+    ({"abi": 7}, "abi is 7, and this library's is 6"),
     ({"vocab_size": 0}, "vocab_size is 0, and must be 1 to"),
     ({"num_blocks": -3}, "num_blocks is -3"),
     ({"block_size": 48}, "block_size 48 must be a multiple of 32"),

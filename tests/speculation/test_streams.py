@@ -13,6 +13,7 @@ from protos.wire import Setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.session import EPOCH, load
+from tests.speculation.eagle3_head import random_head
 from tests.speculation.house import House, submits
 from worker_svc import backends
 from worker_svc.backends.base import BackendError, DeviceBackend, Options
@@ -24,18 +25,20 @@ MODES: dict[str, dict[str, Any]] = {
     "cpu-int4-int8": {"quantization": "int4", "kv_dtype": "int8"},
     "torch-float32": {"dtype": "float32"},
 }
-PROPOSERS = ("ngram", "suffix", "draft", "draft-other")
+PROPOSERS = ("ngram", "suffix", "draft", "draft-other", "eagle3")
 CASES = [
     pytest.param(proposer, mode, marks=[] if mode == "cpu-bf16" or proposer == one else pytest.mark.full)
     for proposer in PROPOSERS
     for mode, one in zip(MODES, ("", "ngram", "draft"), strict=True)
+    if proposer != "eagle3" or mode.startswith("cpu")
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    checkpoints.save(path / "target", LlamaConfig(**SMALL))
+    target = checkpoints.save(path / "target", LlamaConfig(**SMALL))
+    random_head(LlamaConfig(**SMALL, head_dim=16), len(target.model.layers)).save(path / "head")
     checkpoints.save(path / "other", LlamaConfig(**{**SMALL, "num_hidden_layers": 1}), seed=3)
     checkpoints.save(path / "narrow", Qwen3Config(**{**SMALL, "vocab_size": 90, "head_dim": 16}))
     return path
@@ -45,7 +48,7 @@ def setup(models: Path, speculation: str, num_drafts: int, draft: str = "target"
     common: dict[str, Any] = {"block_size": 32, "max_slots": 12, "threads": 2, "max_model_len": 128, **fields}
     if speculation:
         common |= {"speculation": speculation, "num_drafts": num_drafts}
-    if speculation == "draft":
+    if speculation in ("draft", "eagle3"):
         common["draft_model"] = str(models / draft)
     return Setup(EPOCH, str(models / "target"), **common)
 
@@ -62,12 +65,13 @@ def test_streams_are_those_without_drafts(models: Path, proposer: str, mode: str
     alone.ready()
     expected = alone.run(made)
     name, _, draft = proposer.partition("-")
-    mirrored = {"draft": 2, "draft-other": 4 / 3}.get(proposer, 1)
+    mirrored = {"draft": 2, "draft-other": 4 / 3, "eagle3": 11 / 6}.get(proposer, 1)
     few = int(6.5 * mirrored * (1 << 23) / alone.scheduler.stats().num_blocks)  # bytes: so that some are preempted
-    house = House(setup(models, name, 5, draft or "target", kv_bytes=few, **MODES[mode]), create, depth=2)
+    model = draft or ("head" if name == "eagle3" else "target")
+    house = House(setup(models, name, 5, model, kv_bytes=few, **MODES[mode]), create, depth=2)
     house.ready()
     assert house.run(made, crashes=(6, 12) if is_quick else ()) == expected
-    assert house.drafted > house.accepted > 0
+    assert house.drafted > house.accepted > 0, (house.drafted, house.accepted)
     assert house.scheduler.stats().preemptions > 0 or not is_quick
 
 

@@ -137,8 +137,8 @@ def refuse_unsupported(
         raise BackendError(f"threads {setup.threads} is over this machine's {cpus} CPUs")
     if setup.speculation and setup.num_drafts < 1:
         raise BackendError(f"speculation {setup.speculation!r} with num_drafts {setup.num_drafts}: must be at least 1")
-    if setup.speculation == "draft" and not setup.draft_model:
-        raise BackendError("speculation 'draft' needs a draft_model")
+    if setup.speculation in ("draft", "eagle3") and not setup.draft_model:
+        raise BackendError(f"speculation {setup.speculation!r} needs a draft_model")
     if setup.block_size < 1:
         raise BackendError(f"block_size {setup.block_size} must be at least 1")
 

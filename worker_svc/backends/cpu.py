@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,11 @@ from worker_svc.backends.base import (
 from worker_svc.backends.cpu_adapters import loras
 from worker_svc.backends.cpu_decode import Decode, repeatable
 from worker_svc.backends.cpu_draft import CpuDraft
+from worker_svc.backends.cpu_eagle3 import CpuEagle3, tap_bytes, with_taps
 from worker_svc.backends.cpu_model import KVForm, Tables, batch, outputs_wanted, shape, tables, whole
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
 from worker_svc.backends.cpu_warmup import step_seconds
-from worker_svc.backends.cpu_weights import Weights
+from worker_svc.backends.cpu_weights import Weights, readable
 from worker_svc.host_blocks import HostBlocks
 from worker_svc.inputs import StepInputs, build_inputs
 from worker_svc.models.spec import ModelSpec
@@ -49,6 +50,7 @@ from worker_svc.results import build_results
 from worker_svc.slots import SlotTable
 from worker_svc.speculation.base import PROPOSERS, Proposer, host_proposer, propose, release
 from worker_svc.speculation.draft import DraftProposer, spare_blocks
+from worker_svc.speculation.eagle3 import Eagle3Head, read_head
 
 _KV_KINDS: Final = {"auto": "bf16", "bf16": "bf16", "int8": "int8"}
 
@@ -73,6 +75,7 @@ class CpuBackend:
             raise BackendError(f"cpu_isa {isa!r}: this host has only {', '.join(self._library.isas)}")
         self._weights = Weights(setup, setup.model, home, self._library)
         self._draft: Weights | None = None
+        self._head = _head(setup, self._weights.spec) if setup.speculation == "eagle3" else None
         if setup.speculation == "draft":
             self._draft = Weights(setup, setup.draft_model, home, self._library, draft=True)
             check_draft_model(setup, self._weights.spec.vocab_size, self._draft.spec.vocab_size)
@@ -82,7 +85,7 @@ class CpuBackend:
         longest, kind = _longest(setup, self._weights.spec), _KV_KINDS[setup.kv_dtype]
         form = KVForm(kind, setup.block_size)
         block_bytes = self._library.kv_block_bytes(shape(self._weights.spec, form, longest))
-        mirrored = self._library.kv_block_bytes(shape(self._draft.spec, form, longest)) if self._draft else 0
+        mirrored = self._mirrored(form, longest)
         kv = KVForm(kind, setup.block_size, kv_blocks(setup, block_bytes + mirrored))
         num_host_blocks = host_blocks(setup, kv.num_blocks, block_bytes)
         self._max_len = served_len(setup, kv.num_blocks, longest)
@@ -93,7 +96,10 @@ class CpuBackend:
             print(f"pagewire worker: weights are {packed.about}", file=sys.stderr, flush=True)
         ropes = tables(packed.spec, longest)
         try:
-            self._model = self._library.open(whole(packed, kv, ropes), threads, self._isa)
+            spec = whole(packed, kv, ropes)
+            if self._head:
+                with_taps(spec, self._head.taps)
+            self._model = self._library.open(spec, threads, self._isa)
         except LibraryError as error:
             raise BackendError(f"{setup.model}: {error}") from error
         self._spec, self._num_blocks, self._vocab_size = packed.spec, kv.num_blocks, packed.spec.vocab_size
@@ -101,7 +107,7 @@ class CpuBackend:
         self._sampler, self._places = CpuSampler(self._vocab_size), Places(0)
         self._max_adapter_rank = setup.max_adapter_rank
         self._proposer: Proposer | None = host_proposer(setup)
-        draft = self._open_draft(setup, self._draft.packed(threads, told), kv) if self._draft else None
+        draft = self._open_draft(setup, threads, told, kv)
         if draft:
             self._proposer = DraftProposer(draft, kv.num_blocks, setup.num_drafts, setup.block_size)
         self.reset(setup)
@@ -209,10 +215,22 @@ class CpuBackend:
             self._proposer.close()
         self._model.close()
 
-    def _open_draft(self, setup: Setup, packed: PackedModel, kv: KVForm) -> CpuDraft:
+    def _mirrored(self, form: KVForm, longest: int) -> int:
+        """Bytes beside a block's keys and values."""
+        if self._head:
+            own = self._library.kv_block_bytes(shape(self._head.spec, form, longest))
+            return own + tap_bytes(self._weights.spec, self._head.taps, form.block_size)
+        return self._library.kv_block_bytes(shape(self._draft.spec, form, longest)) if self._draft else 0
+
+    def _open_draft(self, setup: Setup, threads: int, told: Callable[[float], None], kv: KVForm) -> CpuDraft | None:
         spare = spare_blocks(setup.max_slots or MAX_SLOTS, setup.num_drafts, setup.block_size)
         mirror = KVForm(kv.kind, kv.block_size, kv.num_blocks + spare)
-        return CpuDraft(self._library, packed, setup.draft_model, mirror, self._max_len, self._model)
+        if self._head:
+            return CpuEagle3(self._library, self._head, setup.draft_model, mirror, self._max_len, self._model)
+        if self._draft:
+            packed = self._draft.packed(threads, told)
+            return CpuDraft(self._library, packed, setup.draft_model, mirror, self._max_len, self._model)
+        return None
 
     def _step_seconds(self, setup: Setup) -> tuple[tuple[int, float], ...]:
         return step_seconds(self._model, self._num_blocks, setup.block_size, self._max_len, setup.max_step_tokens)
@@ -251,8 +269,13 @@ def _refuse_unsupported(setup: Setup, device: str) -> None:
         kv_dtype=tuple(_KV_KINDS),
         offloads=True,
         adapts=True,
-        speculation=PROPOSERS,
+        speculation=(*PROPOSERS, "eagle3"),
     )
+
+
+def _head(setup: Setup, target: ModelSpec) -> Eagle3Head:
+    with readable(setup.draft_model):
+        return read_head(Path(setup.draft_model), target)
 
 
 def _longest(setup: Setup, spec: ModelSpec) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.cpu.library import PARAMS, Library, LibraryError, Model, Samples
+from kernels.cpu.library import PARAMS, Floats, Library, LibraryError, Model, Samples
 from worker_svc.backends.base import BackendError
 from worker_svc.backends.cpu_model import KVForm, batch, tables, whole
 from worker_svc.backends.cpu_warmup import SEQUENCES, step_seconds
@@ -13,6 +13,8 @@ from worker_svc.quant.packed import PackedModel
 
 
 class CpuDraft:
+    shift = 0
+
     def __init__(
         self, library: Library, packed: PackedModel, name: str, kv: KVForm, max_model_len: int, beside: Model
     ) -> None:
@@ -23,10 +25,13 @@ class CpuDraft:
         except LibraryError as error:
             raise BackendError(f"{name}: {error}") from error
 
-    def greedy(self, inputs: StepInputs) -> Ints:
-        """Computes the tokens, and answers with the likeliest behind each of inputs.sample_tokens [S]."""
+    def greedy(self, inputs: StepInputs, before: Ints | None) -> Ints:
+        return self._greedy(inputs, None)
+
+    def _greedy(self, inputs: StepInputs, states: Floats | None) -> Ints:
+        """`states`: of an EAGLE-3 head, [T, hidden] what it made of the tokens before; null: what the model did."""
         tokens = inputs.sample_tokens
-        made = batch(inputs, tokens)
+        made = batch(inputs, tokens).point(states=states)
         out = np.empty(len(tokens), np.int64)
         if not len(tokens):
             self._model.forward(made)

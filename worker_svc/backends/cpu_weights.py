@@ -24,7 +24,7 @@ class Weights:
         Raises Unsuited for what another backend may serve, BackendError for what cannot be read.
         """
         path, self._model = Path(model), model
-        with _readable(model):
+        with readable(model):
             mode = mode_of(setup.quantization, setup.activations)
             if draft and (opened := open_model(path)) and opened.quantization:
                 mode = ""
@@ -42,14 +42,14 @@ class Weights:
         """Raises BackendError."""
         if self._packed is None:
             assert self._source is not None
-            with _readable(self._model):
+            with readable(self._model):
                 self._packed = self._store.pack(self._source, threads, progress)
             self._source = None  # and its mapping of the file
         return self._packed
 
 
 @contextmanager
-def _readable(model: str) -> Iterator[None]:
+def readable(model: str) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, SpecError, OSError) as error:

@@ -14,7 +14,7 @@ from protos.wire import Setup, StepPlan
 from worker_svc.inputs import Ints, StepInputs
 from worker_svc.slots import SlotTable
 
-PROPOSERS: Final = ("ngram", "suffix", "draft")  # of the cpu and torch backends
+PROPOSERS: Final = ("ngram", "suffix", "draft")  # of the cpu and torch backends; the cpu backend has eagle3, too
 
 
 class Proposer(Protocol):

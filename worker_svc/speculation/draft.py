@@ -1,4 +1,4 @@
-"""A smaller model that goes ahead of the target and says what it would.
+"""A smaller model that goes ahead of the target and says what it would; or a head that reads the target's states.
 
 Its keys and values lie under the target's block ids: a mirror of the target's blocks, so whoever is admitted, hits a
 cached prefix or leaves does so here, too, and nothing is told twice. A block whose mirror was never written (its owner
@@ -6,6 +6,9 @@ took no drafts, or it came from the host's tier) costs acceptance and nothing el
 
     target  |prompt …        |sampled …    |L
     draft   |=== computed ===>      lags   |d d d      L … L + K − 1, one after the other, for all slots at once
+
+A head's position p is made of the target's state there and of token p + 1: it is `shift` = 1 behind. What it makes of
+its own states is made again of the target's, once that has been there.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ FOLLOWED: Final = 1024  # positions in a step at most, beside drafts: whoever la
 
 class DraftModel(Protocol):
     max_model_len: int
+    shift: int
 
-    def greedy(self, inputs: StepInputs) -> Ints:
-        """Computes the tokens, and answers with the likeliest behind each of inputs.sample_tokens [S]."""
+    def greedy(self, inputs: StepInputs, before: Ints | None) -> Ints:
+        """Computes the tokens, and answers with the likeliest behind each of inputs.sample_tokens [S].
+
+        `before` [R]: which output of the call before each row of one token goes on from; None: the target's tokens.
+        """
 
     def close(self) -> None: ...
 
@@ -57,12 +64,14 @@ class DraftProposer:
     def propose(self, inputs: StepInputs, slots: SlotTable, most: Ints) -> None:
         ids = inputs.slots
         self._meet(inputs, slots)
-        lengths, longest = slots.lengths[ids], self._model.max_model_len
+        shift = self._model.shift
+        lengths, longest = slots.lengths[ids] - shift, self._model.max_model_len
         ahead = np.clip(longest - lengths, 0, most)
         # The mirror's last positions may be of drafts that fell.
-        starts = np.minimum(np.minimum(self._computed[ids], slots.computed[ids]), longest)
+        known = np.minimum(slots.computed[ids], lengths)
+        starts = np.minimum(np.minimum(self._computed[ids], known), longest)
         chunks = np.diff(inputs.cu) - inputs.num_drafts > 1
-        ends = np.where(ahead > 0, lengths, np.where(chunks, np.minimum(slots.computed[ids], longest), starts))
+        ends = np.where(ahead > 0, lengths, np.where(chunks, np.minimum(known, longest), starts))
         before = np.cumsum(ends - starts) - (ends - starts)
         reached = np.clip(starts + FOLLOWED - before, starts, ends)
         ahead = np.where(reached < ends, 0, ahead)
@@ -71,21 +80,29 @@ class DraftProposer:
         moving = reached > starts
         if moving.any():
             sampling = np.flatnonzero(ahead[moving] > 0)
-            self._step(
-                slots, flat_inputs(slots, ids[moving], starts[moving], reached[moving], sampling, tables[moving])
-            )
-        going = np.flatnonzero(ahead > 1)
-        at = lengths[going] + 1
-        step = flat_inputs(slots, ids[going], at - 1, at, np.arange(len(going)), tables[going])
+            step = self._inputs(slots, ids[moving], starts[moving], reached[moving], sampling, tables[moving])
+            self._step(slots, step, None)
+        going = np.flatnonzero(ahead > 0)
         for k in range(1, int(ahead.max(initial=0))):
-            if (ahead[going] <= k).any():
-                going = np.flatnonzero(ahead > k)
-                at = lengths[going] + k
-                step = flat_inputs(slots, ids[going], at - 1, at, np.arange(len(going)), tables[going])
-            step = _one_further(step, self._step(slots, step), slots.block_size)
+            before, going = going, going[ahead[going] > k]
+            if k == 1 or len(going) < len(before):
+                at, every = lengths[going] + k, np.arange(len(going))
+                step = self._inputs(slots, ids[going], at - 1, at, every, tables[going])
+            step = _one_further(step, self._step(slots, step, np.searchsorted(before, going)), slots.block_size)
         slots.drafts[ids] = ahead
         covered = slots.block_counts[ids] * slots.block_size  # what lies in spare blocks is lost
-        self._computed[ids] = np.where(ahead > 0, np.minimum(lengths + ahead - 1, covered), reached)
+        kept = lengths if shift else lengths + ahead - 1
+        self._computed[ids] = np.where(ahead > 0, np.minimum(kept, covered), reached)
+
+    def _inputs(
+        self, slots: SlotTable, ids: Ints, starts: Ints, ends: Ints, sample_rows: Ints, tables: Ints
+    ) -> StepInputs:
+        step, shift = flat_inputs(slots, ids, starts, ends, sample_rows, tables), self._model.shift
+        if not shift:
+            return step
+        return replace(
+            step, token_ids=slots.token_ids[np.repeat(ids, ends - starts), step.positions + shift].astype(np.int64)
+        )
 
     def _meet(self, inputs: StepInputs, slots: SlotTable) -> None:
         """What a slot's new holder found in cached blocks is taken to be in their mirror."""
@@ -106,10 +123,10 @@ class DraftProposer:
             tables[i, count : count + self._spare] = spare[: width - count]
         return tables
 
-    def _step(self, slots: SlotTable, inputs: StepInputs) -> Ints:
+    def _step(self, slots: SlotTable, inputs: StepInputs, before: Ints | None) -> Ints:
         """Computes it, and puts what comes next where it would stand."""
-        tokens = self._model.greedy(inputs)
-        slots.token_ids[inputs.sample_slots, inputs.sample_positions] = tokens
+        tokens = self._model.greedy(inputs, before)
+        slots.token_ids[inputs.sample_slots, inputs.sample_positions + self._model.shift] = tokens
         return tokens
 
 

@@ -71,6 +71,9 @@ int pw_logits(pw_model *model, const int64_t *tokens, int32_t count, float *out)
 int pw_hidden(pw_model *model, const int64_t *tokens, int32_t count, float *out) {
   return guarded([&] { model->write_hidden(tokens, count, out); });
 }
+int pw_states(pw_model *model, const int64_t *tokens, int32_t count, float *out) {
+  return guarded([&] { model->write_states(tokens, count, out); });
+}
 int pw_score(pw_model *model, const int64_t *tokens, const int64_t *token_ids, const int32_t *num_top, int32_t count,
              int32_t max_top, double *logprobs, int64_t *ranks, int64_t *top_ids, double *top_logprobs) {
   return guarded([&] {

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define PW_ABI 5
+#define PW_ABI 6
 #define PW_PANEL 48     // columns of a packed panel
 #define PW_GROUP 32     // weights that share a scale in PW_INT4
 #define PW_PAGE 32      // tokens of a KV page; block_size is a multiple of it
@@ -65,6 +65,16 @@ typedef struct {
   const float *final_norm;    // [hidden]
   pw_weight lm_head;
   const pw_layer *layers;
+  // Of a model that a head drafts for: layers whose input is kept of each token, as bfloat16 beside its keys and values,
+  // for as long as its block is; or null.
+  const int32_t *taps;
+  int32_t num_taps;
+  // Of such a head, EAGLE-3's (Li et al. 2025), which is opened beside its model; data is null in any other:
+  //   state[t] = fuse · taps[t], or what the head itself made of the token before, see pw_batch.states
+  //   layer 0: qkv of (embed_norm(embed[token t + 1]), state_norm(state[t])), 2 · hidden_size wide; residual state[t]
+  // attn_norm of its layer is not used. Where `embed` is null it has its model's, and its model's token ids in any case.
+  pw_weight fuse;  // [hidden, num_taps · hidden]
+  const float *embed_norm, *state_norm;  // [hidden]
 } pw_spec;
 
 // What an adapter adds to a section of a product's columns, for the rows that name it: y += scale · B (A x). One each of
@@ -105,6 +115,9 @@ typedef struct {
   // Tokens that outputs may be asked of, ascending; null: any. The last layer is computed for them alone.
   const int64_t *wanted;
   int64_t num_wanted;
+  // Of a head: [T, hidden] what pw_states gave of the tokens before these; null: what its model's taps hold of the same
+  // slots. Token ids are those behind the tokens whose states these are.
+  const float *states;
 } pw_batch;
 
 // Outputs wanted of the last forward. S of them, each for one of its tokens, in any order, repeats allowed.
@@ -147,6 +160,7 @@ int pw_step(pw_model *, const pw_batch *, const pw_samples *);  // both, where n
 // [count, hidden]; scores of given tokens under the raw distribution, as the logprobs of pw_sample.
 int pw_logits(pw_model *, const int64_t *tokens, int32_t count, float *out);
 int pw_hidden(pw_model *, const int64_t *tokens, int32_t count, float *out);
+int pw_states(pw_model *, const int64_t *tokens, int32_t count, float *out);  // … before the final norm
 int pw_score(pw_model *, const int64_t *tokens, const int64_t *token_ids, const int32_t *num_top, int32_t count,
              int32_t max_top, double *logprobs, int64_t *ranks, int64_t *top_ids, double *top_logprobs);
 

@@ -28,10 +28,10 @@ void check_weight(const char *name, int layer, const pw_weight &w, ll n, ll k) {
     if (w.order[i] < 0 || w.order[i] >= k) fail("%s: order[%lld] is %d, and there are %lld columns", where, i, w.order[i], k);
 }
 
-void check_layer(const pw_spec &s, int index) {
+void check_layer(const pw_spec &s, int index, ll width) {
   const pw_layer &layer = s.layers[index];
   const ll q = ll(s.num_heads) * s.head_dim, kv = ll(s.num_kv_heads) * s.head_dim;
-  check_weight("qkv", index, layer.qkv, q + 2 * kv, s.hidden_size);
+  check_weight("qkv", index, layer.qkv, q + 2 * kv, width);
   check_weight("o", index, layer.o, s.hidden_size, q);
   check_weight("gate_up", index, layer.gate_up, 2 * round_up(s.intermediate_size, PW_PANEL), s.hidden_size);
   check_weight("down", index, layer.down, s.hidden_size, s.intermediate_size);
@@ -39,6 +39,20 @@ void check_layer(const pw_spec &s, int index) {
   check_pointer("mlp_norm", layer.mlp_norm);
   check_range("window", layer.window, 0, INT32_MAX);
   if (!layer.cos != !layer.sin) fail("layer %d has cos or sin, and not the other", index);
+}
+
+void check_head(const pw_spec &s, const Model *target) {
+  if (!target) fail("fuse is of a head, which is opened beside its model");
+  const ll taps = ll(target->taps.size());
+  if (!taps) fail("fuse is of a head, and the model beside keeps no taps");
+  if (target->spec.hidden_size != s.hidden_size)
+    fail("hidden_size %d of a head must be its model's, %d", s.hidden_size, target->spec.hidden_size);
+  if (target->spec.block_size != s.block_size || target->spec.num_blocks > s.num_blocks)
+    fail("a head has blocks of %d tokens and at least %d of them, as its model", target->spec.block_size, target->spec.num_blocks);
+  if (s.num_layers != 1) fail("num_layers of a head is %d, and must be 1", s.num_layers);
+  check_weight("fuse", -1, s.fuse, s.hidden_size, taps * s.hidden_size);
+  check_pointer("embed_norm", s.embed_norm);
+  check_pointer("state_norm", s.state_norm);
 }
 
 void check_row(const Model &m, const pw_batch &b, int row) {
@@ -55,13 +69,16 @@ void check_row(const Model &m, const pw_batch &b, int row) {
       fail("block_tables[%d, %lld] is %lld, and there are %d blocks", row, i, ll(table[i]), s.num_blocks);
   for (ll i = 0; i < count; i++) {
     const ll at = first + i, position = context - count + i, token = b.token_ids[at];
-    if (token < 0 || token >= s.vocab_size)
-      fail("token_ids[%lld] is %lld, outside of the vocabulary of %d", at, token, s.vocab_size);
+    const int vocab_size = (m.target ? m.target->spec : s).vocab_size;
+    if (token < 0 || token >= vocab_size)
+      fail("token_ids[%lld] is %lld, outside of the vocabulary of %d", at, token, vocab_size);
     if (b.positions[at] != position)
       fail("positions[%lld] is %lld, and by its row's length %lld", at, ll(b.positions[at]), position);
     const ll slot = table[position / s.block_size] * s.block_size + position % s.block_size;
     if (b.slot_mapping[at] != slot)
       fail("slot_mapping[%lld] is %lld, and by its row's table %lld", at, ll(b.slot_mapping[at]), slot);
+    if (m.target && !b.states && slot >= ll(m.target->spec.num_blocks) * s.block_size)
+      fail("slot_mapping[%lld] is %lld, and its model's taps end before", at, slot);
   }
 }
 
@@ -74,7 +91,7 @@ void check_edits(const char *field, const int64_t *at, ll count, ll limit) {
 
 }  // namespace
 
-void check_spec(const pw_spec &s) {
+void check_spec(const pw_spec &s, const Model *target) {
   constexpr int MOST = 1 << 24;  // of any size: products of two fit 64 bits by far
   if (s.abi != PW_ABI) fail("abi is %d, and this library's is %d", s.abi, PW_ABI);
   for (auto [field, value] : {std::pair{"vocab_size", s.vocab_size}, {"hidden_size", s.hidden_size},
@@ -96,8 +113,10 @@ void check_spec(const pw_spec &s) {
   check_pointer("layers", s.layers);
   check_weight("lm_head", -1, s.lm_head, s.vocab_size, s.hidden_size);
   if (s.lm_head.order) fail("lm_head: order must be null");
-  if (!s.embed && (s.lm_head.kind != PW_BF16 || s.lm_head.scale)) fail("embed is null, and lm_head is not bfloat16");
-  for (int i = 0; i < s.num_layers; i++) check_layer(s, i);
+  if (s.fuse.data) check_head(s, target);
+  if (!s.embed && !s.fuse.data && (s.lm_head.kind != PW_BF16 || s.lm_head.scale)) fail("embed is null, and lm_head is not bfloat16");
+  for (int i = 0; i < s.num_layers; i++) check_layer(s, i, s.fuse.data ? 2 * ll(s.hidden_size) : s.hidden_size);
+  for (int i = 0; s.taps && i < s.num_taps; i++) check_range("taps", s.taps[i], 0, s.num_layers - 1);
 }
 
 void check_adapter(const Model &m, int index, const pw_lora *loras) {

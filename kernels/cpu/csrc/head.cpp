@@ -157,6 +157,12 @@ void Model::write_logits(const int64_t *tokens, int count, float *out) {
   clock.stop();
 }
 
+void Model::write_states(const int64_t *tokens, int count, float *out) {
+  check_tokens(*this, tokens, count);
+  for (int i = 0; i < count; i++)
+    memcpy(out + int64_t(i) * spec.hidden_size, residual(tokens[i]), size_t(spec.hidden_size) * sizeof(float));
+}
+
 void Model::write_hidden(const int64_t *tokens, int count, float *out) {
   check_tokens(*this, tokens, count);
   const int64_t width = spec.hidden_size;

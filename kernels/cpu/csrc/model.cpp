@@ -19,10 +19,12 @@ const Kernels &choose(const char *isa) {
   return *found;
 }
 
-const pw_spec &checked(const pw_spec &spec) {
-  check_spec(spec);
+const pw_spec &checked(const pw_spec &spec, const Model *target) {
+  check_spec(spec, target);
   return spec;
 }
+
+const Model *target_of(const pw_spec &spec, const Model &beside) { return spec.fuse.data ? &beside : nullptr; }
 
 int positive(int threads) {
   if (threads < 1 || threads > 1024) fail("threads %d must be 1 to 1024", threads);
@@ -116,13 +118,16 @@ int64_t kv_block_bytes(const pw_spec &spec) {
 }
 
 Model::Model(const pw_spec &given, int threads, int cpus, const char *isa)
-    : Model(checked(given), choose(isa), std::make_shared<Team>(positive(threads), threads <= cpus)) {}
+    : Model(checked(given, nullptr), choose(isa), std::make_shared<Team>(positive(threads), threads <= cpus), nullptr) {}
 
-Model::Model(const pw_spec &given, const Model &beside) : Model(checked(given), beside.kernels, beside.shared_team) {}
+Model::Model(const pw_spec &given, const Model &beside)
+    : Model(checked(given, target_of(given, beside)), beside.kernels, beside.shared_team, target_of(given, beside)) {}
 
-Model::Model(const pw_spec &given, const Kernels &kernels, std::shared_ptr<Team> team_)
+Model::Model(const pw_spec &given, const Kernels &kernels, std::shared_ptr<Team> team_, const Model *target)
     : spec(given),
       layers(given.layers, given.layers + given.num_layers),
+      taps(given.taps, given.taps + (given.taps ? given.num_taps : 0)),
+      target(target),
       kernels(kernels),
       shape(attention_shape(given)),
       shared_team(std::move(team_)) {
@@ -131,6 +136,8 @@ Model::Model(const pw_spec &given, const Kernels &kernels, std::shared_ptr<Team>
     fail("num_blocks %d is more KV than can be addressed", spec.num_blocks);
   kv_layer_bytes = size_t(bytes / spec.num_layers);
   kv.reserve(size_t(bytes), "KV cache");
+  if (!taps.empty())
+    tapped.reserve(size_t(spec.num_blocks) * size_t(spec.block_size) * taps.size() * size_t(spec.hidden_size) * 2, "taps");
   for (const pw_layer &layer : layers)
     for (const pw_weight *w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
       if (w->order && w->k > widest) widest = round_up(w->k, 16);

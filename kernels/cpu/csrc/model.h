@@ -73,10 +73,12 @@ class Clock {
 
 struct Model {
   Model(const pw_spec &, int threads, int cpus, const char *isa);
-  Model(const pw_spec &, const Model &beside);  // on its threads
+  Model(const pw_spec &, const Model &beside);  // on its threads; a head outlives the model that it drafts for no step
 
   const pw_spec spec;
   const std::vector<pw_layer> layers;
+  const std::vector<int32_t> taps;
+  const Model *const target;  // of a head: the model that it drafts for; or null
   const Kernels &kernels;
   const AttentionShape shape;
   const std::shared_ptr<Team> shared_team;
@@ -84,6 +86,7 @@ struct Model {
   Clock clock{team};
   Memory kv;  // [layer][page][kv head]
   size_t kv_layer_bytes;
+  Memory tapped;  // bfloat16 [slot][tap][hidden]
 
   // The last forward's, [tokens, …]: `x` holds the residual, and outputs are made from it until the next one — or from
   // `last_x`, where the last layer was computed for some tokens alone: token t is row rows[t], or −1 of none.
@@ -96,11 +99,13 @@ struct Model {
   int64_t widest = 0;  // floats of one
   std::vector<int32_t> rows;  // [tokens]; empty where all were computed
   Rows hidden_rows, attended_rows, gated_rows;
+  Memory fusing, joined;  // of a head: rows of fuse and of its layer
+  Rows fuse_rows;
   // Outputs.
   Rows wanted_rows;
   Memory logits, best, sample_scratch;
 
-  Model(const pw_spec &, const Kernels &, std::shared_ptr<Team>);
+  Model(const pw_spec &, const Kernels &, std::shared_ptr<Team>, const Model *target);
   int64_t row_of(int64_t token) const { return rows.empty() ? token : rows[token]; }
   const float *residual(int64_t token) const {
     return (rows.empty() ? x : last_x).as<float>() + row_of(token) * spec.hidden_size;
@@ -110,12 +115,13 @@ struct Model {
   void sample(const pw_samples &);
   void write_logits(const int64_t *tokens, int count, float *out);
   void write_hidden(const int64_t *tokens, int count, float *out);
+  void write_states(const int64_t *tokens, int count, float *out);
   void score(const int64_t *tokens, const int64_t *token_ids, const int32_t *num_top, int count, int max_top,
              double *logprobs, int64_t *ranks, int64_t *top_ids, double *top_logprobs);
 };
 
 // What would have the step read or write where it must not. Throw Error, naming field and limit.
-void check_spec(const pw_spec &);
+void check_spec(const pw_spec &, const Model *target);
 void check_adapter(const Model &, int index, const pw_lora *);
 void check_batch(const Model &, const pw_batch &);
 void check_samples(const Model &, const pw_samples &);

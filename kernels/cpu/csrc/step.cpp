@@ -17,6 +17,20 @@ namespace {
 constexpr int FEW = 4;    // rows that every thread prepares for itself: that is quicker than to wait for others
 constexpr int BLOCK = 4;  // rows prepared at a time, where they are shared
 
+// bfloat16 bits, to the nearest, and back.
+uint16_t rounded(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float widened(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // What a layer's second half is computed for: all tokens, or in the last layer those whose outputs are wanted.
 struct Part {
   const pw_batch *batch;
@@ -63,7 +77,7 @@ struct Wanted {
 class Forward {
  public:
   Forward(Model &model, const pw_batch &batch)
-      : m_(model), b_(batch), wanted_(batch), some_(Wanted::pruned(batch)) {
+      : m_(model), b_(batch), wanted_(batch), some_(Wanted::pruned(batch)), width_(model.spec.hidden_size) {
     const pw_spec &s = m_.spec;
     const pw_layer &first = m_.layers[0];
     const int rows = b_.num_tokens, copies = few() ? m_.team.size() : 1;
@@ -74,6 +88,11 @@ class Forward {
         m_.unnormed.reserve(size_t(rows) * s.hidden_size * sizeof(float), "what is normed before it is added");
     m_.gated.reserve(size_t(rows) * round_up(s.intermediate_size, 32) * sizeof(float), "gated rows");
     m_.hidden_rows.reserve(first.qkv, rows, copies);
+    if (m_.target) {
+      m_.fuse_rows.reserve(s.fuse, rows, copies);
+      m_.fusing.reserve(size_t(rows) * size_t(s.fuse.k) * sizeof(float), "a head's taps");
+      m_.joined.reserve(size_t(rows) * 2 * size_t(width_) * sizeof(float), "a head's rows");
+    }
     m_.attended_rows.reserve(first.o, rows, copies);
     m_.gated_rows.reserve(first.down, rows, copies);
     find_loras();
@@ -85,12 +104,14 @@ class Forward {
   }
 
   void operator()(int thread) {
-    const pw_spec &s = m_.spec;
-    auto item = [&](int, int i) { m_.kernels.embed(s, b_.token_ids[i], all_.x + int64_t(i) * s.hidden_size); };
-    m_.team.share(thread, all_.rows, item);
+    if (m_.target)
+      join(thread);
+    else
+      embed(thread);
     mark(thread, Phase::embed);
     char *pages = m_.kv.as<char>();
     for (const pw_layer &layer : m_.layers) {
+      tap(thread, int32_t(&layer - m_.layers.data()));
       write_kv(thread, layer, pages);
       const bool last = &layer == &m_.layers.back();
       if (last && some_) gather(thread);
@@ -102,6 +123,56 @@ class Forward {
   }
 
  private:
+  void embed(int thread) {
+    auto item = [&](int, int i) { m_.kernels.embed(m_.spec, b_.token_ids[i], all_.x + i * width_); };
+    m_.team.share(thread, all_.rows, item);
+  }
+
+  // Keeps the layer's input, where it is asked for.
+  void tap(int thread, int32_t layer) {
+    const auto count = int64_t(m_.taps.size());
+    for (int64_t t = 0; t < count; t++) {
+      if (m_.taps[size_t(t)] != layer) continue;
+      auto item = [&](int, int i) {
+        uint16_t *to = m_.tapped.as<uint16_t>() + (b_.slot_mapping[i] * count + t) * width_;
+        for (int64_t j = 0; j < width_; j++) to[j] = rounded(all_.x[i * width_ + j]);
+      };
+      m_.team.share(thread, all_.rows, item);
+    }
+  }
+
+  // A head's rows: states into x; what its layer multiplies into `joined`.
+  void join(int thread) {
+    const pw_spec &s = m_.spec, &source = s.embed ? s : m_.target->spec;
+    if (b_.states) {
+      auto copy = [&](int, int i) { memcpy(all_.x + i * width_, b_.states + i * width_, size_t(width_) * sizeof(float)); };
+      m_.team.share(thread, all_.rows, copy);
+    } else {
+      fuse(thread);
+    }
+    float *joined = m_.joined.as<float>();
+    auto item = [&](int, int i) {
+      float *first = joined + i * 2 * width_, *second = first + width_;
+      m_.kernels.embed(source, b_.token_ids[i], second);
+      m_.kernels.normalize(second, s.embed_norm, s.norm_eps, int(width_), first);
+      m_.kernels.normalize(all_.x + i * width_, s.state_norm, s.norm_eps, int(width_), second);
+    };
+    m_.team.share(thread, all_.rows, item);
+  }
+
+  void fuse(int thread) {
+    const int64_t columns = m_.spec.fuse.k;
+    float *fusing = m_.fusing.as<float>();
+    auto widen = [&](int, int i) {
+      const uint16_t *from = m_.target->tapped.as<uint16_t>() + b_.slot_mapping[i] * columns;
+      for (int64_t j = 0; j < columns; j++) fusing[i * columns + j] = widened(from[j]);
+    };
+    m_.team.share(thread, all_.rows, widen);
+    const Operand operand = prepare(thread, m_.spec.fuse, m_.fuse_rows, all_.rows, fusing, nullptr, columns);
+    m_.kernels.gemm(m_.team, thread, m_.spec.fuse, operand, all_.rows,
+                    {Then::store, all_.x, width_, nullptr, 0, &m_.layers[0].qkv, nullptr});
+  }
+
   // Each token's adapter, if any of them has one.
   void find_loras() {
     if (!b_.adapters) return;
@@ -129,7 +200,9 @@ class Forward {
 
   // Queries of all tokens, turned; keys and values into their pages.
   void write_kv(int thread, const pw_layer &layer, char *pages) {
-    const Operand normed = prepare(thread, layer.qkv, m_.hidden_rows, all_.rows, all_.x, layer.attn_norm);
+    const Operand normed =
+        m_.target ? prepare(thread, layer.qkv, m_.hidden_rows, all_.rows, m_.joined.as<float>(), nullptr, 2 * width_)
+                  : prepare(thread, layer.qkv, m_.hidden_rows, all_.rows, all_.x, layer.attn_norm);
     Addition addition;
     m_.kernels.gemm(m_.team, thread, layer.qkv, normed, all_.rows,
                     {Then::store, all_.qkv, qkv_ld_, nullptr, 0, &layer.o,
@@ -193,17 +266,17 @@ class Forward {
     // What the epilogue rounds is the operand already, unless a part of its padding would be left unwritten.
     const bool direct = layer.down.kind == PW_BF16 && width <= layer.gate_up.n / 2;
     Operand gated = m_.gated_rows.operand(layer.down, 0);
-    auto *rounded = static_cast<uint16_t *>(gated.data);
+    auto *halves = static_cast<uint16_t *>(gated.data);
     Addition addition;
     const Addition *adapted =
         shrink(thread, layer, LORA_GATE_UP, 2, part, {part.x, m_.spec.hidden_size, layer.mlp_norm}, addition);
-    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, rounded, activation, &layer.down, adapted}
+    const Output out = direct ? Output{Then::glu, nullptr, gated.stride, halves, activation, &layer.down, adapted}
                               : Output{Then::glu, m_.gated.as<float>(), width, nullptr, activation, &layer.down, adapted};
     m_.kernels.gemm(m_.team, thread, layer.gate_up, normed, part.rows, out);
     mark(thread, Phase::gate_up);
 
     if (!direct) gated = prepare(thread, layer.down, m_.gated_rows, part.rows, m_.gated.as<float>(), nullptr, width);
-    const Source source = direct ? Source{nullptr, gated.stride, nullptr, rounded} : Source{m_.gated.as<float>(), width};
+    const Source source = direct ? Source{nullptr, gated.stride, nullptr, halves} : Source{m_.gated.as<float>(), width};
     adapted = shrink(thread, layer, LORA_DOWN, 1, part, source, addition);
     add(thread, layer.down, gated, part, layer.mlp_post_norm, after(layer), Phase::down, adapted);
   }
@@ -274,6 +347,7 @@ class Forward {
   const pw_batch &b_;
   const Wanted wanted_;
   const bool some_;
+  const int64_t width_;
   int64_t qkv_ld_, shrunk_ld_ = 0;
   std::vector<const pw_lora *> loras_, last_loras_;  // empty: none
   Part all_, last_;
