@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import uvloop
-from jsonschema import Draft202012Validator, FormatChecker, ValidationError
+from jsonschema import Draft202012Validator, ValidationError
 from pagewire.v1 import inference_pb2 as pb
 from pagewire.v1 import inference_pb2_grpc
 
@@ -109,7 +109,9 @@ async def validate(stub: Stub, streams: int, tokens: int) -> dict[str, Any]:
         if finished:
             told["finished"] += 1
             try:
-                Draft202012Validator(schema, format_checker=FormatChecker()).validate(json.loads(text))
+                Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(
+                    json.loads(text)
+                )
                 told["valid"] += 1
             except (ValidationError, ValueError) as error:
                 told["invalid"].append({"schema": schema, "text": text, "why": str(error).splitlines()[0]})
