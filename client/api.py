@@ -27,6 +27,8 @@ from pagewire.v1.inference_pb2 import (
     ScoreResponse,
     StructuredOutput,
     TokenIds,
+    Tool,
+    ToolCall,
 )
 
 from client.retry import Resume, Retry
@@ -53,6 +55,8 @@ __all__ = [
     "ScoreResponse",
     "StructuredOutput",
     "TokenIds",
+    "Tool",
+    "ToolCall",
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -60,7 +64,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 LEAST_KEEPALIVE, MOST_KEEPALIVE = 10, 86_400  # seconds; a Pagewire server allows a ping every 10 s
 
 # Text, token ids, or a conversation.
-Prompt = str | TokenIds | Sequence[ChatMessage]
+Prompt = str | TokenIds | Sequence[ChatMessage] | ChatMessages  # the last one with tools
 # Some of a stream's output, or its end: one for each index, as its last.
 Chunk = GenerateDelta | GenerateFinished
 
@@ -171,6 +175,8 @@ def _set_prompt(request: GenerateRequest | EmbedInput | ScoreRequest, prompt: Pr
             request.text = prompt
         case TokenIds():
             request.token_ids.CopyFrom(prompt)
+        case ChatMessages():
+            request.chat.CopyFrom(prompt)
         case _:
             request.chat.messages.extend(prompt)
 

@@ -7,14 +7,23 @@ import json
 from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import Grammar
+from scheduler_svc.frontend import tools
+from scheduler_svc.frontend.chat_template import ChatTemplate
 from scheduler_svc.frontend.checks import Violations
 from scheduler_svc.frontend.limits import MAX_CHOICES, MAX_GRAMMAR_BYTES
 
 KINDS = {"json_schema": "json_schema", "regex": "regex", "grammar": "ebnf", "structural_tag": "structural_tag"}
 
 
-def read(request: pb.GenerateRequest, prefix: str, sampling: str, violations: Violations) -> tuple[str, Grammar | None]:
+def read(
+    request: pb.GenerateRequest, template: ChatTemplate | None, prefix: str, sampling: str, violations: Violations
+) -> tuple[str, Grammar | None]:
     """The field that holds it and what it says; None where none is given, or with a violation."""
+    if call := tools.grammar(request.chat, template, violations):
+        if request.HasField("structured_output"):
+            violations.add(prefix, f"does not go with {tools.CHOICE}: a call is of its tool's schema")
+        _check_sampling(request.sampling, sampling, violations)
+        return tools.CHOICE, call
     if not request.HasField("structured_output"):
         return "", None
     given = request.structured_output

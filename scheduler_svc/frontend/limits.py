@@ -22,6 +22,7 @@ MAX_MESSAGES: Final = 4096
 MAX_CHARACTERS: Final = 2**20  # to Tokenize; to Generate it is the context that bounds a prompt
 MAX_DETOKENIZE: Final = 2**20
 MAX_GRAMMAR_BYTES: Final = 256 << 10
+MAX_TOOLS: Final = 128
 MAX_CHOICES: Final = 4096
 MAX_HELD: Final = 1024  # calls to be resumed that wait for the first worker
 MAX_ABORTS: Final = 1024  # ids in one Abort

@@ -17,7 +17,7 @@ from pagewire.v1 import inference_pb2 as pb
 
 from protos.engine_wire import Grammar, Submit
 from protos.wire import Sampling
-from scheduler_svc.frontend import grammar_fields, resume, sampling_fields
+from scheduler_svc.frontend import grammar_fields, resume, sampling_fields, tools
 from scheduler_svc.frontend.chat_template import TemplateRefusedError
 from scheduler_svc.frontend.checks import Violations, check_request_id, check_vocabulary
 from scheduler_svc.frontend.errors import Violation, invalid
@@ -131,7 +131,9 @@ class Preparer:
         _check_caller(caller, violations)
         _check_identity(request, violations)
         sampling_fields.check_sampling(params, card, names.sampling, violations)
-        grammar_field, grammar = grammar_fields.read(request, names.grammar, names.sampling, violations)
+        grammar_field, grammar = grammar_fields.read(
+            request, tokenizer.chat_template, names.grammar, names.sampling, violations
+        )
         states = resume.read_states(request, names.sampling, card.vocab_size, violations)
         token_ids = await self.prompt(request, violations, names)
         bad_words = await sampling_fields.bad_words(params, tokenizer, names.sampling, violations)
@@ -315,10 +317,14 @@ class Preparer:
         if size > most:  # a template may take long over what could never be served
             violations.add("chat.messages", f"have {size} characters; at most {most}")
             return []
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        before = len(violations)
+        tools.check(chat, template, violations)
+        if len(violations) > before:
+            return []
+        messages = [tools.message(message) for message in chat.messages]
         add_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         try:
-            text = template.render(messages, add_prompt)
+            text = template.render(messages, add_prompt, tools.described(chat))
         except TemplateRefusedError as error:
             violations.add("chat", f"the model's chat template refuses these messages: {error}")
             return []

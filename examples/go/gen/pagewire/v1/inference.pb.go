@@ -129,9 +129,14 @@ func (Pooling) EnumDescriptor() ([]byte, []int) {
 }
 
 type ChatMessage struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Role          string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
-	Content       string                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Role    string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
+	Content string                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	// Of an assistant's turn.
+	ToolCalls []*ToolCall `protobuf:"bytes,3,rep,name=tool_calls,json=toolCalls,proto3" json:"tool_calls,omitempty"`
+	// Of a tool's answer, where the template asks for them.
+	ToolCallId    string `protobuf:"bytes,4,opt,name=tool_call_id,json=toolCallId,proto3" json:"tool_call_id,omitempty"`
+	Name          string `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -180,19 +185,170 @@ func (x *ChatMessage) GetContent() string {
 	return ""
 }
 
+func (x *ChatMessage) GetToolCalls() []*ToolCall {
+	if x != nil {
+		return x.ToolCalls
+	}
+	return nil
+}
+
+func (x *ChatMessage) GetToolCallId() string {
+	if x != nil {
+		return x.ToolCallId
+	}
+	return ""
+}
+
+func (x *ChatMessage) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ToolCall struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name  string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// A JSON object.
+	Arguments     string `protobuf:"bytes,3,opt,name=arguments,proto3" json:"arguments,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ToolCall) Reset() {
+	*x = ToolCall{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ToolCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ToolCall) ProtoMessage() {}
+
+func (x *ToolCall) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ToolCall.ProtoReflect.Descriptor instead.
+func (*ToolCall) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ToolCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ToolCall) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ToolCall) GetArguments() string {
+	if x != nil {
+		return x.Arguments
+	}
+	return ""
+}
+
+type Tool struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Letters, digits, _ and -, at most 64; not "auto", "none" or "required".
+	Name        string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Description string `protobuf:"bytes,2,opt,name=description,proto3" json:"description,omitempty"`
+	// JSON schema of its arguments; empty: it takes none.
+	Parameters    string `protobuf:"bytes,3,opt,name=parameters,proto3" json:"parameters,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tool) Reset() {
+	*x = Tool{}
+	mi := &file_pagewire_v1_inference_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tool) ProtoMessage() {}
+
+func (x *Tool) ProtoReflect() protoreflect.Message {
+	mi := &file_pagewire_v1_inference_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tool.ProtoReflect.Descriptor instead.
+func (*Tool) Descriptor() ([]byte, []int) {
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Tool) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Tool) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *Tool) GetParameters() string {
+	if x != nil {
+		return x.Parameters
+	}
+	return ""
+}
+
 type ChatMessages struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 4096.
 	Messages []*ChatMessage `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
 	// Ends the prompt with the opening of an assistant's turn; default true.
 	AddGenerationPrompt *bool `protobuf:"varint,2,opt,name=add_generation_prompt,json=addGenerationPrompt,proto3,oneof" json:"add_generation_prompt,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// What the model may call, at most 128, written into the prompt by its chat template, which has to know of tools. The
+	// calls come as text, in the model's own form.
+	Tools []*Tool `protobuf:"bytes,3,rep,name=tools,proto3" json:"tools,omitempty"`
+	// "auto" (default): text, calls or both. "none": the tools are left out. "required", or a tool's name: the output is a
+	// call and nothing else, its arguments of the tool's schema, as structured output is. For models that write
+	// <tool_call>{"name", "arguments"}</tool_call>.
+	ToolChoice    string `protobuf:"bytes,4,opt,name=tool_choice,json=toolChoice,proto3" json:"tool_choice,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChatMessages) Reset() {
 	*x = ChatMessages{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[1]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -204,7 +360,7 @@ func (x *ChatMessages) String() string {
 func (*ChatMessages) ProtoMessage() {}
 
 func (x *ChatMessages) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[1]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -217,7 +373,7 @@ func (x *ChatMessages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatMessages.ProtoReflect.Descriptor instead.
 func (*ChatMessages) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{1}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ChatMessages) GetMessages() []*ChatMessage {
@@ -234,6 +390,20 @@ func (x *ChatMessages) GetAddGenerationPrompt() bool {
 	return false
 }
 
+func (x *ChatMessages) GetTools() []*Tool {
+	if x != nil {
+		return x.Tools
+	}
+	return nil
+}
+
+func (x *ChatMessages) GetToolChoice() string {
+	if x != nil {
+		return x.ToolChoice
+	}
+	return ""
+}
+
 type TokenIds struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ids           []uint32               `protobuf:"varint,1,rep,packed,name=ids,proto3" json:"ids,omitempty"`
@@ -243,7 +413,7 @@ type TokenIds struct {
 
 func (x *TokenIds) Reset() {
 	*x = TokenIds{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[2]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -255,7 +425,7 @@ func (x *TokenIds) String() string {
 func (*TokenIds) ProtoMessage() {}
 
 func (x *TokenIds) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[2]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -268,7 +438,7 @@ func (x *TokenIds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenIds.ProtoReflect.Descriptor instead.
 func (*TokenIds) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{2}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *TokenIds) GetIds() []uint32 {
@@ -328,7 +498,7 @@ type SamplingParams struct {
 
 func (x *SamplingParams) Reset() {
 	*x = SamplingParams{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[3]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -340,7 +510,7 @@ func (x *SamplingParams) String() string {
 func (*SamplingParams) ProtoMessage() {}
 
 func (x *SamplingParams) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[3]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -353,7 +523,7 @@ func (x *SamplingParams) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplingParams.ProtoReflect.Descriptor instead.
 func (*SamplingParams) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{3}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SamplingParams) GetTemperature() float32 {
@@ -506,7 +676,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[4]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +688,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[4]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +701,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{4}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Choice) GetValues() []string {
@@ -566,7 +736,7 @@ type StructuredOutput struct {
 
 func (x *StructuredOutput) Reset() {
 	*x = StructuredOutput{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[5]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -578,7 +748,7 @@ func (x *StructuredOutput) String() string {
 func (*StructuredOutput) ProtoMessage() {}
 
 func (x *StructuredOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[5]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -591,7 +761,7 @@ func (x *StructuredOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StructuredOutput.ProtoReflect.Descriptor instead.
 func (*StructuredOutput) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{5}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *StructuredOutput) GetConstraint() isStructuredOutput_Constraint {
@@ -724,7 +894,7 @@ type ResumeState struct {
 
 func (x *ResumeState) Reset() {
 	*x = ResumeState{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[6]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -736,7 +906,7 @@ func (x *ResumeState) String() string {
 func (*ResumeState) ProtoMessage() {}
 
 func (x *ResumeState) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[6]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -749,7 +919,7 @@ func (x *ResumeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeState.ProtoReflect.Descriptor instead.
 func (*ResumeState) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{6}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ResumeState) GetIndex() uint32 {
@@ -800,7 +970,7 @@ type GenerateRequest struct {
 
 func (x *GenerateRequest) Reset() {
 	*x = GenerateRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[7]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +982,7 @@ func (x *GenerateRequest) String() string {
 func (*GenerateRequest) ProtoMessage() {}
 
 func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[7]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +995,7 @@ func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateRequest.ProtoReflect.Descriptor instead.
 func (*GenerateRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{7}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GenerateRequest) GetRequestId() string {
@@ -957,7 +1127,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[8]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1139,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[8]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1152,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{8}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TopLogprob) GetTokenId() uint32 {
@@ -1013,7 +1183,7 @@ type TokenLogprob struct {
 
 func (x *TokenLogprob) Reset() {
 	*x = TokenLogprob{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[9]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1195,7 @@ func (x *TokenLogprob) String() string {
 func (*TokenLogprob) ProtoMessage() {}
 
 func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[9]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1208,7 @@ func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenLogprob.ProtoReflect.Descriptor instead.
 func (*TokenLogprob) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{9}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TokenLogprob) GetTokenId() uint32 {
@@ -1086,7 +1256,7 @@ type GenerateDelta struct {
 
 func (x *GenerateDelta) Reset() {
 	*x = GenerateDelta{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[10]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1268,7 @@ func (x *GenerateDelta) String() string {
 func (*GenerateDelta) ProtoMessage() {}
 
 func (x *GenerateDelta) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[10]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1281,7 @@ func (x *GenerateDelta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateDelta.ProtoReflect.Descriptor instead.
 func (*GenerateDelta) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{10}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GenerateDelta) GetIndex() uint32 {
@@ -1166,7 +1336,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[11]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1348,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[11]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1361,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{11}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Usage) GetPromptTokens() uint32 {
@@ -1241,7 +1411,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[12]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1253,7 +1423,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[12]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1266,7 +1436,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{12}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Timings) GetFirstToken() float64 {
@@ -1300,7 +1470,7 @@ type GenerateFinished struct {
 
 func (x *GenerateFinished) Reset() {
 	*x = GenerateFinished{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[13]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1482,7 @@ func (x *GenerateFinished) String() string {
 func (*GenerateFinished) ProtoMessage() {}
 
 func (x *GenerateFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[13]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1495,7 @@ func (x *GenerateFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateFinished.ProtoReflect.Descriptor instead.
 func (*GenerateFinished) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{13}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GenerateFinished) GetIndex() uint32 {
@@ -1410,7 +1580,7 @@ type GenerateResponse struct {
 
 func (x *GenerateResponse) Reset() {
 	*x = GenerateResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[14]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1422,7 +1592,7 @@ func (x *GenerateResponse) String() string {
 func (*GenerateResponse) ProtoMessage() {}
 
 func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[14]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1435,7 +1605,7 @@ func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateResponse.ProtoReflect.Descriptor instead.
 func (*GenerateResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{14}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GenerateResponse) GetResponse() isGenerateResponse_Response {
@@ -1494,7 +1664,7 @@ type EmbedInput struct {
 
 func (x *EmbedInput) Reset() {
 	*x = EmbedInput{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1676,7 @@ func (x *EmbedInput) String() string {
 func (*EmbedInput) ProtoMessage() {}
 
 func (x *EmbedInput) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[15]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +1689,7 @@ func (x *EmbedInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedInput.ProtoReflect.Descriptor instead.
 func (*EmbedInput) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{15}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EmbedInput) GetPrompt() isEmbedInput_Prompt {
@@ -1605,7 +1775,7 @@ type EmbedRequest struct {
 
 func (x *EmbedRequest) Reset() {
 	*x = EmbedRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1787,7 @@ func (x *EmbedRequest) String() string {
 func (*EmbedRequest) ProtoMessage() {}
 
 func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[16]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1800,7 @@ func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
 func (*EmbedRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{16}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EmbedRequest) GetRequestId() string {
@@ -1706,7 +1876,7 @@ type Embedding struct {
 
 func (x *Embedding) Reset() {
 	*x = Embedding{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1888,7 @@ func (x *Embedding) String() string {
 func (*Embedding) ProtoMessage() {}
 
 func (x *Embedding) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[17]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1901,7 @@ func (x *Embedding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
 func (*Embedding) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{17}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Embedding) GetValues() []float32 {
@@ -1760,7 +1930,7 @@ type EmbedResponse struct {
 
 func (x *EmbedResponse) Reset() {
 	*x = EmbedResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1942,7 @@ func (x *EmbedResponse) String() string {
 func (*EmbedResponse) ProtoMessage() {}
 
 func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[18]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1955,7 @@ func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
 func (*EmbedResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{18}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EmbedResponse) GetEmbeddings() []*Embedding {
@@ -1815,7 +1985,7 @@ type ScoreCandidate struct {
 
 func (x *ScoreCandidate) Reset() {
 	*x = ScoreCandidate{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1827,7 +1997,7 @@ func (x *ScoreCandidate) String() string {
 func (*ScoreCandidate) ProtoMessage() {}
 
 func (x *ScoreCandidate) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[19]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1840,7 +2010,7 @@ func (x *ScoreCandidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScoreCandidate.ProtoReflect.Descriptor instead.
 func (*ScoreCandidate) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{19}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ScoreCandidate) GetContinuation() isScoreCandidate_Continuation {
@@ -1908,7 +2078,7 @@ type ScoreRequest struct {
 
 func (x *ScoreRequest) Reset() {
 	*x = ScoreRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2090,7 @@ func (x *ScoreRequest) String() string {
 func (*ScoreRequest) ProtoMessage() {}
 
 func (x *ScoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[20]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2103,7 @@ func (x *ScoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScoreRequest.ProtoReflect.Descriptor instead.
 func (*ScoreRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{20}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ScoreRequest) GetRequestId() string {
@@ -2041,7 +2211,7 @@ type Score struct {
 
 func (x *Score) Reset() {
 	*x = Score{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2053,7 +2223,7 @@ func (x *Score) String() string {
 func (*Score) ProtoMessage() {}
 
 func (x *Score) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[21]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2066,7 +2236,7 @@ func (x *Score) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Score.ProtoReflect.Descriptor instead.
 func (*Score) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{21}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Score) GetSum() float64 {
@@ -2110,7 +2280,7 @@ type ScoreResponse struct {
 
 func (x *ScoreResponse) Reset() {
 	*x = ScoreResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2292,7 @@ func (x *ScoreResponse) String() string {
 func (*ScoreResponse) ProtoMessage() {}
 
 func (x *ScoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[22]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2305,7 @@ func (x *ScoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScoreResponse.ProtoReflect.Descriptor instead.
 func (*ScoreResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{22}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ScoreResponse) GetScores() []*Score {
@@ -2167,7 +2337,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2179,7 +2349,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[23]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2192,7 +2362,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{23}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TokenizeRequest) GetInput() isTokenizeRequest_Input {
@@ -2254,7 +2424,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2266,7 +2436,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[24]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2279,7 +2449,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{24}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []uint32 {
@@ -2301,7 +2471,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2313,7 +2483,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[25]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2326,7 +2496,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{25}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []uint32 {
@@ -2352,7 +2522,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2364,7 +2534,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[26]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2377,7 +2547,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{26}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DetokenizeResponse) GetText() string {
@@ -2395,7 +2565,7 @@ type GetModelRequest struct {
 
 func (x *GetModelRequest) Reset() {
 	*x = GetModelRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2577,7 @@ func (x *GetModelRequest) String() string {
 func (*GetModelRequest) ProtoMessage() {}
 
 func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[27]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2590,7 @@ func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelRequest.ProtoReflect.Descriptor instead.
 func (*GetModelRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{27}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{29}
 }
 
 type GetModelResponse struct {
@@ -2447,7 +2617,7 @@ type GetModelResponse struct {
 
 func (x *GetModelResponse) Reset() {
 	*x = GetModelResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2459,7 +2629,7 @@ func (x *GetModelResponse) String() string {
 func (*GetModelResponse) ProtoMessage() {}
 
 func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[28]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2472,7 +2642,7 @@ func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelResponse.ProtoReflect.Descriptor instead.
 func (*GetModelResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{28}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetModelResponse) GetName() string {
@@ -2582,7 +2752,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2594,7 +2764,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[29]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2607,7 +2777,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{29}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelGenerationRequest) GetRequestId() string {
@@ -2625,7 +2795,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +2807,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pagewire_v1_inference_proto_msgTypes[30]
+	mi := &file_pagewire_v1_inference_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,20 +2820,38 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{30}
+	return file_pagewire_v1_inference_proto_rawDescGZIP(), []int{32}
 }
 
 var File_pagewire_v1_inference_proto protoreflect.FileDescriptor
 
 const file_pagewire_v1_inference_proto_rawDesc = "" +
 	"\n" +
-	"\x1bpagewire/v1/inference.proto\x12\vpagewire.v1\";\n" +
+	"\x1bpagewire/v1/inference.proto\x12\vpagewire.v1\"\xa7\x01\n" +
 	"\vChatMessage\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x18\n" +
-	"\acontent\x18\x02 \x01(\tR\acontent\"\x97\x01\n" +
+	"\acontent\x18\x02 \x01(\tR\acontent\x124\n" +
+	"\n" +
+	"tool_calls\x18\x03 \x03(\v2\x15.pagewire.v1.ToolCallR\ttoolCalls\x12 \n" +
+	"\ftool_call_id\x18\x04 \x01(\tR\n" +
+	"toolCallId\x12\x12\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\"L\n" +
+	"\bToolCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\targuments\x18\x03 \x01(\tR\targuments\"\\\n" +
+	"\x04Tool\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
+	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1e\n" +
+	"\n" +
+	"parameters\x18\x03 \x01(\tR\n" +
+	"parameters\"\xe1\x01\n" +
 	"\fChatMessages\x124\n" +
 	"\bmessages\x18\x01 \x03(\v2\x18.pagewire.v1.ChatMessageR\bmessages\x127\n" +
-	"\x15add_generation_prompt\x18\x02 \x01(\bH\x00R\x13addGenerationPrompt\x88\x01\x01B\x18\n" +
+	"\x15add_generation_prompt\x18\x02 \x01(\bH\x00R\x13addGenerationPrompt\x88\x01\x01\x12'\n" +
+	"\x05tools\x18\x03 \x03(\v2\x11.pagewire.v1.ToolR\x05tools\x12\x1f\n" +
+	"\vtool_choice\x18\x04 \x01(\tR\n" +
+	"toolChoiceB\x18\n" +
 	"\x16_add_generation_prompt\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\rR\x03ids\"\xdc\b\n" +
@@ -2914,92 +3102,96 @@ func file_pagewire_v1_inference_proto_rawDescGZIP() []byte {
 }
 
 var file_pagewire_v1_inference_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_pagewire_v1_inference_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_pagewire_v1_inference_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_pagewire_v1_inference_proto_goTypes = []any{
 	(FinishReason)(0),                // 0: pagewire.v1.FinishReason
 	(Pooling)(0),                     // 1: pagewire.v1.Pooling
 	(*ChatMessage)(nil),              // 2: pagewire.v1.ChatMessage
-	(*ChatMessages)(nil),             // 3: pagewire.v1.ChatMessages
-	(*TokenIds)(nil),                 // 4: pagewire.v1.TokenIds
-	(*SamplingParams)(nil),           // 5: pagewire.v1.SamplingParams
-	(*Choice)(nil),                   // 6: pagewire.v1.Choice
-	(*StructuredOutput)(nil),         // 7: pagewire.v1.StructuredOutput
-	(*ResumeState)(nil),              // 8: pagewire.v1.ResumeState
-	(*GenerateRequest)(nil),          // 9: pagewire.v1.GenerateRequest
-	(*TopLogprob)(nil),               // 10: pagewire.v1.TopLogprob
-	(*TokenLogprob)(nil),             // 11: pagewire.v1.TokenLogprob
-	(*GenerateDelta)(nil),            // 12: pagewire.v1.GenerateDelta
-	(*Usage)(nil),                    // 13: pagewire.v1.Usage
-	(*Timings)(nil),                  // 14: pagewire.v1.Timings
-	(*GenerateFinished)(nil),         // 15: pagewire.v1.GenerateFinished
-	(*GenerateResponse)(nil),         // 16: pagewire.v1.GenerateResponse
-	(*EmbedInput)(nil),               // 17: pagewire.v1.EmbedInput
-	(*EmbedRequest)(nil),             // 18: pagewire.v1.EmbedRequest
-	(*Embedding)(nil),                // 19: pagewire.v1.Embedding
-	(*EmbedResponse)(nil),            // 20: pagewire.v1.EmbedResponse
-	(*ScoreCandidate)(nil),           // 21: pagewire.v1.ScoreCandidate
-	(*ScoreRequest)(nil),             // 22: pagewire.v1.ScoreRequest
-	(*Score)(nil),                    // 23: pagewire.v1.Score
-	(*ScoreResponse)(nil),            // 24: pagewire.v1.ScoreResponse
-	(*TokenizeRequest)(nil),          // 25: pagewire.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),         // 26: pagewire.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),        // 27: pagewire.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),       // 28: pagewire.v1.DetokenizeResponse
-	(*GetModelRequest)(nil),          // 29: pagewire.v1.GetModelRequest
-	(*GetModelResponse)(nil),         // 30: pagewire.v1.GetModelResponse
-	(*CancelGenerationRequest)(nil),  // 31: pagewire.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 32: pagewire.v1.CancelGenerationResponse
-	nil,                              // 33: pagewire.v1.SamplingParams.LogitBiasEntry
+	(*ToolCall)(nil),                 // 3: pagewire.v1.ToolCall
+	(*Tool)(nil),                     // 4: pagewire.v1.Tool
+	(*ChatMessages)(nil),             // 5: pagewire.v1.ChatMessages
+	(*TokenIds)(nil),                 // 6: pagewire.v1.TokenIds
+	(*SamplingParams)(nil),           // 7: pagewire.v1.SamplingParams
+	(*Choice)(nil),                   // 8: pagewire.v1.Choice
+	(*StructuredOutput)(nil),         // 9: pagewire.v1.StructuredOutput
+	(*ResumeState)(nil),              // 10: pagewire.v1.ResumeState
+	(*GenerateRequest)(nil),          // 11: pagewire.v1.GenerateRequest
+	(*TopLogprob)(nil),               // 12: pagewire.v1.TopLogprob
+	(*TokenLogprob)(nil),             // 13: pagewire.v1.TokenLogprob
+	(*GenerateDelta)(nil),            // 14: pagewire.v1.GenerateDelta
+	(*Usage)(nil),                    // 15: pagewire.v1.Usage
+	(*Timings)(nil),                  // 16: pagewire.v1.Timings
+	(*GenerateFinished)(nil),         // 17: pagewire.v1.GenerateFinished
+	(*GenerateResponse)(nil),         // 18: pagewire.v1.GenerateResponse
+	(*EmbedInput)(nil),               // 19: pagewire.v1.EmbedInput
+	(*EmbedRequest)(nil),             // 20: pagewire.v1.EmbedRequest
+	(*Embedding)(nil),                // 21: pagewire.v1.Embedding
+	(*EmbedResponse)(nil),            // 22: pagewire.v1.EmbedResponse
+	(*ScoreCandidate)(nil),           // 23: pagewire.v1.ScoreCandidate
+	(*ScoreRequest)(nil),             // 24: pagewire.v1.ScoreRequest
+	(*Score)(nil),                    // 25: pagewire.v1.Score
+	(*ScoreResponse)(nil),            // 26: pagewire.v1.ScoreResponse
+	(*TokenizeRequest)(nil),          // 27: pagewire.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),         // 28: pagewire.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),        // 29: pagewire.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),       // 30: pagewire.v1.DetokenizeResponse
+	(*GetModelRequest)(nil),          // 31: pagewire.v1.GetModelRequest
+	(*GetModelResponse)(nil),         // 32: pagewire.v1.GetModelResponse
+	(*CancelGenerationRequest)(nil),  // 33: pagewire.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 34: pagewire.v1.CancelGenerationResponse
+	nil,                              // 35: pagewire.v1.SamplingParams.LogitBiasEntry
 }
 var file_pagewire_v1_inference_proto_depIdxs = []int32{
-	2,  // 0: pagewire.v1.ChatMessages.messages:type_name -> pagewire.v1.ChatMessage
-	33, // 1: pagewire.v1.SamplingParams.logit_bias:type_name -> pagewire.v1.SamplingParams.LogitBiasEntry
-	6,  // 2: pagewire.v1.StructuredOutput.choice:type_name -> pagewire.v1.Choice
-	4,  // 3: pagewire.v1.GenerateRequest.token_ids:type_name -> pagewire.v1.TokenIds
-	3,  // 4: pagewire.v1.GenerateRequest.chat:type_name -> pagewire.v1.ChatMessages
-	5,  // 5: pagewire.v1.GenerateRequest.sampling:type_name -> pagewire.v1.SamplingParams
-	7,  // 6: pagewire.v1.GenerateRequest.structured_output:type_name -> pagewire.v1.StructuredOutput
-	8,  // 7: pagewire.v1.GenerateRequest.resume_token_ids:type_name -> pagewire.v1.ResumeState
-	10, // 8: pagewire.v1.TokenLogprob.top:type_name -> pagewire.v1.TopLogprob
-	11, // 9: pagewire.v1.GenerateDelta.logprobs:type_name -> pagewire.v1.TokenLogprob
-	11, // 10: pagewire.v1.GenerateDelta.prompt_logprobs:type_name -> pagewire.v1.TokenLogprob
-	0,  // 11: pagewire.v1.GenerateFinished.finish_reason:type_name -> pagewire.v1.FinishReason
-	13, // 12: pagewire.v1.GenerateFinished.usage:type_name -> pagewire.v1.Usage
-	14, // 13: pagewire.v1.GenerateFinished.timings:type_name -> pagewire.v1.Timings
-	12, // 14: pagewire.v1.GenerateResponse.delta:type_name -> pagewire.v1.GenerateDelta
-	15, // 15: pagewire.v1.GenerateResponse.finished:type_name -> pagewire.v1.GenerateFinished
-	4,  // 16: pagewire.v1.EmbedInput.token_ids:type_name -> pagewire.v1.TokenIds
-	3,  // 17: pagewire.v1.EmbedInput.chat:type_name -> pagewire.v1.ChatMessages
-	17, // 18: pagewire.v1.EmbedRequest.inputs:type_name -> pagewire.v1.EmbedInput
-	1,  // 19: pagewire.v1.EmbedRequest.pooling:type_name -> pagewire.v1.Pooling
-	19, // 20: pagewire.v1.EmbedResponse.embeddings:type_name -> pagewire.v1.Embedding
-	13, // 21: pagewire.v1.EmbedResponse.usage:type_name -> pagewire.v1.Usage
-	4,  // 22: pagewire.v1.ScoreCandidate.token_ids:type_name -> pagewire.v1.TokenIds
-	4,  // 23: pagewire.v1.ScoreRequest.token_ids:type_name -> pagewire.v1.TokenIds
-	3,  // 24: pagewire.v1.ScoreRequest.chat:type_name -> pagewire.v1.ChatMessages
-	21, // 25: pagewire.v1.ScoreRequest.candidates:type_name -> pagewire.v1.ScoreCandidate
-	23, // 26: pagewire.v1.ScoreResponse.scores:type_name -> pagewire.v1.Score
-	13, // 27: pagewire.v1.ScoreResponse.usage:type_name -> pagewire.v1.Usage
-	3,  // 28: pagewire.v1.TokenizeRequest.chat:type_name -> pagewire.v1.ChatMessages
-	9,  // 29: pagewire.v1.InferenceService.Generate:input_type -> pagewire.v1.GenerateRequest
-	18, // 30: pagewire.v1.InferenceService.Embed:input_type -> pagewire.v1.EmbedRequest
-	22, // 31: pagewire.v1.InferenceService.Score:input_type -> pagewire.v1.ScoreRequest
-	25, // 32: pagewire.v1.InferenceService.Tokenize:input_type -> pagewire.v1.TokenizeRequest
-	27, // 33: pagewire.v1.InferenceService.Detokenize:input_type -> pagewire.v1.DetokenizeRequest
-	29, // 34: pagewire.v1.InferenceService.GetModel:input_type -> pagewire.v1.GetModelRequest
-	31, // 35: pagewire.v1.InferenceService.CancelGeneration:input_type -> pagewire.v1.CancelGenerationRequest
-	16, // 36: pagewire.v1.InferenceService.Generate:output_type -> pagewire.v1.GenerateResponse
-	20, // 37: pagewire.v1.InferenceService.Embed:output_type -> pagewire.v1.EmbedResponse
-	24, // 38: pagewire.v1.InferenceService.Score:output_type -> pagewire.v1.ScoreResponse
-	26, // 39: pagewire.v1.InferenceService.Tokenize:output_type -> pagewire.v1.TokenizeResponse
-	28, // 40: pagewire.v1.InferenceService.Detokenize:output_type -> pagewire.v1.DetokenizeResponse
-	30, // 41: pagewire.v1.InferenceService.GetModel:output_type -> pagewire.v1.GetModelResponse
-	32, // 42: pagewire.v1.InferenceService.CancelGeneration:output_type -> pagewire.v1.CancelGenerationResponse
-	36, // [36:43] is the sub-list for method output_type
-	29, // [29:36] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	3,  // 0: pagewire.v1.ChatMessage.tool_calls:type_name -> pagewire.v1.ToolCall
+	2,  // 1: pagewire.v1.ChatMessages.messages:type_name -> pagewire.v1.ChatMessage
+	4,  // 2: pagewire.v1.ChatMessages.tools:type_name -> pagewire.v1.Tool
+	35, // 3: pagewire.v1.SamplingParams.logit_bias:type_name -> pagewire.v1.SamplingParams.LogitBiasEntry
+	8,  // 4: pagewire.v1.StructuredOutput.choice:type_name -> pagewire.v1.Choice
+	6,  // 5: pagewire.v1.GenerateRequest.token_ids:type_name -> pagewire.v1.TokenIds
+	5,  // 6: pagewire.v1.GenerateRequest.chat:type_name -> pagewire.v1.ChatMessages
+	7,  // 7: pagewire.v1.GenerateRequest.sampling:type_name -> pagewire.v1.SamplingParams
+	9,  // 8: pagewire.v1.GenerateRequest.structured_output:type_name -> pagewire.v1.StructuredOutput
+	10, // 9: pagewire.v1.GenerateRequest.resume_token_ids:type_name -> pagewire.v1.ResumeState
+	12, // 10: pagewire.v1.TokenLogprob.top:type_name -> pagewire.v1.TopLogprob
+	13, // 11: pagewire.v1.GenerateDelta.logprobs:type_name -> pagewire.v1.TokenLogprob
+	13, // 12: pagewire.v1.GenerateDelta.prompt_logprobs:type_name -> pagewire.v1.TokenLogprob
+	0,  // 13: pagewire.v1.GenerateFinished.finish_reason:type_name -> pagewire.v1.FinishReason
+	15, // 14: pagewire.v1.GenerateFinished.usage:type_name -> pagewire.v1.Usage
+	16, // 15: pagewire.v1.GenerateFinished.timings:type_name -> pagewire.v1.Timings
+	14, // 16: pagewire.v1.GenerateResponse.delta:type_name -> pagewire.v1.GenerateDelta
+	17, // 17: pagewire.v1.GenerateResponse.finished:type_name -> pagewire.v1.GenerateFinished
+	6,  // 18: pagewire.v1.EmbedInput.token_ids:type_name -> pagewire.v1.TokenIds
+	5,  // 19: pagewire.v1.EmbedInput.chat:type_name -> pagewire.v1.ChatMessages
+	19, // 20: pagewire.v1.EmbedRequest.inputs:type_name -> pagewire.v1.EmbedInput
+	1,  // 21: pagewire.v1.EmbedRequest.pooling:type_name -> pagewire.v1.Pooling
+	21, // 22: pagewire.v1.EmbedResponse.embeddings:type_name -> pagewire.v1.Embedding
+	15, // 23: pagewire.v1.EmbedResponse.usage:type_name -> pagewire.v1.Usage
+	6,  // 24: pagewire.v1.ScoreCandidate.token_ids:type_name -> pagewire.v1.TokenIds
+	6,  // 25: pagewire.v1.ScoreRequest.token_ids:type_name -> pagewire.v1.TokenIds
+	5,  // 26: pagewire.v1.ScoreRequest.chat:type_name -> pagewire.v1.ChatMessages
+	23, // 27: pagewire.v1.ScoreRequest.candidates:type_name -> pagewire.v1.ScoreCandidate
+	25, // 28: pagewire.v1.ScoreResponse.scores:type_name -> pagewire.v1.Score
+	15, // 29: pagewire.v1.ScoreResponse.usage:type_name -> pagewire.v1.Usage
+	5,  // 30: pagewire.v1.TokenizeRequest.chat:type_name -> pagewire.v1.ChatMessages
+	11, // 31: pagewire.v1.InferenceService.Generate:input_type -> pagewire.v1.GenerateRequest
+	20, // 32: pagewire.v1.InferenceService.Embed:input_type -> pagewire.v1.EmbedRequest
+	24, // 33: pagewire.v1.InferenceService.Score:input_type -> pagewire.v1.ScoreRequest
+	27, // 34: pagewire.v1.InferenceService.Tokenize:input_type -> pagewire.v1.TokenizeRequest
+	29, // 35: pagewire.v1.InferenceService.Detokenize:input_type -> pagewire.v1.DetokenizeRequest
+	31, // 36: pagewire.v1.InferenceService.GetModel:input_type -> pagewire.v1.GetModelRequest
+	33, // 37: pagewire.v1.InferenceService.CancelGeneration:input_type -> pagewire.v1.CancelGenerationRequest
+	18, // 38: pagewire.v1.InferenceService.Generate:output_type -> pagewire.v1.GenerateResponse
+	22, // 39: pagewire.v1.InferenceService.Embed:output_type -> pagewire.v1.EmbedResponse
+	26, // 40: pagewire.v1.InferenceService.Score:output_type -> pagewire.v1.ScoreResponse
+	28, // 41: pagewire.v1.InferenceService.Tokenize:output_type -> pagewire.v1.TokenizeResponse
+	30, // 42: pagewire.v1.InferenceService.Detokenize:output_type -> pagewire.v1.DetokenizeResponse
+	32, // 43: pagewire.v1.InferenceService.GetModel:output_type -> pagewire.v1.GetModelResponse
+	34, // 44: pagewire.v1.InferenceService.CancelGeneration:output_type -> pagewire.v1.CancelGenerationResponse
+	38, // [38:45] is the sub-list for method output_type
+	31, // [31:38] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_pagewire_v1_inference_proto_init() }
@@ -3007,9 +3199,9 @@ func file_pagewire_v1_inference_proto_init() {
 	if File_pagewire_v1_inference_proto != nil {
 		return
 	}
-	file_pagewire_v1_inference_proto_msgTypes[1].OneofWrappers = []any{}
 	file_pagewire_v1_inference_proto_msgTypes[3].OneofWrappers = []any{}
-	file_pagewire_v1_inference_proto_msgTypes[5].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[5].OneofWrappers = []any{}
+	file_pagewire_v1_inference_proto_msgTypes[7].OneofWrappers = []any{
 		(*StructuredOutput_JsonSchema)(nil),
 		(*StructuredOutput_Regex)(nil),
 		(*StructuredOutput_Grammar)(nil),
@@ -3017,46 +3209,46 @@ func file_pagewire_v1_inference_proto_init() {
 		(*StructuredOutput_JsonObject)(nil),
 		(*StructuredOutput_StructuralTag)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[7].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[9].OneofWrappers = []any{
 		(*GenerateRequest_Text)(nil),
 		(*GenerateRequest_TokenIds)(nil),
 		(*GenerateRequest_Chat)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[13].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[15].OneofWrappers = []any{
 		(*GenerateFinished_StopTokenId)(nil),
 		(*GenerateFinished_Stop)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[14].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[16].OneofWrappers = []any{
 		(*GenerateResponse_Delta)(nil),
 		(*GenerateResponse_Finished)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[15].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[17].OneofWrappers = []any{
 		(*EmbedInput_Text)(nil),
 		(*EmbedInput_TokenIds)(nil),
 		(*EmbedInput_Chat)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[16].OneofWrappers = []any{}
-	file_pagewire_v1_inference_proto_msgTypes[19].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[18].OneofWrappers = []any{}
+	file_pagewire_v1_inference_proto_msgTypes[21].OneofWrappers = []any{
 		(*ScoreCandidate_Text)(nil),
 		(*ScoreCandidate_TokenIds)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[20].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[22].OneofWrappers = []any{
 		(*ScoreRequest_Text)(nil),
 		(*ScoreRequest_TokenIds)(nil),
 		(*ScoreRequest_Chat)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[23].OneofWrappers = []any{
+	file_pagewire_v1_inference_proto_msgTypes[25].OneofWrappers = []any{
 		(*TokenizeRequest_Text)(nil),
 		(*TokenizeRequest_Chat)(nil),
 	}
-	file_pagewire_v1_inference_proto_msgTypes[25].OneofWrappers = []any{}
+	file_pagewire_v1_inference_proto_msgTypes[27].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pagewire_v1_inference_proto_rawDesc), len(file_pagewire_v1_inference_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
