@@ -117,7 +117,7 @@ async def test_templates_that_cannot_are_named(service: Service) -> None:
     tokenizer.chat_template = ChatTemplate("{% if tools %}x{% endif %}", {})
     found = await refused(service.inference.Generate(pb.GenerateRequest(chat=chat("weather"))))
     assert list(found) == ["chat.tool_choice"]
-    both = pb.GenerateRequest(chat=chat("weather"), structured_output=pb.StructuredOutput(regex="a"))
+    both = pb.GenerateRequest(chat=chat("clock", (CLOCK,)), structured_output=pb.StructuredOutput(regex="a"))
     tokenizer.chat_template = ChatTemplate(SOURCE, {})
     assert list(await refused(service.inference.Generate(both))) == ["structured_output"]
     arguments = pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(name="a", arguments="x")])
