@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from protos.wire import Admit, Row, RowResult, Sampling
+from protos.wire import Admit, Mask, Row, RowResult, Sampling
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
-from tests.models.session import Session
+from tests.models.session import EPOCH, Session
 from tests.models.stepping import tokens
 from tests.models.test_cpu_backend import create, setup
 from worker_svc.backends import cpu
@@ -58,6 +58,7 @@ class Story:
         self.rng = random.Random(seed)
         self.free = list(range(1, 60))
         self.slots: dict[int, tuple[int, int, list[int]]] = {}  # slot → length, computed, blocks
+        self.masked: set[int] = set()
 
     def steps(self, count: int) -> Iterator[Step]:
         for _ in range(count):
@@ -79,6 +80,7 @@ class Story:
         length = self.rng.randrange(1, 70)
         blocks = self._blocks(-(-length // BLOCK))
         self.slots[slot] = length, 0, blocks
+        (self.masked.add if self.rng.random() < 0.3 else self.masked.discard)(slot)
         sampling = Sampling(
             max_tokens=999,
             seed=self.rng.getrandbits(64),
@@ -98,18 +100,33 @@ class Story:
         start = computed if computed == 0 else start
         samples = computed + count == length
         self.slots[slot] = length + samples, computed + count, blocks + new
-        return Row(slot, start, count, 0, [new] if new else [], samples)
+        return Row(
+            slot,
+            start,
+            count,
+            0,
+            [new] if new else [],
+            samples,
+            samples and (slot in self.masked) != (self.rng.random() < 0.02),
+        )
 
 
 def told(one: Session, steps: list[Step]) -> list[list[RowResult]]:
-    return [one.step(rows, admit, release) for rows, admit, release in steps]
+    """Masks are random, and those of their step."""
+    results = []
+    for number, (rows, admit, release) in enumerate(steps):
+        masked = [i for i, row in enumerate(rows) if row.masked]
+        words = random.Random(number).randbytes(4 * 5 * len(masked))
+        mask = Mask(EPOCH, number + 1, masked, words) if masked else None
+        results.append(one.step(rows, admit, release, mask=mask))
+    return results
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_results_as_the_general_way(
     llama: Path, seed: int, counted: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = list(Story(seed).steps(150))
+    steps = list(Story(seed).steps(200))
     got = told(session(llama), steps)
     assert counted.count(True) > 30, "most steps only count up"
     assert counted.count(False) > 3

@@ -64,8 +64,8 @@ class CpuBackend:
         """Opens the library and the model. Raises Unsuited for what another backend may serve, else BackendError."""
         _refuse_unsupported(setup, device)
         self._isa = isa
-        self._pending: tuple[StepPlan, StepInputs, Outputs | None] | None = None
-        self._last: tuple[StepInputs, library.Batch, Outputs] | None = None  # of a step that may be repeated
+        self._pending: tuple[StepPlan, StepInputs, library.Batch, Outputs | None] | None = None
+        self._last: tuple[StepPlan, StepInputs, library.Batch, Outputs] | None = None  # of one that may be repeated
         self._decode: Decode | None = None  # while plans ask for nothing but the next token of the same slots
         try:
             self._library = library.load()
@@ -168,29 +168,29 @@ class CpuBackend:
             release(self._proposer, plan, self._slots)
         self._slots.apply(plan)
         inputs = build_inputs(plan, self._slots)
-        outputs = None
+        made, outputs = batch(inputs, outputs_wanted(inputs)), None
         if any(row.masked and row.sample for row in plan.rows):
-            self._model.forward(batch(inputs, outputs_wanted(inputs)))
+            self._model.forward(made)
         elif plan.rows:
             outputs = self._sampler.prepare(plan, inputs, self._slots, None)
-            made = batch(inputs, outputs_wanted(inputs))
             with self._naming_slots(outputs):
                 self._model.step(made, outputs)
-            if repeatable(inputs, outputs):
-                self._last = inputs, made, outputs
-        self._pending = plan, inputs, outputs
+        self._pending = plan, inputs, made, outputs
 
     def sample(self, mask: Mask | None) -> list[RowResult]:
         if self._decode is not None:
-            return self._decode.results()
+            with self._naming_slots(self._decode.outputs):
+                return self._decode.results(mask)
         assert self._pending is not None, "forward comes first"
-        (plan, inputs, outputs), self._pending = self._pending, None
+        (plan, inputs, made, outputs), self._pending = self._pending, None
         if not plan.rows:
             return []
         if outputs is None:
             outputs = self._sampler.prepare(plan, inputs, self._slots, mask)
             with self._naming_slots(outputs):
                 self._model.sample(outputs)
+        if repeatable(inputs, outputs):
+            self._last = plan, inputs, made, outputs
         token_ids, logprobs = self._sampler.finish(outputs)
         scores = self._sampler.prompt_logprobs(self._model, inputs, self._slots)
         pooled = self._pooler.pool(inputs, self._model.hidden)

@@ -7,21 +7,23 @@ is. Whenever a plan asks for anything else, the general way takes over (`settle`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from kernels.cpu.library import Batch, Model
-from protos.wire import Row, RowResult, StepPlan
+from protos.wire import Mask, Row, RowResult, StepPlan
 from worker_svc.backends.cpu_sampling import CpuSampler, Outputs
 from worker_svc.inputs import StepInputs, check
 from worker_svc.results import sampled_results
+from worker_svc.sampling_rules import step_mask
 from worker_svc.slots import SlotTable
 
 SPARE = 16  # blocks that a table may grow by before it is copied
 
 
 def repeatable(inputs: StepInputs, outputs: Outputs) -> bool:
-    """Whether each row was one token that was sampled from, without edits."""
+    """Whether each row was one token that was sampled from, without edits; a mask comes anew with each step."""
     rows = len(inputs.slots)
     alike = len(inputs.token_ids) == len(inputs.sample_rows) == rows
     return alike and not outputs.edited and not len(inputs.prompt_logprob_tokens)
@@ -33,11 +35,16 @@ class Decode:
     Between `advance` and `settle` the table knows the sampled tokens, but not yet how many they are.
     """
 
-    def __init__(self, model: Model, inputs: StepInputs, batch: Batch, outputs: Outputs, slots: SlotTable) -> None:
+    def __init__(
+        self, model: Model, plan: StepPlan, inputs: StepInputs, batch: Batch, outputs: Outputs, slots: SlotTable
+    ) -> None:
         ids = inputs.slots
+        self._model, self._plan, self._inputs = model, plan, inputs
         self._slots, self._ids, self._batch, self.outputs = slots, ids, batch, outputs
         self._slot_list = ids.tolist()
-        self._plain = [Row(slot, -1, 1, 0, [], True) for slot in self._slot_list]
+        self._plain = [
+            Row(slot, -1, 1, 0, [], True, row.masked) for slot, row in zip(ids.tolist(), plan.rows, strict=True)
+        ]
         self._known = slots.token_ids.reshape(-1)  # a view of all tables in a row
         known_at = ids * slots.max_model_len + inputs.context_lens
         # All that is one more in each step, in one array.
@@ -49,7 +56,8 @@ class Decode:
         self._look_at_blocks()
         self._look_at_offsets()
         batch.point(positions=self._positions, context_lens=self._ends, slot_mapping=self._mapping)
-        self.run = model.repeated(batch, outputs)
+        self._masked = any(row.masked for row in plan.rows)  # what is sampled has to wait for the mask
+        self.run = partial(model.forward, batch) if self._masked else model.repeated(batch, outputs)
 
     def advance(self, plan: StepPlan) -> bool:
         """Makes arrays and structs those of the plan's step. False, and nothing is changed, where it is another kind.
@@ -70,6 +78,7 @@ class Decode:
             self.settle()
             starts = self._ends
             check(self._slots, self._ids, starts, starts + 1, np.ones_like(starts), np.zeros_like(starts))
+        self._plan = plan
         np.copyto(self._token_ids, self.outputs.sampled)
         self._counts += 1
         self._sampled_at += 1
@@ -80,9 +89,15 @@ class Decode:
             self._look_at_offsets()
         return True
 
-    def results(self) -> list[RowResult]:
-        """Of the step that was run. Raises SamplerError for the first slot that could not be sampled."""
+    def results(self, mask: Mask | None) -> list[RowResult]:
+        """Of the step that was run. Raises SamplerError for a mask that does not fit, and LibraryError or SamplerError
+        for a slot that could not be sampled.
+        """
         out, starts = self.outputs, self._ends.tolist()
+        if self._masked:
+            masks = step_mask(self._plan, self._inputs, mask, self._slots.vocab_size)
+            assert masks
+            self._model.sample(out.point(mask_rows=masks.rows, bitmask=masks.words))
         token_ids = out.sampled.tolist()
         if out.scores is not None or min(token_ids) < 0:
             results = sampled_results(self._plain, starts, token_ids, CpuSampler.finish(out)[1])
@@ -102,9 +117,9 @@ class Decode:
             return None
         bringing = []
         for i, (row, plain) in enumerate(zip(rows, self._plain, strict=True)):
-            if row.slot != plain.slot or row.num_tokens != 1 or not row.sample or row.masked or row.append_token_ids:
+            if row.slot != plain.slot or row.num_tokens != 1 or not row.sample or row.append_token_ids:
                 return None
-            if row.num_drafts:
+            if row.num_drafts or row.masked != plain.masked:
                 return None
             if row.start >= 0 and row.start != self._ends[i]:
                 return None

@@ -53,7 +53,7 @@ class CpuSampler:
         params = self._params_of(slots, ids, positions)
         out = Outputs(len(ids))
         out.slots, out.sampled, out.num_top = ids, np.empty(len(ids), np.int64), params["logprobs"]
-        out.asked, out.edited = params, edits is not None or masks is not None
+        out.asked, out.edited = params, edits is not None
         out.point(tokens=inputs.sample_tokens, params=params, token_ids=out.sampled)
         if edits is not None:
             out.num_bias, out.num_bans, out.num_penalties = map(len, (edits.bias_at, edits.ban_at, edits.penalty_at))
