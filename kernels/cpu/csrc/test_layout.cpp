@@ -61,6 +61,11 @@ extern "C" __attribute__((visibility("default"))) const char *pw_test_layout() {
     AT(Spec, pw_spec, final_norm);
     AT(Spec, pw_spec, lm_head);
     AT(Spec, pw_spec, layers);
+    AT(Spec, pw_spec, taps);
+    AT(Spec, pw_spec, num_taps);
+    AT(Spec, pw_spec, fuse);
+    AT(Spec, pw_spec, embed_norm);
+    AT(Spec, pw_spec, state_norm);
     SIZE(Batch, pw_batch);
     AT(Batch, pw_batch, num_rows);
     AT(Batch, pw_batch, num_tokens);
@@ -74,6 +79,7 @@ extern "C" __attribute__((visibility("default"))) const char *pw_test_layout() {
     AT(Batch, pw_batch, adapters);
     AT(Batch, pw_batch, wanted);
     AT(Batch, pw_batch, num_wanted);
+    AT(Batch, pw_batch, states);
     SIZE(Samples, pw_samples);
     AT(Samples, pw_samples, num);
     AT(Samples, pw_samples, tokens);
