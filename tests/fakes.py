@@ -313,15 +313,16 @@ class FakeWorker:
         return grammar.choose(token, count, self.vocab_size) if grammar else token
 
     def _read(self, slot: FakeSlot, end: int) -> None:
-        for position in range(end):
-            block, offset = slot.blocks[position // self.block_size], position % self.block_size
-            where = f"slot {slot.admit.slot} reads position {position} in block {block}"
-            _demand(self.kv[block][offset] == slot.prefixes[position + 1], f"{where}, which holds something else")
+        for start in range(0, end, self.block_size):
+            block, count = slot.blocks[start // self.block_size], min(self.block_size, end - start)
+            where = f"slot {slot.admit.slot} reads positions from {start} on in block {block}"
+            digests = slot.prefixes[start + 1 : start + 1 + count]
+            _demand(self.kv[block][:count] == digests, f"{where}, which holds something else")
             if block in self.loaded:
                 reader = self.loaded[block] = self.loaded[block] or slot.admit.slot
                 _demand(reader == slot.admit.slot, f"{where}, which the same step copies there for slot {reader}")
                 continue
-            _demand(self.written[block][offset] < self.step, f"{where}, which the same step fills")
+            _demand(max(self.written[block][:count]) < self.step, f"{where}, which the same step fills")
 
     def _write(self, slot: FakeSlot, start: int, digests: list[int]) -> None:
         limit = min(slot.admit.prompt_len + slot.admit.sampling.max_tokens, self.max_model_len)

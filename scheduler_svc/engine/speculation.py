@@ -3,11 +3,12 @@
 A step of n positions takes seconds(n), as the worker measured at its start. A sequence whose drafts are right with
 probability p each gains p + p² + … + p^k tokens by k of them, for k more positions. So each step weighs
 
-    Σ (1 + q (p + … + p^k)) / (seconds(Σ (1 + q k)) + what proposing takes)
+    (prompts + Σ (1 + q (p + … + p^k))) / (seconds(prompts + Σ (1 + q k)) + what proposing takes)
 
-where q is the share of the drafts asked for that the proposer had: those that it had not cost nothing. Both are
-learned from each result, the new weighing more than the old. Where no k beats none, nobody speculates, but for a look
-now and then, since text changes. Verification makes the streams the same whatever is chosen here (R2).
+where q is the share of the drafts asked for that the proposer had: those that it had not cost nothing. Positions of
+prompts are tokens as well: drafts that keep them waiting have to bring more than they would. Both p and q are learned
+from each result, the new weighing more than the old. Where no k beats none, nobody speculates, but for a look now and
+then, since text changes. Verification makes the streams the same whatever is chosen here (R2).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
-from math import log
+from math import log, sqrt
 from typing import TYPE_CHECKING
 
 from protos.wire import RowResult
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 FADE = 0.9  # weight of what was learned of a sequence, at each of its verifications
 SLOW_FADE = 0.99  # … of all together
 FIRM = 3.0  # drafts whose outcome weighs as much as what is usual here
+DOUBT = 0.5  # standard errors that a chance is taken to be worse than it was seen to be
 LEAST_VALUES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # of a sequence's last draft: the chances to weigh
 MARGIN = 1.04  # how much faster it has to be than none
 REVIEW = 4  # steps for which a choice holds among the same sequences
@@ -157,10 +159,11 @@ class Speculation:
     def _weigh(self, sequences: list[Sequence], room: int, others: int) -> float:
         """The least value of a draft with which the most tokens are made in a second; 1 where drafts do not pay."""
         count = len(sequences)
-        best = MARGIN * count / (self._scales[0] * self._costs.step(count + others))
+        plain = float(count + others)
+        best = MARGIN * plain / (self._scales[0] * self._costs.step(plain))
         choice = 1.0
         for least_value in LEAST_VALUES:
-            tokens, positions, most, total = float(count), float(count + others), 0, 0
+            tokens, positions, most, total = plain, plain, 0, 0
             for sequence in sequences:
                 if k := self._worth(sequence, least_value):
                     p, q = self._chance(sequence), self._supply(sequence)
@@ -186,10 +189,15 @@ class Speculation:
         return sequence.record.wait <= 0
 
     def _chance(self, sequence: Sequence) -> float:
-        """That one draft is right; newcomers are taken to be like the others."""
+        """That one draft is right; newcomers are taken to be like the others, and a run of luck not to be all that it
+        seems: what is spent on drafts is lost at once, what they bring is seen again.
+        """
         usual = (self._usual.accepted + 1.0) / (self._usual.tried + 2.0)
         record = sequence.record
-        return min(0.98, max(0.02, (record.accepted + FIRM * usual) / (record.tried + FIRM)))
+        weight = record.tried + FIRM
+        chance = (record.accepted + FIRM * usual) / weight
+        doubt = DOUBT * sqrt(chance * (1 - chance) * record.tried) / weight
+        return min(0.98, max(0.02, chance - doubt))
 
     def _supply(self, sequence: Sequence) -> float:
         """Share of the drafts asked for that there are."""

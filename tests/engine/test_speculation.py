@@ -55,6 +55,23 @@ def test_it_never_loses(streams: int, quality: float, proposing: Table) -> None:
     assert serve(world(quality, proposing=proposing), streams, 300) >= 0.95 * without
 
 
+@pytest.mark.parametrize("quality", [0.2, 0.5, 0.8])
+def test_prompts_are_not_kept_waiting_for_it(quality: float) -> None:
+    """Most of each step is prompts: there a draft takes as long as a token of theirs, and is one less often."""
+
+    def tokens_per_second(num_drafts: int) -> float:
+        w = world(quality, num_drafts=num_drafts, max_step_tokens=64)
+        w.ready()
+        begun = w.now
+        for i in range(48):
+            w.submit(request(f"r{i}", [1 + i % 31, 2 + i // 31, *range(1, 29), *range(1, 31)], 16, seed=i))
+        w.run()
+        w.check_ends()
+        return 48 * 16 / (w.now - begun)
+
+    assert tokens_per_second(7) >= 0.97 * tokens_per_second(0)
+
+
 @pytest.mark.parametrize(("streams", "quality", "times"), [(1, 1.0, 5.5), (1, 0.8, 2.5), (4, 0.8, 1.8), (16, 1.0, 1.2)])
 def test_it_wins_where_drafts_are_right(streams: int, quality: float, times: float) -> None:
     without = serve(world(quality, num_drafts=0), streams, 300)
