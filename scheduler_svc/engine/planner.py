@@ -19,11 +19,12 @@ MAX_ASIDE = 8192  # blocks of the followers that one step sets aside: to hash an
 class Step:
     """A plan in the making."""
 
-    __slots__ = ("admit", "budget", "for_drafts", "preempted", "rows", "sequences")
+    __slots__ = ("admit", "budget", "for_drafts", "for_samples", "preempted", "rows", "sequences")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # positions that may still be computed
-        self.for_drafts = 0  # … and of those, what is no sequence's next token
+        self.for_samples = 0  # … and of those, what next tokens need that have no row yet
+        self.for_drafts = 0  # … and what is no sequence's next token
         self.admit: list[Admit] = []
         self.rows: list[Row] = []
         self.sequences: list[Sequence] = []  # one for each row
@@ -55,7 +56,8 @@ class Planner:
         """The next step, or None if nobody can move.
 
         There is no prefill and no decode: each sequence catches up from `computed` towards `hi`. Those that are one
-        token behind go first; chunks of those that are further behind, and of newcomers, fill the rest.
+        token behind, or that forced tokens have put there, go first, in the order in which they may preempt each other:
+        nobody who has a row already. Chunks of those that are further behind, and of newcomers, fill the rest.
         """
         step = Step(self.config.max_step_tokens)
         self.aside = 0
@@ -67,19 +69,19 @@ class Planner:
         else:
             if self.roster.ledger.several:
                 self._displace(step)
-            one_behind: list[Sequence] = []
-            forced: list[Sequence] = []
+            first: list[Sequence] = []
             further_behind: list[Sequence] = []
             for sequence in self._in_order():
+                (first if sequence.unsent or sequence.only_samples else further_behind).append(sequence)
+            sampling = [sequence for sequence in first if not sequence.unsent]
+            self._speculate(step, sampling, [each for each in first if each.unsent] + further_behind)
+            step.for_samples = len(sampling)
+            for sequence in first:
                 if sequence.unsent:
-                    forced.append(sequence)
+                    self._jump(step, sequence)
                 else:
-                    (one_behind if sequence.only_samples else further_behind).append(sequence)
-            self._speculate(step, one_behind, further_behind)
-            for sequence in one_behind:
-                self._next_token(step, sequence)
-            for sequence in forced:
-                self._jump(step, sequence)
+                    step.for_samples -= 1
+                    self._next_token(step, sequence)
             self._catch_up(step, further_behind)
         return self._send(step) if step.rows else None
 
@@ -110,7 +112,8 @@ class Planner:
     def _in_order(self) -> tuple[Sequence, ...]:
         """Who runs, first come first; but whoever may be preempted comes last, so that it has no row by then."""
         running = self.device.running
-        most = 2 + self.config.num_drafts // self.kv.block_size  # new blocks of a row
+        longest = max(self.config.num_drafts, *(len(sequence.unsent) for sequence in running), 0)
+        most = 2 + longest // self.kv.block_size  # new blocks of a row
         if self.roster.ledger.several and self.kv.pool.available < most * len(running):
             return tuple(sorted(running, key=turn))
         return tuple(running)
@@ -132,7 +135,7 @@ class Planner:
             return  # what is in flight may be all that it wanted; or it was preempted a moment ago
         if sequence.ahead and sequence.masked and (sequence.pauses or sequence.ahead == MAX_MASKED):
             return
-        drafts = min(sequence.proposed, room, step.for_drafts)
+        drafts = min(sequence.proposed, room, step.for_drafts, max(0, step.budget - step.for_samples - 1))
         new: list[list[int]] = []
         if hi + drafts > len(sequence.block_ids) * self.kv.block_size:
             fitting = self._make_room(step, sequence, hi, drafts)
@@ -207,7 +210,7 @@ class Planner:
 
     def _chunk_size(self, step: Step, computed: int, missing: int) -> int:
         """All that is missing, or as much as ends on a multiple of `align`, where the next chunk starts."""
-        count = min(missing, step.budget)
+        count = min(missing, step.budget - step.for_samples)
         return count if count == missing else count - (computed + count) % self.device.align
 
     def _catch_up(self, step: Step, behind: list[Sequence]) -> None:

@@ -35,18 +35,26 @@ SCHEMA = {
 
 @dataclass
 class Told:
+    fingerprint: str = ""
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
     ends: dict[int, pb.GenerateFinished] = field(default_factory=dict)
 
 
-async def generate(running: Service, wanted: pb.StructuredOutput, seed: int, **sampling: Any) -> Told:
+async def generate(
+    running: Service, wanted: pb.StructuredOutput, seed: int, had: Told | None = None, **sampling: Any
+) -> Told:
+    """`had`: what came before the connection broke."""
     params = pb.SamplingParams(**{"seed": seed, "max_tokens": 40, **sampling})
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Describe a person as JSON.")])
-    told = Told()
-    async for message in running.inference.Generate(
-        pb.GenerateRequest(chat=chat, sampling=params, structured_output=wanted)
-    ):
+    request = pb.GenerateRequest(chat=chat, sampling=params, structured_output=wanted)
+    if had:
+        request.resume_fingerprint = had.fingerprint
+        for index, token_ids in had.token_ids.items():
+            request.resume_token_ids.append(pb.ResumeState(index=index, token_ids=token_ids))
+    call = running.inference.Generate(request)
+    told = Told(str(dict(await call.initial_metadata() or ()).get("fingerprint", "")))
+    async for message in call:
         if message.HasField("delta"):
             delta = message.delta
             told.token_ids.setdefault(delta.index, []).extend(delta.token_ids)
@@ -62,10 +70,15 @@ def check(told: Told) -> None:
             jsonschema.validate(json.loads(told.text[index]), SCHEMA)
 
 
-@pytest.fixture
-async def running(model_path: Path) -> AsyncIterator[Service]:
-    async with service(str(model_path), *REAL) as running:
+@pytest.fixture(params=[1, 2], ids=["one frontend", "two"])
+async def running(model_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Service]:
+    """Grammars are compiled in the engine's process, whichever frontend hears of them."""
+    more = ("--frontends", "2") if request.param == 2 else ()
+    async with service(str(model_path), *REAL, *more) as running:
         yield running
+
+
+one_frontend = pytest.mark.parametrize("running", [1], indirect=True)
 
 
 async def test_the_stream_depends_on_its_seed_alone(running: Service) -> None:
@@ -88,6 +101,25 @@ async def test_the_stream_depends_on_its_seed_alone(running: Service) -> None:
     await running.until_quiet()
 
 
+@one_frontend
+async def test_a_stream_that_broke_goes_on_within_its_grammar(running: Service) -> None:
+    """Wherever it broke: within a word, before or behind what the grammar forces."""
+    wanted = pb.StructuredOutput(json_schema=json.dumps(SCHEMA))
+    whole = await generate(running, wanted, 1)
+    tokens = whole.token_ids[0]
+    assert len(tokens) > 12
+    breaks = range(1, len(tokens), 3)
+    had = [Told(whole.fingerprint, {0: tokens[:count]}) for count in breaks]
+    rests = await asyncio.gather(*[generate(running, wanted, 1, one) for one in had])
+    assert [one.token_ids[0] + rest.token_ids[0] for one, rest in zip(had, rests, strict=True)] == [tokens] * len(had)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate(running, pb.StructuredOutput(choice=pb.Choice(values=["yes"])), 1, had[2])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "resume_token_ids: token 0 of index 0 is not allowed by the grammar" in (caught.value.details() or "")
+    await running.until_quiet()
+
+
+@one_frontend
 async def test_other_constraints(running: Service) -> None:
     async def say(**constraint: Any) -> str:
         told = await generate(running, pb.StructuredOutput(**constraint), 1)
@@ -103,6 +135,7 @@ async def test_other_constraints(running: Service) -> None:
     assert (await say(structural_tag=json.dumps({"type": "structural_tag", "format": tag})))[:3] == "<n>"
 
 
+@one_frontend
 async def test_hostile_grammars_end_alone(running: Service) -> None:
     """Each is refused; a stream that runs meanwhile, and whoever comes behind them, notice nothing but the time."""
     wanted = pb.StructuredOutput(json_schema=json.dumps(SCHEMA))

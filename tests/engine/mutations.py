@@ -267,6 +267,20 @@ MUTATIONS = [
         "return len(hits) * self.block_size if self.room_for(sequence, hits, reserve) else None",
         "return len(hits) * self.block_size",
     ),
+    Mutation(
+        "forced tokens come behind all others",
+        "planner.py",
+        "            for sequence in first:\n",
+        "            for sequence in sorted(first, key=lambda each: bool(each.unsent)):\n",
+    ),
+    Mutation("forced tokens take the step", "planner.py", "step.budget - step.for_samples)\n", "step.budget)\n"),
+    Mutation(
+        "drafts bring more than they do",
+        "speculation.py",
+        "tokens, positions, most, total = plain, plain, 0, 0",
+        "tokens, positions, most, total = plain + 4, plain, 0, 0",
+    ),
+    Mutation("looks cost nothing", "speculation.py", "return self._saved >=", "return True or self._saved >="),
     Mutation("the newest group's lengths", "scheduler.py", "min(self._limits.values())", "self._limits[ready.group]"),
     Mutation(
         "one line of epochs for all groups",

@@ -1,4 +1,4 @@
-"""A busy run of an engine to record: shared prefixes, tenants, siblings, deadlines, aborts, crashes, too few blocks."""
+"""A busy run of an engine to record: shared prefixes, tenants, siblings, grammars, crashes, too few blocks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from protos.engine_wire import FinishReason
+from protos.engine_wire import FinishReason, Grammar
 from scheduler_svc.engine.config import EngineConfig, Tenant
 from scheduler_svc.engine.events import FlushCache
 from tests.engine.world import VOCAB_SIZE, World, request
+from tests.fakes import FakeGrammar
 
 CONFIG = EngineConfig(
     block_size=4,
@@ -19,9 +20,10 @@ CONFIG = EngineConfig(
     max_step_tokens=40,
     depth=2,
     num_drafts=2,
-    max_waiting=40,
+    max_waiting=5,
     tenants=(Tenant("a", 3.0), Tenant("b", 1.0, 50.0, 300.0)),
 )
+GRAMMARS = [str(seed) for seed in range(100) if FakeGrammar(seed).length > 8]  # the others force next to nothing
 
 
 def _submit(world: World, choose: random.Random, number: int) -> None:
@@ -37,6 +39,8 @@ def _submit(world: World, choose: random.Random, number: int) -> None:
         "tenant": choose.choice(["", "a", "b", f"guest-{number % 5}"]),
         "deadline": world.now + 5.0 if choose.random() < 0.2 else 0.0,
     }
+    if choose.random() < 0.5:
+        fields |= {"grammar": Grammar("regex", choose.choice(GRAMMARS)), "logprobs": -1, "prompt_logprobs": -1}
     count = choose.choice([1, 1, 1, 3])
     for index in range(count):
         made = request(
@@ -57,16 +61,24 @@ def run(seed: int, requests: int = 150, between: Callable[[World], None] = lambd
     for number in range(requests):
         _submit(world, choose, number)
         world.land(choose.randrange(5))
+        while world.compiling and choose.random() < 0.7:
+            world.compiled(choose.choice([None, None, None, FinishReason.GRAMMAR]))
         if choose.random() < 0.1:
             world.abort(f"request-{choose.randrange(max(0, number - 3), number + 1)}", FinishReason.ABORTED)
         if choose.random() < 0.05:
             world.crash()
             world.ready()
         if choose.random() < 0.05:
-            world.run()
+            _settle(world)
             world.send(FlushCache())
         world.tick(0.05)
         between(world)
-    world.run()
+    _settle(world)
     world.check_ends()
     return world
+
+
+def _settle(world: World) -> None:
+    while world.compiling:
+        world.compiled()
+    world.run()

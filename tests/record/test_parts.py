@@ -71,7 +71,7 @@ def test_each_part_replays_by_itself(parts: list[Path]) -> None:
     for path in parts:
         result = replay.replay(replay.Log(path, check=True))
         assert result.difference == ""
-        assert result.plans > 5
+        assert result.plans > 5 or path == parts[-1], "only the newest may have just begun"
 
 
 def test_parts_in_order_are_one_log(parts: list[Path], world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ KEY = bytes(range(32))
 EPOCH = Epoch(1, 1)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_an_engine_that_hears_pseudonyms_plans_the_same(seed: int) -> None:
     world = busy.run(seed)
     stats = world.scheduler.stats()

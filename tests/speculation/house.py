@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from protos.adapter_files import digest
 from protos.engine_wire import FinishReason, Outputs, Submit
-from protos.wire import Epoch, Sampling, Setup, StepPlan, StepResult, TokenLogprobs
+from protos.wire import Epoch, LoadAdapter, Sampling, Setup, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
-from scheduler_svc.engine.events import EndEpoch, Event, WorkerLost, WorkerReady
+from scheduler_svc.engine.events import AdapterLoaded, EndEpoch, Event, WorkerLost, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.models.session import load
 from worker_svc.backends.base import DeviceBackend
@@ -26,10 +28,16 @@ class Stream:
 
 
 class House:
-    """`create` makes a backend, which a crash replaces by another."""
+    """`create` makes a backend, which a crash replaces by another; it has the `adapters`, by name, from the start."""
 
-    def __init__(self, setup: Setup, create: Callable[[Setup], DeviceBackend], depth: int = 1) -> None:
-        self.setup, self._create = setup, create
+    def __init__(
+        self,
+        setup: Setup,
+        create: Callable[[Setup], DeviceBackend],
+        depth: int = 1,
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.setup, self._create, self._adapters = setup, create, dict(adapters or {})
         self.config = EngineConfig(
             block_size=setup.block_size,
             max_num_seqs=setup.max_slots // 2,
@@ -49,9 +57,14 @@ class House:
         self._epoch = Epoch(1, self._epoch.counter + 1)
         self._backend = self._create(self.setup)
         capacity = load(self._backend, self.setup)
+        for name, path in self._adapters.items():
+            self._backend.load_adapter(LoadAdapter(self._epoch, 0, name, digest(path), str(path)))
         slots, longest = self.config.max_slots, capacity.max_model_len
         assert slots <= self.setup.max_slots
         self._send(WorkerReady(self._epoch, capacity.num_blocks, slots, capacity.align, 1, longest, 0, 0))
+        if self._epoch.counter == 1:
+            for name, path in self._adapters.items():
+                self._send(AdapterLoaded(name, digest(path)))
 
     def crash(self) -> None:
         assert self._backend

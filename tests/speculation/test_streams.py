@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from msgspec.structs import replace
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
+from protos.adapter_files import digest
 from protos.wire import Setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.lora import save_adapter
 from tests.models.session import EPOCH, load
 from tests.speculation.eagle3_head import random_head
 from tests.speculation.house import House, submits
@@ -73,6 +76,31 @@ def test_streams_are_those_without_drafts(models: Path, proposer: str, mode: str
     assert house.run(made, crashes=(6, 12) if is_quick else ()) == expected
     assert house.drafted > house.accepted > 0, (house.drafted, house.accepted)
     assert house.scheduler.stats().preemptions > 0 or not is_quick
+
+
+@pytest.mark.parametrize("proposer", ["ngram", "draft", "eagle3"])
+def test_drafts_of_the_base_model_are_verified_under_each_rows_adapter(models: Path, proposer: str) -> None:
+    target = LlamaForCausalLM.from_pretrained(models / "target")
+    paths = {name: models / name for name in ("a", "b")}
+    for seed, path in enumerate(paths.values()):
+        save_adapter(path, target, rank=4 + 4 * seed, seed=seed, size=0.5)
+    fields: dict[str, Any] = {"dtype": "bfloat16", "max_adapters": 2, "max_adapter_rank": 8}
+    made = [
+        replace(submit, adapter=name, adapter_digest=digest(paths[name]) if name else "")
+        for submit, name in zip(submits(24, VOCAB, random.Random(7)), ["", "a", "b"] * 8, strict=True)
+    ]
+    alone = House(setup(models, "", 0, **fields), create, adapters=paths)
+    alone.ready()
+    expected = alone.run(made)
+    model = "head" if proposer == "eagle3" else "target"
+    house = House(setup(models, proposer, 5, model, **fields), create, 2, paths)
+    house.ready()
+    assert house.run(made, crashes=(6,)) == expected
+    assert house.drafted > house.accepted > 0, (house.drafted, house.accepted)
+    bare = House(setup(models, "", 0, **fields), create)
+    bare.ready()
+    theirs = bare.run([replace(submit, adapter="", adapter_digest="") for submit in made])
+    assert sum(theirs[name] != expected[name] for name in theirs) > 8, "the adapters change nothing"
 
 
 def test_a_draft_model_that_is_the_target_is_always_right(models: Path) -> None:
