@@ -48,6 +48,23 @@ class Device:
         self.sent: deque[Flight] = deque()
         self.unmatched = 0  # the step whose tokens the grammars have not taken in yet
 
+    def may_take_more(self, config: EngineConfig) -> bool:
+        """A plan behind another one, to save the worker a wait; not behind a long one: newcomers would wait for two.
+        Behind short ones several, so that worker and loop need not wake each other for every single one.
+        """
+        sent = self.sent
+        if self.unmatched:
+            return False
+        if not sent:
+            return True
+        newest = sent[-1].num_tokens
+        if config.long_step and newest - sent[-1].num_drafts > config.long_step:
+            return False
+        if len(sent) < config.depth:
+            return True
+        is_short = newest <= config.short_step and not any(flight.masked for flight in sent)  # R3: plan N+2 is too far
+        return is_short and len(sent) < config.short_depth
+
     def vacate(self, sequence: Sequence) -> None:
         """Takes slot and blocks from a sequence: at once, or when the last plan that names it has landed."""
         if sequence.flying:

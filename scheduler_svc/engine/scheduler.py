@@ -34,12 +34,14 @@ from scheduler_svc.engine.events import (
 from scheduler_svc.engine.forecast import Forecast
 from scheduler_svc.engine.integrity import check
 from scheduler_svc.engine.kv_journal import KvJournal
+from scheduler_svc.engine.lengths import Lengths
 from scheduler_svc.engine.outbox import Outbox
 from scheduler_svc.engine.placement import Placement
 from scheduler_svc.engine.planner import Planner
 from scheduler_svc.engine.roster import Roster
 from scheduler_svc.engine.sequence import FATAL_DEATHS, Sequence, State
 from scheduler_svc.engine.stats import summary
+from scheduler_svc.engine.trust import completes, mismatch, misplaced, unusable
 
 SWEEP = 1.0  # seconds between two looks for tenants that can be forgotten
 # Of what has waited, and never ran.
@@ -64,9 +66,7 @@ class Scheduler:
         self._adapters = Adapters()
         self._arrivals = 0
         self._swept = 0.0
-        self._max_len = config.max_model_len  # of any sequence; 0 until a worker or the configuration has said
-        self._max_len_reason = f"max_model_len {config.max_model_len}"
-        self._limits: dict[int, tuple[int, str]] = {}  # of each group that ever was ready, and where it comes from
+        self._lengths = Lengths(config)
         self._last_epochs: dict[int, Epoch] = {}  # by group
         self._instructions: list[Instruction] = []
         self._outbox = Outbox()
@@ -139,28 +139,11 @@ class Scheduler:
     def _plans(self) -> Iterator[StepPlan | MaskRequest]:
         """One of each group that may and can; who is the least busy has the first choice among those who wait."""
         for planner in sorted(self._planners.values(), key=_business):
-            if self._may_plan(planner.device) and (flight := planner.plan()):
+            if planner.device.may_take_more(self.config) and (flight := planner.plan()):
                 yield flight.plan
                 if flight.masked:
                     named = [(i, s.request_id, s.index) for i in flight.masked for s in (flight.sequences[i],)]
                     yield MaskRequest(flight.plan.epoch, flight.plan.step, named)
-
-    def _may_plan(self, device: Device) -> bool:
-        """Behind another one, to save the worker a wait; not behind a long one: newcomers would wait for two. Behind
-        short ones several, so that worker and loop need not wake each other for every single one.
-        """
-        sent, config = device.sent, self.config
-        if device.unmatched:
-            return False
-        if not sent:
-            return True
-        newest = sent[-1].num_tokens
-        if config.long_step and newest - sent[-1].num_drafts > config.long_step:
-            return False
-        if len(sent) < config.depth:
-            return True
-        is_short = newest <= config.short_step and not any(flight.masked for flight in sent)  # R3: plan N+2 is too far
-        return is_short and len(sent) < config.short_depth
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.roster.requests
@@ -217,12 +200,9 @@ class Scheduler:
 
     def _check_length(self, sequence: Sequence) -> None:
         """Sets how long it may become, and ends it if there is no room for what it has to become."""
-        limit = sequence.prompt_len + sequence.sampling.max_tokens
-        sequence.limit = min(limit, self._max_len) if self._max_len else limit
-        if self._max_len and sequence.prompt_len + sequence.samples > self._max_len:
-            more = " and one more exceed" if sequence.samples else " exceeds"
-            detail = f"the prompt of {sequence.prompt_len} tokens{more} {self._max_len_reason}"
-            self._finish(sequence, FinishReason.INVALID, detail)
+        sequence.limit = self._lengths.of(sequence)
+        if refusal := self._lengths.refusal(sequence):
+            self._finish(sequence, FinishReason.INVALID, refusal)
         elif not sequence.samples:
             return
         elif sequence.settled >= sequence.limit:
@@ -281,24 +261,19 @@ class Scheduler:
         device = self._device(result.epoch)
         if device is None:
             return None  # from an epoch that has ended
-        due = device.sent[0].plan.step if device.sent else None
-        if result.step != due:
-            return self._distrust(device, f"a result for step {result.step}, due was {due}")
+        if reason := misplaced(device, result):
+            return self._distrust(device, reason)
         flight = device.sent[0]
         seconds = result.timings.forward + result.timings.sample
         self._forecast.pace.learn(flight.num_tokens, seconds)
         self.roster.measures.step_seconds.add(seconds)
         rows = flight.plan.rows
-        if len(result.rows) != len(rows):
-            return self._distrust(device, f"step {result.step} has {len(rows)} rows, its result {len(result.rows)}")
-        if result.copied != [host_block for _, _, host_block in flight.plan.copies]:
-            return self._distrust(device, f"step {result.step} copied {result.copied}, its plan {flight.plan.copies}")
         for sequence in flight.sequences:
             sequence.flying -= 1
         for row, answer, sequence in zip(rows, result.rows, flight.sequences, strict=True):
             if sequence.state is State.FINISHED:
                 continue
-            if reason := _mismatch(row, answer, sequence):
+            if reason := mismatch(row, answer, sequence):
                 return self._distrust(device, f"step {result.step}: {reason}")
             if row.num_drafts:
                 self.roster.counters.count_drafts(answer.num_drafted, len(answer.token_ids) - 1)
@@ -308,7 +283,7 @@ class Scheduler:
                 except OverflowError:
                     what = f"step {result.step}: slot {row.slot} brings {answer.token_ids}, no token ids"
                     return self._distrust(device, what)
-            elif _completes(sequence, row):
+            elif completes(sequence, row):
                 self._outbox.computed(sequence, row, answer)
                 self._leave(sequence, FinishReason.STOP)
             elif answer.prompt_logprobs:
@@ -391,44 +366,15 @@ class Scheduler:
         if before := self.devices.get(ready.group):
             self._end_epoch(before, blameless=False)
         self._last_epochs[ready.group] = ready.epoch
-        if reason := self._unusable(ready):
+        if reason := unusable(ready, self.config):
             self._instructions.append(EndEpoch(ready.epoch, reason))
             return
         device = self.devices[ready.group] = Device(ready, self.config, self.journal)
         self._planners[ready.group] = Planner(self.config, device, self.roster, self._forecast, self._placement)
         self.roster.num_groups = len(self.devices)
-        self._limit_lengths(ready)
-
-    def _limit_lengths(self, ready: WorkerReady) -> None:
-        """A sequence may come into any group, so none becomes longer than the smallest holds."""
-        limits = [
-            (self.config.max_model_len, f"max_model_len {self.config.max_model_len}"),
-            (ready.max_model_len, f"max_model_len {ready.max_model_len}"),
-            (
-                (ready.num_blocks - 1) * self.config.block_size,
-                f"the {ready.num_blocks - 1} KV blocks of {self.config.block_size} tokens",
-            ),
-        ]
-        self._limits[ready.group] = min(limit for limit in limits if limit[0])
-        max_len, self._max_len_reason = min(self._limits.values())
-        if max_len != self._max_len:
-            self._max_len = max_len
+        if self._lengths.learn(ready):
             for sequence in list(self.roster):
                 self._check_length(sequence)
-
-    def _unusable(self, ready: WorkerReady) -> str:
-        if ready.groups != 1:
-            return f"groups is {ready.groups}: this engine plans for one KV group"
-        if ready.align > self.config.max_step_tokens:
-            return f"align is {ready.align}: at most max_step_tokens {self.config.max_step_tokens}"
-        if ready.num_blocks < 2 or ready.max_slots < self.config.max_num_seqs:
-            return (
-                f"num_blocks is {ready.num_blocks} and max_slots {ready.max_slots}: "
-                f"at least 2, and max_num_seqs {self.config.max_num_seqs}"
-            )
-        if ready.num_host_blocks < 0:
-            return f"num_host_blocks is {ready.num_host_blocks}: at least 0"
-        return ""
 
     def _distrust(self, device: Device, reason: str) -> None:
         self._instructions.append(EndEpoch(device.epoch, reason))
@@ -463,27 +409,3 @@ class Scheduler:
 
 def _business(planner: Planner) -> tuple[int, int]:
     return len(planner.device.running), planner.device.group
-
-
-def _completes(sequence: Sequence, row: Row) -> bool:
-    """Whether the row computes the last of a prompt behind which nothing is sampled."""
-    return not sequence.samples and row.start + row.num_tokens == sequence.prompt_len
-
-
-def _mismatch(row: Row, answer: RowResult, sequence: Sequence) -> str:
-    """Why an answer cannot be the row's; empty if it can."""
-    if answer.slot != row.slot:
-        return f"slot {answer.slot} answers for slot {row.slot}"
-    if answer.start != sequence.settled:
-        return f"slot {row.slot} has {answer.start} tokens, the engine knows {sequence.settled}"
-    count = len(answer.token_ids)
-    drafted = answer.num_drafted
-    if not (0 <= drafted <= row.num_drafts and (0 < count <= 1 + drafted if row.sample else count == 0)):
-        of = f"{drafted} drafts, where the plan has sample={row.sample} and {row.num_drafts} drafts"
-        return f"slot {row.slot} brings {count} tokens of {of}"
-    pools = bool(sequence.submit.pooling) and _completes(sequence, row)
-    if bool(answer.pooled) != pools or len(answer.pooled) % 4:
-        return (
-            f"slot {row.slot} brings {len(answer.pooled)} bytes of pooled floats, due are {'some' if pools else 'none'}"
-        )
-    return ""

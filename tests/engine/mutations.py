@@ -242,13 +242,11 @@ MUTATIONS = [
     Mutation(
         "an evicted block is still found",
         "block_pool.py",
-        "        del self.by_hash[self.hashes[block]]\n",
+        "        del self.by_hash[digest]\n",
         "",
     ),
     Mutation("a pooled prompt is read from the cache", "sequence.py", ' or submit.pooling in ("mean", "cls")', ""),
-    Mutation(
-        "a prompt ends early", "scheduler.py", "row.start + row.num_tokens == sequence", "row.num_tokens == sequence"
-    ),
+    Mutation("a prompt ends early", "trust.py", "row.start + row.num_tokens == sequence", "row.num_tokens == sequence"),
     Mutation("the scored are cached", "sequence.py", "prompt_logprobs_from - 1 if", "prompt_logprobs_from if"),
     Mutation("a dead group takes all along", "roster.py", "if sequence.device is not device:", "if False:"),
     Mutation(
@@ -281,7 +279,7 @@ MUTATIONS = [
         "tokens, positions, most, total = plain + 4, plain, 0, 0",
     ),
     Mutation("looks cost nothing", "speculation.py", "return self._saved >=", "return True or self._saved >="),
-    Mutation("the newest group's lengths", "scheduler.py", "min(self._limits.values())", "self._limits[ready.group]"),
+    Mutation("the newest group's lengths", "lengths.py", "min(self._limits.values())", "self._limits[ready.group]"),
     Mutation(
         "one line of epochs for all groups",
         "scheduler.py",
@@ -325,7 +323,7 @@ MUTATIONS = [
     Mutation("loaded twice", "prefix_cache.py", " or digest in self._leaders):", "):"),
     Mutation("nothing goes to the host", "block_pool.py", "self.host.save(digest, block)", "digest"),
     Mutation("watchers are told too soon", "block_pool.py", "if digest and not self.holds(digest):", "if digest:"),
-    Mutation("copies are believed", "scheduler.py", "if result.copied != [", "if False and result.copied != ["),
+    Mutation("copies are believed", "trust.py", "if result.copied != [", "if False and result.copied != ["),
     Mutation("suspects in company", "sequence.py", "return self.deaths >= SUSPECT_DEATHS", "return False"),
     Mutation(
         "prompt logprobs twice",
