@@ -169,3 +169,11 @@ def lora(x: Tensor, a: Tensor, b: Tensor, scales: Tensor, index: Tensor, y: Tens
             added = scales[i].double() * (b[i].double() @ (a[i].double() @ x[row].double()))
             columns = slice(first, first + len(added))
             y[row, columns] = (y[row, columns].double() + added).to(y.dtype)
+
+
+def add_states(states: Tensor, slots: Tensor, borders: Tensor, first: int, totals: Tensor) -> None:
+    """In place: totals[slots[g]] += states[t − first] for each t of borders[g] : borders[g + 1] that is there."""
+    for group, slot in enumerate(slots.tolist()):
+        for t in range(*borders[group : group + 2].tolist()):
+            if 0 <= t - first < len(states):
+                totals[slot] += states[t - first].double()

@@ -32,6 +32,7 @@ from worker_svc.device.base import Device
 from worker_svc.gpu.engine import GpuEngine, Room
 from worker_svc.gpu.memory import DeviceMemory, blocks_that_fit
 from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.pooling import Pools
 from worker_svc.gpu.sample_words import SamplePacker
 from worker_svc.gpu.step_words import StepPacker
 from worker_svc.gpu.stepping import Steps, Watch
@@ -149,6 +150,7 @@ class GpuBackend:
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
+            hidden_size=model.spec.hidden_size,
         )
 
     def _quantization(self, model: Model, setup: Setup) -> str:
@@ -253,8 +255,8 @@ class GpuBackend:
         )  # fmt: skip
         sizes = Sizes(
             plan=min(PLAN_WORDS, 2 * room.rows * self._max_len) + 64 * room.rows,
-            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW),
-            results=2 * room.rows + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
+            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW) + room.tokens,
+            results=room.rows * (2 + self._model.spec.hidden_size) + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
         )
         return Pipeline(place.device, self._engine, sizes, DEPTH)
 
@@ -311,9 +313,11 @@ def _measured(
     for window, each in attention.items():
         each.begin(step.plans[window], step.rows)
     shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
+    sums = Pools(room.rows, spec.hidden_size, where)
     hidden = model.forward(step, torch.zeros(shape, dtype=kv.dtype, device=where), attention)
     logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
     model.logits(hidden, torch.zeros(room.rows, dtype=torch.int32, device=where), logits)
+    del sums  # of pooled outputs: there was room for them, too
     logits.clone()  # where requests edit theirs, there are two
     return place.memory()
 

@@ -22,6 +22,7 @@ from worker_svc.attention.paged import PagedAttention, Rows
 from worker_svc.device.base import Buffer, Device, Graph, Stream
 from worker_svc.gpu.lora import Staged
 from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.pooling import Pools
 from worker_svc.gpu.sample_words import SampleShape
 from worker_svc.gpu.sampler import Sampler
 from worker_svc.gpu.step_words import StepShape
@@ -72,6 +73,7 @@ class GpuEngine:
         self._progress = progress  # of the captures
         self._host = host  # [host blocks, layers, 2, kv heads, block_size, dim], pinned: the second tier of KV
         self._sampler, self._room, self._captured = Sampler(state, room.rows), room, captured
+        self._pools = Pools(room.rows, model.spec.hidden_size, state.words.device)
         self._memory = _memory(room, state, model.spec.vocab_size)
         self._hidden: tuple[Tensor, Tensor] | None = None  # of the last step, if not captured
         self._everything = device.buffer("all that stays on the device", 1, WORD)  # one name: one stream has it
@@ -89,6 +91,10 @@ class GpuEngine:
     def expect_sampling(self, shape: SampleShape) -> None:
         """Of the step that is sampled next."""
         self._sampling = shape
+
+    def pooled_words(self, shape: SampleShape) -> int:
+        """That pooled outputs take back."""
+        return shape.pools.ends * self._pools.hidden
 
     def warm_up(self, stream: Stream) -> None:
         """Largest first: the memory of its graph is enough for all the others."""
@@ -140,6 +146,9 @@ class GpuEngine:
             words = None if mask is None else _tensor(mask)[: sum(sampling.sizes)]
             logits = self._memory.logits[: shape.samples]
             self._sampler.take(logits, shape.samples, sampling, words, self._score, _tensor(results))
+            if words is not None and any(sampling.pools.sizes):
+                behind = _tensor(results)[2 * shape.samples + sampling.extra_results() :]
+                self._pools.take(sampling.pools, words.split(sampling.sizes)[-1], self._states, behind)
 
         stream.run(take, reads=reads, writes=[self._everything, results])
 
@@ -160,6 +169,10 @@ class GpuEngine:
     def _score(self, positions: Tensor, out: Tensor) -> None:
         assert self._hidden is not None, "captured steps score no prompts"
         self._model.logits(self._hidden, positions, out)
+
+    def _states(self, positions: Tensor, out: Tensor) -> None:
+        assert self._hidden is not None, "captured steps pool nothing"
+        self._model.states(self._hidden, positions, out)
 
     def _forward(self, shape: StepShape) -> Callable[[], None]:
         def work() -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kernels.gpu.slot_state import SlotState, sampling_words
 from protos.wire import Copy, StepPlan
 from worker_svc.inputs import StepInputs, build_inputs
-from worker_svc.slots import SlotError, SlotTable
+from worker_svc.slots import SlotTable
 
 Words = NDArray[np.int32]
 
@@ -57,11 +57,6 @@ class StepPacker:
     def pack(self, plan: StepPlan) -> PackedStep:
         """Follows the plan on the host, too. Raises SlotError."""
         slots = self._slots
-        for admit in plan.admit:
-            if admit.pooling:
-                raise SlotError(
-                    f"slot {admit.slot} is to be pooled by {admit.pooling!r}, which the cuda backend does not do"
-                )
         slots.apply(plan)
         known = slots.lengths.copy()
         inputs = build_inputs(plan, slots)
