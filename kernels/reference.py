@@ -160,9 +160,20 @@ def grouped_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int
 
 
 def lora(x: Tensor, a: Tensor, b: Tensor, scales: Tensor, index: Tensor, y: Tensor, first: int = 0) -> None:
-    """In place: y[t, first:] += scales[i] · b[i] · (a[i] · x[t]) where i = index[t] > 0; float64, rounded once."""
+    """In place: y[t, first:] += scales[i] · b[i] · (a[i] · x[t]) where i = index[t] > 0; float64, rounded once.
+
+    A scale of 0 leaves the row as it is.
+    """
     for row, i in enumerate(index.tolist()):
-        if i > 0:
+        if i > 0 and scales[i] != 0:
             added = scales[i].double() * (b[i].double() @ (a[i].double() @ x[row].double()))
             columns = slice(first, first + len(added))
             y[row, columns] = (y[row, columns].double() + added).to(y.dtype)
+
+
+def add_states(states: Tensor, slots: Tensor, borders: Tensor, first: int, totals: Tensor) -> None:
+    """In place: totals[slots[g]] += states[t − first] for each t of borders[g] : borders[g + 1] that is there."""
+    for group, slot in enumerate(slots.tolist()):
+        for t in range(*borders[group : group + 2].tolist()):
+            if 0 <= t - first < len(states):
+                totals[slot] += states[t - first].double()

@@ -14,6 +14,7 @@ order is the steps' order. So a step finds the tokens that the one before it sam
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,6 +118,10 @@ class Pipeline:
         self._launched = None
         self._flying.append(place)
         return landing
+
+    def between(self, launch: Callable[[Stream], None]) -> None:
+        """`launch` is given the steps' own stream: behind all that was launched, ahead of what will be."""
+        launch(self._compute)
 
     def land(self) -> Array:
         """Waits for the oldest step; what it takes back."""

@@ -49,14 +49,11 @@ class Pooler:
             return pooled
         found = states(inputs.pooled_tokens) if len(inputs.pooled_tokens) else np.zeros((0, 0), np.float32)
         for row in np.flatnonzero(kinds).tolist():
-            slot, kind = int(inputs.slots[row]), int(kinds[row])
+            slot = int(inputs.slots[row])
             partial = self._gather(slot, found[inputs.pooled_rows == row])
-            if inputs.context_lens[row] < (prompt_len := int(slots.prompt_lens[slot])):
+            if inputs.context_lens[row] < slots.prompt_lens[slot]:
                 continue
-            due = prompt_len if kind == _MEAN else 1
-            if partial.count != due:
-                name = POOLINGS[kind]
-                raise SlotError(f"slot {slot} pools by {name}, and has {partial.count} of the {due} states for it")
+            due = states_due(slots, slot, partial.count)
             pooled[row] = (partial.total / due).astype("<f4").tobytes()
         return pooled
 
@@ -70,3 +67,14 @@ class Pooler:
             partial.total = partial.total + state.astype(np.float64)
         partial.count += len(states)
         return partial
+
+
+def states_due(slots: SlotTable, slot: int, count: int) -> int:
+    """How many states the output of a slot is the mean of, now that its prompt has ended. Raises SlotError where it has
+    another `count`: its prompt did not begin at its first position.
+    """
+    kind = int(slots.pooling[slot])
+    due = int(slots.prompt_lens[slot]) if kind == _MEAN else 1
+    if count != due:
+        raise SlotError(f"slot {slot} pools by {POOLINGS[kind]}, and has {count} of the {due} states for it")
+    return due

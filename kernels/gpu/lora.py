@@ -4,7 +4,8 @@
     y[t, first …] += scale · B[adapter of t] · shrunk[t]     one program a row and a run of columns
 
 All adapters of a role lie in two tensors of fixed places, so a captured graph reads whatever was loaded there since. A
-row is computed by itself, in one order: its bits are its own. Rows of index 0 cost a program that ends at once.
+row is computed by itself, in one order: its bits are its own. Rows of index 0, and those whose adapter has a scale of 0
+(it does not have this role), are left as they are, and cost a program that ends at once.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ RANKS: Final = (16, 32, 64, 128)  # that tensors of adapters are made for
 
 @triton.jit
 def lora_shrink_kernel(
-    x, a, index, shrunk, x_stride, K: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr
+    x, a, scales, index, shrunk, x_stride, K: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """Grid (rows). a [adapters, RANK, K], dense; shrunk [rows, RANK]."""
     row = tl.program_id(0).to(tl.int64)
     adapter = tl.load(index + row).to(tl.int64)
-    if adapter > 0:
+    if tl.load(scales + adapter, mask=adapter > 0, other=0.0) != 0:
         rank, depth = tl.arange(0, RANK), tl.arange(0, DEPTH)
         weights = a + (adapter * RANK + rank)[:, None] * K + depth[None, :]
         acc = tl.zeros([RANK], tl.float32)
@@ -51,19 +52,20 @@ def lora_expand_kernel(
     """Grid (rows, ⌈N / COLUMNS⌉). b [adapters, N, RANK], dense; y from the role's first column on."""
     row = tl.program_id(0).to(tl.int64)
     adapter = tl.load(index + row).to(tl.int64)
-    if adapter > 0:
+    scale = tl.load(scales + adapter, mask=adapter > 0, other=0.0)
+    if scale != 0:
         rank, column = tl.arange(0, RANK), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < N
         of_x = tl.load(shrunk + row * RANK + rank)
         weights = b + (adapter * N + column)[:, None] * RANK + rank[None, :]
         of_b = tl.load(weights, mask=inside[:, None], other=0.0).to(tl.float32)
-        added = tl.sum(of_b * of_x[None, :], 1) * tl.load(scales + adapter)
+        added = tl.sum(of_b * of_x[None, :], 1) * scale
         to = y + row * y_stride + column
         tl.store(to, tl.load(to, mask=inside, other=0.0).to(tl.float32) + added, mask=inside)
 
 
 def lora(x: Tensor, a: Tensor, b: Tensor, scales: Tensor, index: Tensor, y: Tensor, first: int = 0) -> None:
-    """In place: y[t, first : first + N] += scales[i] · b[i] · (a[i] · x[t]) where i = index[t] > 0.
+    """In place: y[t, first : first + N] += scales[i] · b[i] · (a[i] · x[t]) where i = index[t] > 0 and scales[i] ≠ 0.
 
     x [T, K], y [T, any], a [adapters + 1, R, K] and b [adapters + 1, N, R] of one dtype, bfloat16, float16 or float32;
     scales [adapters + 1] float32; index [T] int32; R one of RANKS, zeros beyond an adapter's own. Sums are float32, and
@@ -85,7 +87,7 @@ def lora(x: Tensor, a: Tensor, b: Tensor, scales: Tensor, index: Tensor, y: Tens
     if not rows:
         return
     shrunk = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
-    lora_shrink_kernel[(rows,)](x, a, index, shrunk, x.stride(0), K=k, RANK=rank, DEPTH=DEPTH, num_warps=4)
+    lora_shrink_kernel[(rows,)](x, a, scales, index, shrunk, x.stride(0), K=k, RANK=rank, DEPTH=DEPTH, num_warps=4)
     lora_expand_kernel[(rows, triton.cdiv(n, COLUMNS))](
         shrunk, b, scales, index, y[:, first:], y.stride(0), N=n, RANK=rank, COLUMNS=COLUMNS, num_warps=4
     )
@@ -104,7 +106,7 @@ def ahead() -> Iterator[Ahead]:
                 yield Ahead(
                     lora_shrink_kernel,
                     name,
-                    {"x": kind, "a": kind, "index": "*i32", "shrunk": "*fp32", "x_stride": "i32"},
+                    {"x": kind, "a": kind, "scales": "*fp32", "index": "*i32", "shrunk": "*fp32", "x_stride": "i32"},
                     {"K": k, "RANK": rank, "DEPTH": DEPTH},
                     multiples_of_16=("x_stride",),
                 )

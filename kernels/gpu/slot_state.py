@@ -5,6 +5,7 @@
     lengths       [slots + 1]                   tokens known
     computed      [slots + 1]                   positions whose KV is written
     sampling      [slots + 1, SAMPLING_WORDS]   how to choose a token, see `sampling_words`
+    adapters      [slots + 1]                   index of its adapter, 0 is none; of no slots where there are no adapters
 
 All of them are int32 views of one array of words. A plan reaches it as pairs of address and word, so that admissions
 and new blocks are one copy and one launch, whatever they are. A step that goes on at its slots' own lengths
@@ -43,11 +44,14 @@ class SlotState:
     lengths: Tensor
     computed: Tensor
     sampling: Tensor
+    adapters: Tensor
 
     @classmethod
-    def empty(cls, max_slots: int, max_model_len: int, max_blocks: int, device: torch.device) -> SlotState:
+    def empty(
+        cls, max_slots: int, max_model_len: int, max_blocks: int, device: torch.device, adapts: bool = False
+    ) -> SlotState:
         rows = max_slots + 1
-        shapes = ((rows, max_model_len), (rows, max_blocks), (rows,), (rows,), (rows, SAMPLING_WORDS))
+        shapes = ((rows, max_model_len), (rows, max_blocks), (rows,), (rows,), (rows, SAMPLING_WORDS), (rows * adapts,))
         sizes = [torch.Size(shape).numel() for shape in shapes]
         if sum(sizes) >= 1 << 31:
             raise ValueError(f"{max_slots} slots of {max_model_len} tokens are {sum(sizes)} words; below 2^31 can be")
@@ -121,6 +125,18 @@ def prepare_tokens_kernel(
 
 
 @triton.jit
+def token_adapters_kernel(slots, cu, adapters, index, num_rows, num_tokens, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, end = tl.load(cu + row), num_tokens
+    adapter = 0  # behind the last row, too
+    if row < num_rows:
+        end = tl.load(cu + row + 1)
+        adapter = tl.load(adapters + tl.load(slots + row))
+    tl.store(index + first + at, tl.zeros([BLOCK], tl.int32) + adapter, mask=first + at < end)
+
+
+@triton.jit
 def append_tokens_kernel(
     slots, sampled, counts, all_token_ids, lengths, sampled_stride, tokens_stride, MOST: tl.constexpr
 ):
@@ -184,6 +200,21 @@ def prepare(
     )  # fmt: skip
 
 
+def token_adapters(state: SlotState, slots: Tensor, cu: Tensor, index: Tensor) -> None:
+    """index [T]: that of the adapter of each token's slot; 0 behind the last row. slots [R] and cu [R + 1] as `prepare`
+    has them, all int32; of a state that has adapters. Raises ValueError naming the argument.
+    """
+    expect("slots", slots, (None,), INT32, state.words)
+    rows = slots.shape[0]
+    expect("cu", cu, (rows + 1,), INT32, state.words)
+    expect("index", index, (None,), INT32, state.words)
+    expect("adapters", state.adapters, state.lengths.shape, INT32, state.words)
+    tokens = index.shape[0]
+    token_adapters_kernel[(rows + 1, triton.cdiv(tokens, TOKENS))](
+        slots, cu, state.adapters, index, rows, tokens, BLOCK=TOKENS
+    )
+
+
 def append_tokens(state: SlotState, slots: Tensor, sampled: Tensor, counts: Tensor) -> None:
     """The first counts[i] of sampled[i] go to the end of slots[i]; slots and counts [R], sampled [R, K], all int32.
 
@@ -216,6 +247,8 @@ def ahead() -> Iterator[Ahead]:
         {**dict.fromkeys(tokens, "*i32"), **dict.fromkeys(numbers, "i32")},
         {"BLOCK_SIZE": 16, "BLOCK": TOKENS},
     )
+    adapted = {**dict.fromkeys(("slots", "cu", "adapters", "index"), "*i32"), "num_rows": "i32", "num_tokens": "i32"}
+    yield Ahead(token_adapters_kernel, "any", adapted, {"BLOCK": TOKENS})
     for most in (1, 8):
         signature = {**dict.fromkeys(appended, "*i32"), "sampled_stride": "i32", "tokens_stride": "i32"}
         yield Ahead(append_tokens_kernel, f"{most} a row", signature, {"MOST": most})

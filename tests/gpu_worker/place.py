@@ -33,10 +33,11 @@ class FakePlace:
     kind: Kind = KIND
     float8: torch.dtype | None = torch.float8_e4m3fn
     capability: tuple[int, int] = (0, 0)
+    eager: float = 0.4
     device: Device = field(init=False)
 
     def __post_init__(self) -> None:
-        self.device = FakeDevice(self.rng, eager=0.4)
+        self.device = FakeDevice(self.rng, self.eager)
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory(self.total, self.peak, 0)

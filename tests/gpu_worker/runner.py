@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionShape
@@ -35,6 +37,7 @@ class GpuRunner:
         batch_invariant: bool = False,
         float8: torch.dtype | None = torch.float8_e4m3fn,
         quantization: str = "",
+        max_adapters: int = 0,
     ) -> None:
         opened = open_model(path)
         assert opened is not None
@@ -49,6 +52,8 @@ class GpuRunner:
             batch_invariant=batch_invariant,
             float8=float8,
             quantization=quantization,
+            max_adapters=max_adapters,
+            max_adapter_rank=16,
         )
         self.vocab_size = spec.vocab_size
         self.kv_shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self.model.dtype)
@@ -72,6 +77,7 @@ class GpuRunner:
             _words(inputs.slot_mapping),
             Rows(_words(inputs.cu), _words(inputs.context_lens), _words(inputs.block_tables)),
             {window: attention.plan(query_lens, contexts) for window, attention in self.attention.items()},
+            None if inputs.adapters is None else _words(np.repeat(inputs.adapters, query_lens)),
         )
         pages = cache.pages.to(WHERE)
         hidden = self.model.forward(step, pages, self.attention)
@@ -85,5 +91,5 @@ class GpuRunner:
         return logits
 
 
-def _words(values: Ints) -> Tensor:
+def _words(values: Ints | NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(values).to(torch.int32).to(WHERE)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from protos.wire import Phase, Setup
+from protos.wire import LoadAdapter, Phase, Setup
 from tests.gpu_worker.place import FakePlace
 from tests.gpu_worker.plans import EPOCH, Plans
 from tests.gpu_worker.test_steps import on_the_cpu
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from worker_svc.adapters.places import AdapterError
 from worker_svc.backends.base import BackendError, Capacity
 from worker_svc.gpu.backend import GpuBackend
 from worker_svc.gpu.memory import DeviceMemory, blocks_that_fit
@@ -51,6 +52,8 @@ def test_it_says_what_it_can_do(llama: Path) -> None:
     assert (capacity.backend, capacity.device, capacity.dtype) == ("cuda", "a device of the tests", "float32")
     assert phases[-1] == (Phase.COMPILING, 1.0)
     assert any(phase is Phase.LOADING for phase, _ in phases)
+    with pytest.raises(AdapterError, match="max_adapters is 0"):
+        backend.load_adapter(LoadAdapter(EPOCH, 0, "any", "", "nowhere"))
     assert loaded(llama, random.Random(0), dtype="auto")[1].fingerprint != capacity.fingerprint
     backend.close()
 

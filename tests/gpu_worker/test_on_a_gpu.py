@@ -10,12 +10,15 @@ import torch
 from transformers import LlamaConfig
 
 from tests.gpu_worker.plans import Plans
+from tests.gpu_worker.test_adapters import check_mixed, make
 from tests.gpu_worker.test_backend import setup
+from tests.gpu_worker.test_pooling import CHUNKS, WHOLE, check_vectors, pooled_by
 from tests.gpu_worker.test_steps import WISHES, bare, on_the_cpu
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
-from worker_svc.backends.base import BackendError, Landing
+from worker_svc.backends.base import BackendError, DeviceBackend, Landing
 from worker_svc.backends.cuda import cuda_backend
+from worker_svc.backends.torch import TorchBackend
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +46,25 @@ def test_tokens_are_those_of_the_cpu(captured: tuple[int, ...], llama: Path) -> 
     answers = [landing.rows() for landing in landings]
     assert [bare(step) for step in answers] == [bare(step) for step in on_the_cpu(llama, plans)]
     backend.close()
+
+
+def test_adapters_are_those_of_the_merged_models(tmp_path: Path) -> None:
+    made = make(tmp_path, LlamaConfig(**{**SMALL, "num_hidden_layers": 2}))
+    backend = cuda_backend("cuda", lambda: None, 0.2, (5,))
+    backend.load(setup(made.model, max_slots=5, max_adapters=3, max_adapter_rank=16), lambda phase, share: None)
+    check_mixed(backend, made, 5)
+    backend.close()
+
+
+def test_pooled_prompts_are_those_of_torch(llama: Path) -> None:
+    asked = setup(llama, max_slots=5, kv_bytes=1 << 20)
+    backends: list[DeviceBackend] = [cuda_backend("cuda", lambda: None, 0.2, (1, 4)), TorchBackend(threads=1)]
+    for backend in backends:
+        backend.load(asked, lambda phase, share: None)
+    ours, theirs = (pooled_by(*pair) for pair in zip(backends, (CHUNKS, WHOLE), strict=True))
+    check_vectors(ours, theirs)
+    for backend in backends:
+        backend.close()
 
 
 @pytest.mark.parametrize("library", ["flash_attn", "flashinfer", "triton"])

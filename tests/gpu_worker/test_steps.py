@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaConfig
 
 from kernels.gpu.slot_state import SlotState
-from protos.wire import Admit, Epoch, Mask, Row, RowResult, Sampling, Setup, StepPlan
+from protos.wire import Epoch, Mask, Row, RowResult, Setup, StepPlan
 from tests.device.fake import FakeDevice
 from tests.gpu_worker.place import NoWatch
 from tests.gpu_worker.plans import EPOCH, Plans
@@ -179,9 +179,6 @@ def test_what_cannot_be_followed_is_refused_before_it_is_launched(llama: Path) -
     steps = steps_on(device, llama, (), 2)
     plan = next(Plans(random.Random(1), vocab=151).take(1, streams=1))
     launched = len(device.pending)
-    pooled = Admit(1, [5, 6], 2, [[1]], Sampling(0), pooling="mean")
-    with pytest.raises(SlotError, match="slot 1 is to be pooled by 'mean', which the cuda backend does not do"):
-        steps.forward(StepPlan(EPOCH, 1, [], [pooled], [], [Row(1, 0, 2)]))
     with pytest.raises(SlotError, match="slot 3 is not admitted"):
         steps.forward(msgspec.structs.replace(plan, rows=[Row(3, 0, 1)]))
     assert len(device.pending) == launched

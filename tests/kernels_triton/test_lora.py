@@ -56,3 +56,12 @@ def test_refusals() -> None:
         lora(x, a, b[..., :8].contiguous(), scales, index, y)
     with pytest.raises(ValueError, match=r"index is torch.int64, not torch.int32"):
         lora(x, a, b, scales, index.long(), y)
+
+
+def test_what_an_adapter_does_not_have_is_not_read() -> None:
+    x, a, b, scales, index = made(64, 48, 16, torch.float32)
+    scales[2], a[2], b[2] = 0.0, torch.nan, torch.nan
+    y = normal(len(INDEX), 48, seed=3)
+    before = y.clone()
+    lora(x, a, b, scales, index, y)
+    assert torch.equal((y != before).any(1).cpu(), torch.tensor([i in (1, 3) for i in INDEX]))

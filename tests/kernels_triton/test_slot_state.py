@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.slot_state import MAX_ROWS, SlotState, append_tokens, prepare, scatter_words
+from kernels.gpu.slot_state import MAX_ROWS, SlotState, append_tokens, prepare, scatter_words, token_adapters
 from protos.wire import Admit, Epoch, Row, Sampling, StepPlan
 from tests.kernels_triton.compare import DEVICE
 from worker_svc.inputs import StepInputs, build_inputs
@@ -143,9 +143,21 @@ def test_words_of_large_states_are_reached() -> None:
 def test_no_address_is_nowhere() -> None:
     around = torch.full((12,), 9, dtype=torch.int32, device=DEVICE)
     words = around[1:-1]
-    state = SlotState(words, words, words, words, words, words)
+    state = SlotState(words, words, words, words, words, words, words)
     scatter_words(state, ints([-1, 3, -1]), ints([5, 6, 7]))
     assert around.tolist() == [9, 9, 9, 9, 6, *[9] * 7]
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_every_token_has_its_slots_adapter(spare: int) -> None:
+    """More than one program's tokens; null rows, and what is behind the last row, have none."""
+    state = SlotState.empty(3, 8, 2, torch.device(DEVICE), adapts=True)
+    scatter_words(state, ints([state.address(state.adapters, slot) for slot in (1, 3)]), ints([5, 2]))
+    counts, slots = [130, 1, 3, 1], [3, 2, 1, 0]
+    cu = ints([0, *np.cumsum(counts)])
+    index = torch.full((sum(counts) + spare,), 77, dtype=torch.int32, device=DEVICE)
+    token_adapters(state, ints(slots), cu, index)
+    assert index.tolist() == [*[2] * 130, 0, *[5] * 3, *[0] * (1 + spare)]
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -155,6 +167,8 @@ def test_what_does_not_fit_is_named() -> None:
         scatter_words(state, one, ints([1, 2]))
     with pytest.raises(ValueError, match=r"addresses is torch\.int64"):
         scatter_words(state, one.long(), one)
+    with pytest.raises(ValueError, match=r"adapters has shape \[0\], not \[3\]"):
+        token_adapters(state, one, ints([0, 1]), one)
     many = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=f"from 1 to {MAX_ROWS}"):
         prepare(

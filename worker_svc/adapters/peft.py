@@ -187,5 +187,14 @@ class _Reader:
         return AdapterError(f"{WEIGHTS}: tensor {tensor!r} {what}")
 
 
+def part(product: str, lora: Lora, rank: int, size: int) -> Lora:
+    """What rank `rank` of `size` adds: of q, k, v, gate and up its rows; of o and down a part of every sum, by its
+    columns, as of the weights themselves.
+    """
+    if product in ("qkv", "gate_up"):
+        return lora._replace(b=np.split(lora.b, size)[rank])
+    return lora._replace(a=np.split(lora.a, size, axis=1)[rank])
+
+
 def _name(module: str, side: str) -> str:
     return f"base_model.model.{module}.lora_{side}.weight"

@@ -15,7 +15,8 @@ from kernels.gpu.attention_plan import AttentionShape
 from kernels.gpu.attention_tuning import Device as Kind
 from kernels.gpu.slot_state import MAX_ROWS, SlotState
 from protos.wire import LoadAdapter, Mask, Phase, Setup, StepPlan
-from worker_svc.adapters.places import AdapterError
+from worker_svc.adapters.peft import read_adapter
+from worker_svc.adapters.places import Places
 from worker_svc.attention.choice import Choice, Where, choose
 from worker_svc.attention.paged import PagedAttention, Rows, UnsuitedAttention
 from worker_svc.backends.base import (
@@ -31,6 +32,7 @@ from worker_svc.device.base import Device
 from worker_svc.gpu.engine import GpuEngine, Room
 from worker_svc.gpu.memory import DeviceMemory, blocks_that_fit
 from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.pooling import Pools
 from worker_svc.gpu.sample_words import SamplePacker
 from worker_svc.gpu.step_words import StepPacker
 from worker_svc.gpu.stepping import Steps, Watch
@@ -100,6 +102,7 @@ class GpuBackend:
             kv_dtype=_kv_dtypes(setup),
             offloads=True,
             splits=True,
+            adapts=True,
         )
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
@@ -118,10 +121,13 @@ class GpuBackend:
                 ranks=self._ranks,
                 float8=place.float8,
                 quantization=setup.quantization,
+                max_adapters=setup.max_adapters,
+                max_adapter_rank=setup.max_adapter_rank,
             )
             weights = weights_digest(path)
         except (CheckpointError, SpecError, OSError) as error:
             raise BackendError(f"{setup.model}: {error}") from error
+        self._max_adapter_rank = setup.max_adapter_rank
         self._kv_dtype = torch.float8_e4m3fn if setup.kv_dtype == "fp8" else self._model.dtype
         progress(Phase.COMPILING, 0.0)
         choice = self._allocate(setup)
@@ -144,6 +150,7 @@ class GpuBackend:
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
+            hidden_size=model.spec.hidden_size,
         )
 
     def _quantization(self, model: Model, setup: Setup) -> str:
@@ -173,13 +180,15 @@ class GpuBackend:
         # Only the host's memory limits them: the first tier is not there.
         num_host_blocks, pinned = self._ranks.least(host_blocks(setup, 0, block_bytes)), where.type == "cuda"
         self._host = torch.empty((num_host_blocks, layers, 2, *block), dtype=self._kv_dtype, pin_memory=pinned)
-        self._state = SlotState.empty(self._room.rows, self._max_len, -(-self._max_len // size), where)
+        adapts = setup.max_adapters > 0
+        self._state = SlotState.empty(self._room.rows, self._max_len, -(-self._max_len // size), where, adapts)
         self._captured = [rows for rows in self._captured if rows <= self._room.rows]
         return choice
 
     def reset(self, setup: Setup) -> None:
         if self._steps is not None:
             self._steps.close()  # what still flies is of the epoch that has ended
+        self._places = Places(setup.max_adapters)
         ledger = HostLedger(self._num_blocks, len(self._host))
         slots = SlotTable(
             max_slots=self._room.rows,
@@ -188,6 +197,7 @@ class GpuBackend:
             num_blocks=self._num_blocks,
             vocab_size=self._model.spec.vocab_size,
             copy=ledger.enter if len(ledger) else None,
+            adapters=self._places.by_name,
         )
         packer = StepPacker(slots, self._state, self._captured)
         watch = self._place.watch(self._land)
@@ -202,10 +212,15 @@ class GpuBackend:
         return self._steps.sample(mask)
 
     def load_adapter(self, load: LoadAdapter) -> int:
-        raise AdapterError("the cuda backend takes no adapters")
+        index, gpu = self._places.free(load.adapter), self._model
+        adapter = read_adapter(Path(load.path), gpu.whole, self._max_adapter_rank, load.digest)
+        staged = gpu.adapters.stage(adapter)
+        self._pipeline.between(lambda stream: self._engine.put_adapter(stream, index, staged))
+        self._places.by_name[load.adapter] = index
+        return adapter.rank
 
     def unload_adapter(self, name: str) -> None:
-        raise AdapterError("the cuda backend takes no adapters")
+        self._places.remove(name)
 
     def close(self) -> None:
         if self._steps is not None:
@@ -240,8 +255,8 @@ class GpuBackend:
         )  # fmt: skip
         sizes = Sizes(
             plan=min(PLAN_WORDS, 2 * room.rows * self._max_len) + 64 * room.rows,
-            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW),
-            results=2 * room.rows + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
+            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW) + room.tokens,
+            results=room.rows * (2 + self._model.spec.hidden_size) + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
         )
         return Pipeline(place.device, self._engine, sizes, DEPTH)
 
@@ -293,13 +308,16 @@ def _measured(
         torch.full((room.tokens,), -1, dtype=torch.int32, device=where),
         Rows(words(0, tokens), words(tokens), blocks),
         {window: each.plan([tokens], [tokens]) for window, each in attention.items()},
+        torch.zeros(room.tokens, dtype=torch.int32, device=where),
     )
     for window, each in attention.items():
         each.begin(step.plans[window], step.rows)
     shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
+    sums = Pools(room.rows, spec.hidden_size, where)
     hidden = model.forward(step, torch.zeros(shape, dtype=kv.dtype, device=where), attention)
     logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
     model.logits(hidden, torch.zeros(room.rows, dtype=torch.int32, device=where), logits)
+    del sums  # of pooled outputs: there was room for them, too
     logits.clone()  # where requests edit theirs, there are two
     return place.memory()
 

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.gpu.slot_state import SlotState, append_tokens, prepare, scatter_words
+from kernels.gpu.slot_state import SlotState, append_tokens, prepare, scatter_words, token_adapters
 from protos.wire import Copy, Direction
 from worker_svc.attention.paged import PagedAttention, Rows
 from worker_svc.device.base import Buffer, Device, Graph, Stream
+from worker_svc.gpu.lora import Staged
 from worker_svc.gpu.model import GpuModel, StepTensors
+from worker_svc.gpu.pooling import Pools
 from worker_svc.gpu.sample_words import SampleShape
 from worker_svc.gpu.sampler import Sampler
 from worker_svc.gpu.step_words import StepShape
@@ -48,6 +50,7 @@ class _Memory:
     token_ids: Tensor  # [tokens]
     positions: Tensor
     slot_mapping: Tensor
+    adapters: Tensor  # [tokens], or of no tokens where there are no adapters
     logits: Tensor  # [rows, vocab] float32
 
 
@@ -70,6 +73,7 @@ class GpuEngine:
         self._progress = progress  # of the captures
         self._host = host  # [host blocks, layers, 2, kv heads, block_size, dim], pinned: the second tier of KV
         self._sampler, self._room, self._captured = Sampler(state, room.rows), room, captured
+        self._pools = Pools(room.rows, model.spec.hidden_size, state.words.device)
         self._memory = _memory(room, state, model.spec.vocab_size)
         self._hidden: tuple[Tensor, Tensor] | None = None  # of the last step, if not captured
         self._everything = device.buffer("all that stays on the device", 1, WORD)  # one name: one stream has it
@@ -88,12 +92,16 @@ class GpuEngine:
         """Of the step that is sampled next."""
         self._sampling = shape
 
+    def pooled_words(self, shape: SampleShape) -> int:
+        """That pooled outputs take back."""
+        return shape.pools.ends * self._pools.hidden
+
     def warm_up(self, stream: Stream) -> None:
         """Largest first: the memory of its graph is enough for all the others."""
         for done, rows in enumerate(sorted(self._captured, reverse=True), 1):
             self._memory.rows[:, :rows] = torch.tensor([[0], [0], [1]], dtype=torch.int32)
             self._memory.samples[:rows] = torch.arange(rows, dtype=torch.int32)
-            shape = StepShape(0, rows, rows, rows, (0, 0), rows, (), ())
+            shape = StepShape(0, rows, rows, rows, (0, 0), rows, (), (), adapted=True)
             forward, sample = self._forward(shape), self._sample(shape, SampleShape(), None)
             for work in (forward, sample):  # compiles, and lets libraries choose: none of it can be captured
                 stream.run(work, **self._touches())
@@ -138,8 +146,15 @@ class GpuEngine:
             words = None if mask is None else _tensor(mask)[: sum(sampling.sizes)]
             logits = self._memory.logits[: shape.samples]
             self._sampler.take(logits, shape.samples, sampling, words, self._score, _tensor(results))
+            if words is not None and any(sampling.pools.sizes):
+                behind = _tensor(results)[2 * shape.samples + sampling.extra_results() :]
+                self._pools.take(sampling.pools, words.split(sampling.sizes)[-1], self._states, behind)
 
         stream.run(take, reads=reads, writes=[self._everything, results])
+
+    def put_adapter(self, stream: Stream, index: int, staged: list[Staged | None]) -> None:
+        """Steps that were launched before see nothing of it, those after it see all."""
+        stream.run(lambda: self._model.adapters.put(index, staged), **self._touches())
 
     def _copy(self, copies: Sequence[Copy]) -> None:
         """Behind all that was launched before, so that nothing of an earlier step is missing or overwritten."""
@@ -155,6 +170,10 @@ class GpuEngine:
         assert self._hidden is not None, "captured steps score no prompts"
         self._model.logits(self._hidden, positions, out)
 
+    def _states(self, positions: Tensor, out: Tensor) -> None:
+        assert self._hidden is not None, "captured steps pool nothing"
+        self._model.states(self._hidden, positions, out)
+
     def _forward(self, shape: StepShape) -> Callable[[], None]:
         def work() -> None:
             memory, rows, tokens = self._memory, shape.rows, shape.tokens
@@ -165,12 +184,15 @@ class GpuEngine:
                 memory.slot_mapping[:tokens],
                 Rows(memory.cu[: rows + 1], memory.context_lens[:rows], memory.block_tables[:rows]),
                 {window: self._plan(attention, shape) for window, attention in self._attention.items()},
+                memory.adapters[:tokens] if shape.adapted and len(memory.adapters) else None,
             )
             prepare(
                 self._state, slots, starts, most, self._room.block_size, cu=step.rows.cu,
                 context_lens=step.rows.context_lens, token_ids=step.token_ids, positions=step.positions,
                 slot_mapping=step.slot_mapping,
             )  # fmt: skip
+            if step.adapters is not None:
+                token_adapters(self._state, slots, step.rows.cu, step.adapters)
             torch.index_select(self._state.block_tables, 0, slots, out=step.rows.block_tables)
             for window, attention in self._attention.items():
                 attention.begin(step.plans[window], step.rows)
@@ -228,6 +250,7 @@ def _memory(room: Room, state: SlotState, vocab_size: int) -> _Memory:
         words(room.tokens),
         words(room.tokens),
         words(room.tokens),
+        words(room.tokens if len(state.adapters) else 0),
         torch.empty(room.rows, vocab_size, dtype=torch.float32, device=where),
     )
 

@@ -12,6 +12,7 @@ from kernels.gpu.activation import gated
 from kernels.gpu.linear import linear
 from kernels.gpu.moe import experts
 from worker_svc.gpu.quantized import Multiply
+from worker_svc.layers.lora import Adapt, unadapted
 from worker_svc.models.spec import Experts
 
 
@@ -37,11 +38,11 @@ class DenseMLP:
     down: Multiply
     activation: str
 
-    def __call__(self, x: Tensor) -> Tensor:
-        both = self.gate_up(x)
+    def __call__(self, x: Tensor, adapt: Adapt = unadapted) -> Tensor:
+        both = adapt("gate_up", x, self.gate_up(x))
         inner = both.new_empty(len(both), both.shape[1] // 2)
         gated(both, self.activation, inner)
-        return self.down(inner)
+        return adapt("down", inner, self.down(inner))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from kernels.gpu.embedding import embed
 from kernels.gpu.norm import add_rms_norm, rms_norm
 from kernels.gpu.rope import rope_kv_write
 from worker_svc.attention.paged import PagedAttention, Rows
+from worker_svc.gpu.lora import Adapters
 from worker_svc.gpu.mlp import DenseMLP, ExpertMLP
 from worker_svc.gpu.quantized import Multiply, Target
 from worker_svc.gpu.weights import WeightReader
+from worker_svc.layers.lora import Adapt
 from worker_svc.models.loader import DType, Model
 from worker_svc.models.rope import Rope
 from worker_svc.parallel.ranks import Ranks
@@ -32,7 +34,7 @@ from worker_svc.quant.plan import check_mode
 class StepTensors:
     """What a forward pass reads, on the device. T tokens; those behind the last row's are computed and written nowhere.
 
-    `plans`: of the step's attention, by window.
+    `plans`: of the step's attention, by window. `adapters`: None where no token has one.
     """
 
     token_ids: Tensor  # [T] int32
@@ -40,6 +42,7 @@ class StepTensors:
     slot_mapping: Tensor  # [T] int32: block * block_size + offset, −1 is nowhere
     rows: Rows
     plans: Mapping[int, Any]
+    adapters: Tensor | None = None  # [T] int32: the index of each token's
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,21 @@ class GpuModel:
         ranks: Ranks | None = None,
         float8: torch.dtype | None = None,
         quantization: str = "",
+        max_adapters: int = 0,
+        max_adapter_rank: int = 0,
     ) -> None:
         """Reads this rank's weights onto the device, which is one of `kind`. `batch_invariant`: a token's bits do not
         depend on the others of its step, if those of its attention do not. `float8`: what the device multiplies of
-        such; `quantization`: what a float checkpoint becomes. Raises CheckpointError where a weight is missing or
-        misshapen, SpecError where the model cannot be split among so many, or quantized so.
+        such; `quantization`: what a float checkpoint becomes; `max_adapters` of `max_adapter_rank` there is room for.
+        Raises CheckpointError where a weight is missing or misshapen, SpecError where the model cannot be split among
+        so many, or quantized so, BackendError where no kernel has that rank.
         """
         check_mode(model, quantization)
         self.ranks, self._invariant = ranks or Ranks(), batch_invariant
         self._shard = Shard(model.spec, self.ranks.rank, self.ranks.size)
         spec = self.spec = self._shard.spec
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.whole, self.dtype = model.spec, _dtype(dtype)
+        self.adapters = Adapters(self._shard, max_adapters, max_adapter_rank, self.dtype, where)
         target = Target(where, kind, float8, batch_invariant)
         self._reader = WeightReader(model, self._shard, dtype, target, quantization)
         self._tables = {rope: _table(rope, max_model_len, where) for rope in spec.ropes}
@@ -117,23 +124,30 @@ class GpuModel:
         residual = self._summed(residual)
         normed = torch.empty_like(residual)
         rms_norm(residual, self.layers[0].attn_norm, spec.norm_eps, normed)
+        adapted = self.adapters.of(step.adapters)
         for i, layer in enumerate(self.layers):
-            attended = self._attend(layer, step, normed, pages[i], attention[layer.window])
-            out = self._normed(self._summed(layer.o(attended)), layer.attn_post_norm)
+            adapt = adapted(i)
+            attended = self._attend(layer, step, normed, pages[i], attention[layer.window], adapt)
+            out = self._normed(self._summed(adapt("o", attended, layer.o(attended))), layer.attn_post_norm)
             add_rms_norm(out, residual, layer.mlp_norm, spec.norm_eps, normed)
-            out = self._normed(self._summed(layer.mlp(normed)), layer.mlp_post_norm)
+            out = layer.mlp(normed) if isinstance(layer.mlp, ExpertMLP) else layer.mlp(normed, adapt)
+            out = self._normed(self._summed(out), layer.mlp_post_norm)
             if i + 1 < len(self.layers):
                 add_rms_norm(out, residual, self.layers[i + 1].attn_norm, spec.norm_eps, normed)
         return out, residual
 
     def logits(self, hidden: tuple[Tensor, Tensor], tokens: Tensor, out: Tensor) -> None:
         """`hidden` as `forward` gives it, tokens [S] indices into T; `out` [S, vocab] float32."""
-        last, residual = (part.index_select(0, tokens) for part in hidden)
-        normed = torch.empty_like(residual)
-        add_rms_norm(last, residual, self._final_norm, self.spec.norm_eps, normed)
+        normed = torch.empty(len(tokens), self.spec.hidden_size, dtype=self.dtype, device=out.device)
+        self.states(hidden, tokens, normed)
         out.copy_(self._side_by_side(self._lm_head(normed)))
         if cap := self.spec.logit_softcap:
             out.div_(cap).tanh_().mul_(cap)
+
+    def states(self, hidden: tuple[Tensor, Tensor], tokens: Tensor, out: Tensor) -> None:
+        """After the final norm, `out` [S, hidden] of any dtype; arguments as of `logits`."""
+        last, residual = (part.index_select(0, tokens) for part in hidden)
+        add_rms_norm(last, residual, self._final_norm, self.spec.norm_eps, out)
 
     def _summed(self, x: Tensor) -> Tensor:
         """Over the ranks, each of which has a part of every sum."""
@@ -148,13 +162,15 @@ class GpuModel:
         parts = self.ranks.gather(functional.pad(logits, (0, self._shard.vocab_share - logits.shape[1])))
         return parts.transpose(0, 1).flatten(1)[:, : self.spec.vocab_size]
 
-    def _attend(self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention) -> Tensor:
-        spec = self.spec
+    def _attend(
+        self, layer: Layer, step: StepTensors, x: Tensor, pages: Tensor, attention: PagedAttention, adapt: Adapt
+    ) -> Tensor:
+        spec, qkv = self.spec, adapt("qkv", x, layer.qkv(x))
         q = x.new_empty(len(x), spec.num_heads, spec.head_dim)
         scales = layer.kv_scales if pages.dtype == torch.float8_e4m3fn else None
         k_scale, v_scale = scales or (None, None)
         rope_kv_write(
-            layer.qkv(x), step.positions, layer.rope, step.slot_mapping, q, pages,
+            qkv, step.positions, layer.rope, step.slot_mapping, q, pages,
             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.norm_eps, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
         out = torch.empty_like(q)
@@ -190,6 +206,11 @@ class GpuModel:
             # 448 that float8 e4m3 holds, and a scale of 1 loses no bits of them: it only leaves exponents as they are.
             kv_scales=(torch.full((1,), k_scale, device=where), torch.full((1,), v_scale, device=where)),
         )
+
+
+def _dtype(name: DType) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _table(rope: Rope, max_model_len: int, where: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ their sampling is replayed.
 
     mask rows [M] | bitmask [M, W] | bias at [B], by [B] | bans [N] | words: rows [K], borders [K + 1], prompts [K],
     tokens [X] | penalties: rows [P], prompts [P], rates [3, P] | edited rows [E], their masks [E] | logprob rows [L] |
-    scored positions [Q], the tokens there [Q]
+    scored positions [Q], the tokens there [Q] | what is pooled (pooling.py)
 
 Rows are outputs, in the order of the step's sampling rows; floats are their bits.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.wire import Mask, StepPlan
+from worker_svc.gpu.pooling import PoolPacker, PoolShape
 from worker_svc.gpu.step_words import PackedStep, Words
 from worker_svc.logit_edits import SlotEdits
 from worker_svc.sampling_rules import StepMask, step_mask
@@ -40,6 +41,7 @@ class SampleShape:
     num_top: int = 0  # alternatives of those, the most that one wants
     scored: int = 0
     scored_top: int = 0
+    pools: PoolShape = field(default_factory=PoolShape)
 
     @property
     def edits(self) -> bool:
@@ -54,11 +56,11 @@ class SampleShape:
         asked = [self.logprobs, self.scored, self.scored]
         return [
             self.masks, self.masks * self.mask_words, self.biases, self.biases, self.bans, *words, *penalties,
-            self.edited, self.edited, *asked,
+            self.edited, self.edited, *asked, sum(self.pools.sizes),
         ]  # fmt: skip
 
     def extra_results(self) -> int:
-        """Words that log probabilities take back."""
+        """Words that log probabilities take back; pooled outputs come behind them."""
         return self.logprobs * (2 + 2 * self.num_top) + self.scored * (2 + 2 * self.scored_top)
 
 
@@ -72,17 +74,18 @@ class PackedSampling:
     tops: list[int]  # [L]
     targets: list[int]  # [Q] the prompt tokens that are scored
     scored_tops: list[int]  # [Q]
+    pooled: list[int] = field(default_factory=list)  # [E] rows of the plan whose pooled output comes
 
 
 class SamplePacker:
     """Keeps what each slot's holder wishes for, and nothing that its admission does not say."""
 
     def __init__(self, slots: SlotTable) -> None:
-        self._slots, self._vocab_size = slots, slots.vocab_size
+        self._slots, self._vocab_size, self._pools = slots, slots.vocab_size, PoolPacker(slots)
         self._wishes: dict[int, tuple[int, SlotEdits]] = {}  # by slot: of which admission
 
     def pack(self, plan: StepPlan, packed: PackedStep, mask: Mask | None) -> PackedSampling:
-        """Raises SamplerError where the mask is not that of the plan."""
+        """Raises SamplerError where the mask is not that of the plan, SlotError where a prompt cannot be pooled."""
         inputs, slots = packed.inputs, self._slots
         masks = step_mask(plan, inputs, mask, self._vocab_size)
         edits = self._edits(packed, masks)
@@ -93,7 +96,8 @@ class SamplePacker:
         of_scored = inputs.slots[inputs.prompt_logprob_rows]
         scored_tops = slots.params["prompt_logprobs"][of_scored].tolist()
         targets = slots.token_ids[of_scored, inputs.positions[scored] + 1]
-        parts = [*_mask_parts(masks), *edits.parts(), wanted, scored, targets]
+        pools = self._pools.pack(inputs)
+        parts = [*_mask_parts(masks), *edits.parts(), wanted, scored, targets, pools.words]
         shape = SampleShape(
             masks=0 if masks is None else len(masks.words),
             mask_words=0 if masks is None else masks.words.shape[1],
@@ -107,10 +111,11 @@ class SamplePacker:
             num_top=min(max(tops, default=0), self._vocab_size),
             scored=len(scored),
             scored_top=min(max(scored_tops, default=0), self._vocab_size),
+            pools=pools.shape,
         )
         words = np.concatenate([np.asarray(part).astype(np.int32, copy=False).ravel() for part in parts])
         return PackedSampling(
-            words if len(words) else None, shape, wanted.tolist(), tops, targets.tolist(), scored_tops
+            words if len(words) else None, shape, wanted.tolist(), tops, targets.tolist(), scored_tops, pools.rows
         )
 
     def _edits(self, packed: PackedStep, masks: StepMask | None) -> _Edits:

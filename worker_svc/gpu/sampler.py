@@ -13,6 +13,7 @@ from kernels.gpu.grammar_mask import mask_logits
 from kernels.gpu.logprobs import logprobs
 from kernels.gpu.slot_state import SlotState
 from protos.wire import RowResult, StepPlan, TokenLogprobs
+from worker_svc.gpu.pooling import vectors_by_row
 from worker_svc.gpu.sample_words import PackedSampling, SampleShape
 from worker_svc.gpu.step_words import PackedStep, Words
 from worker_svc.results import row_results
@@ -57,7 +58,7 @@ class Sampler:
         results[: 2 * rows].view(2, rows).copy_(torch.stack((self._tokens[:rows], self._status[:rows])))
         if words is None:
             return
-        *_, wanted, scored, targets = words.split(shape.sizes)
+        *_, wanted, scored, targets, _ = words.split(shape.sizes)
         width, first = 2 + 2 * shape.num_top, 2 * rows
         if shape.logprobs:
             out = results[first : first + shape.logprobs * width].view(-1, width)
@@ -110,7 +111,9 @@ def read_results(words: Words, plan: StepPlan, packed: PackedStep, sampled: Pack
     width, first = 2 + 2 * shape.scored_top, 2 * rows + own.size
     scored = words[first:][: shape.scored * width].reshape(-1, width)
     scores = _entries(scored, sampled.targets, sampled.scored_tops)
-    return row_results(plan, inputs, packed.starts.tolist(), tokens.astype(np.int64), entries, scores)
+    pooled = vectors_by_row(words[first + scored.size :], sampled.pooled)
+    known = packed.starts.tolist()
+    return row_results(plan, inputs, known, tokens.astype(np.int64), entries, scores, pooled=pooled)
 
 
 def _entries(words: Words, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kernels.gpu.slot_state import SlotState, sampling_words
 from protos.wire import Copy, StepPlan
 from worker_svc.inputs import StepInputs, build_inputs
-from worker_svc.slots import SlotError, SlotTable
+from worker_svc.slots import SlotTable
 
 Words = NDArray[np.int32]
 
@@ -37,6 +37,7 @@ class StepShape:
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     copies: tuple[Copy, ...] = ()
+    adapted: bool = False  # some token has an adapter, or, in a captured step, may have one
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ class StepPacker:
     def pack(self, plan: StepPlan) -> PackedStep:
         """Follows the plan on the host, too. Raises SlotError."""
         slots = self._slots
-        for admit in plan.admit:
-            if admit.pooling:
-                raise SlotError(
-                    f"slot {admit.slot} is to be pooled by {admit.pooling!r}, which the cuda backend does not do"
-                )
         slots.apply(plan)
         known = slots.lengths.copy()
         inputs = build_inputs(plan, slots)
@@ -84,6 +80,7 @@ class StepPacker:
             query_lens=tuple(np.diff(inputs.cu).tolist()),
             context_lens=tuple(inputs.context_lens.tolist()),
             copies=tuple(plan.copies),
+            adapted=inputs.adapters is not None,
         )
         return PackedStep(np.concatenate(parts), shape, inputs, starts)
 
@@ -104,6 +101,8 @@ class StepPacker:
             runs.append((at(state.block_tables, admit.slot, 0), blocks))
             runs.append((at(state.lengths, admit.slot), [len(admit.token_ids)]))
             runs.append((at(state.sampling, admit.slot, 0), self._sampling(admit.slot)))
+            if len(state.adapters):
+                runs.append((at(state.adapters, admit.slot), [int(slots.adapters[admit.slot])]))
         for row in plan.rows:
             if row.new_block_ids and (new := row.new_block_ids[0]):
                 first = int(slots.block_counts[row.slot]) - len(new)

@@ -93,7 +93,8 @@ class Steps:
         (plan, packed), self._launched = self._launched, None
         sampled = self._sampling.pack(plan, packed, mask)
         self._engine.expect_sampling(sampled.shape)
-        num_results = 2 * packed.shape.samples + sampled.shape.extra_results()
+        extra = sampled.shape.extra_results() + self._engine.pooled_words(sampled.shape)
+        num_results = 2 * packed.shape.samples + extra
         event = self._pipeline.sample(sampled.words, num_results)
         flight = Flight(self, plan, packed, sampled, event)
         self._flying.append(flight)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker_svc.adapters.peft import PRODUCTS, Lora, LoraAdapter
+from worker_svc.adapters.peft import PRODUCTS, Lora, LoraAdapter, part
 from worker_svc.adapters.places import AdapterError
 from worker_svc.inputs import StepInputs
 from worker_svc.layers.linear import Linear, padded_rows
@@ -80,18 +80,12 @@ class Adapters:
         terms, top = [], 0
         for section in self._spec.sections(product):
             if lora := layer.get(section.role):
-                a, b = self._part(product, lora)
+                a, b, _ = part(product, lora, self._rank, self._size)
                 more = -len(a) % RANKS
                 a, b = np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
                 terms.append(Term(top, self._linear(a), self._linear(b), lora.scale))
             top += section.rows
         return tuple(terms)
-
-    def _part(self, product: str, lora: Lora) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """This rank's: of q, k, v, gate and up its rows; of o and down its columns, as of the weights themselves."""
-        if product in ("qkv", "gate_up"):
-            return lora.a, np.split(lora.b, self._size)[self._rank]
-        return np.split(lora.a, self._size, axis=1)[self._rank], lora.b
 
     def _linear(self, weight: NDArray[np.float32]) -> Linear:
         return Linear(torch.from_numpy(weight).to(self._dtype))
