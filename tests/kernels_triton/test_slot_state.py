@@ -143,7 +143,7 @@ def test_words_of_large_states_are_reached() -> None:
 def test_no_address_is_nowhere() -> None:
     around = torch.full((12,), 9, dtype=torch.int32, device=DEVICE)
     words = around[1:-1]
-    state = SlotState(words, words, words, words, words, words)
+    state = SlotState(*[words] * 8)
     scatter_words(state, ints([-1, 3, -1]), ints([5, 6, 7]))
     assert around.tolist() == [9, 9, 9, 9, 6, *[9] * 7]
 
