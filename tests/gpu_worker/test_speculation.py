@@ -1,0 +1,97 @@
+"""Speculation on the device of the tests, by the scheduler's own plans, two steps in flight: the streams are those
+without, and drafts and plans are those of the torch backend's prompt lookup.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from protos.engine_wire import Submit
+from protos.wire import Sampling, Setup
+from tests.gpu_worker.place import FakePlace
+from tests.gpu_worker.test_backend import setup
+from tests.models import checkpoints
+from tests.models.checkpoints import SMALL
+from tests.speculation.house import House
+from worker_svc.backends.base import BackendError, DeviceBackend
+from worker_svc.backends.torch import TorchBackend
+from worker_svc.gpu.backend import GpuBackend
+
+VOCAB, DRAFTS = 10, 3
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of so few tokens that much of what it says has been said before."""
+    path = tmp_path_factory.mktemp("llama")
+    checkpoints.save(path, LlamaConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": VOCAB}))
+    return path
+
+
+def served(
+    path: Path, made: list[Submit], captured: Sequence[int] | None, depth: int = 2, **fields: Any
+) -> House:
+    """By the device where something is said of its captures, else by torch."""
+
+    def create(message: Setup) -> DeviceBackend:
+        if captured is None:
+            return TorchBackend(threads=1)
+        return GpuBackend(FakePlace(random.Random(7)), lambda: None, 0.5, captured)
+
+    house = House(setup(path, max_slots=6, max_step_tokens=64, **fields), create, depth)
+    house.ready()
+    house.run(made)
+    return house
+
+
+def asked(rng: random.Random, wishes: Sequence[dict[str, Any]], max_tokens: int) -> list[Submit]:
+    def prompt() -> list[int]:
+        return (rng.choices(range(VOCAB), k=rng.randint(1, 4)) * 9)[: rng.randint(1, 14)]
+
+    prompts = [prompt() for _ in wishes]
+    fields = ({"max_tokens": max_tokens, "seed": rng.getrandbits(64), **wish} for wish in wishes)
+    return [
+        Submit(f"r{i}", tokens, len(tokens), Sampling(**each))
+        for i, (tokens, each) in enumerate(zip(prompts, fields, strict=True))
+    ]
+
+
+PLAIN: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.6, "top_k": 4},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 0.0},
+]
+EDITED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 2, "min_tokens": 5, "eos_token_ids": (0, 1, 2, 3, 4, 5)},
+    {"temperature": 0.7, "frequency_penalty": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.2},
+    {"temperature": 0.5, "bad_words": ((4,), (1, 2), (7, 3), (3, 7), (8, 8), (5, 6)), "prompt_logprobs": 1},
+    {"temperature": 0.0, "logit_bias": ((6, 3.0), (2, 2.0)), "logprobs": 0},
+]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "captured"),
+    [(PLAIN, (1, 2, 4)), (EDITED, ()), pytest.param(EDITED, (2, 3), marks=pytest.mark.full)],
+)
+def test_streams_are_those_without(llama: Path, wishes: list[dict[str, Any]], captured: tuple[int, ...]) -> None:
+    made = asked(random.Random(4), wishes, 14)
+    speculation = {"speculation": "ngram", "num_drafts": DRAFTS}
+    ours = served(llama, made, captured, **speculation)
+    theirs = served(llama, made, None, **speculation)
+    alone = served(llama, made, None)
+    print(len(ours.plans), len(alone.plans), ours.drafted, ours.accepted)
+    for name, stream in alone.streams.items():
+        assert ours.streams[name].token_ids == stream.token_ids, name
+        assert ours.streams[name].reason == stream.reason
+        scores, expected = ours.streams[name].logprobs, stream.logprobs
+        assert [(each.token_id, each.rank) for each in scores] == [(each.token_id, each.rank) for each in expected]
+        assert len(ours.streams[name].prompt_logprobs) == len(stream.prompt_logprobs)
+    assert (ours.plans, ours.drafted, ours.accepted) == (theirs.plans, theirs.drafted, theirs.accepted)
+    assert ours.drafted > ours.accepted > 0
