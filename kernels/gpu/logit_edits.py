@@ -196,7 +196,15 @@ def penalize(
     counts = torch.zeros(count, vocab, dtype=torch.int32, device=logits.device)
     longest = state.token_ids.shape[1]
     count_kernel[(count, triton.cdiv(longest, BLOCK))](
-        slots, rows, prompt_lens, state.token_ids, _positions(positions, slots, state), counts, vocab, longest, BLOCK=BLOCK
+        slots,
+        rows,
+        prompt_lens,
+        state.token_ids,
+        _positions(positions, slots, state),
+        counts,
+        vocab,
+        longest,
+        BLOCK=BLOCK,
     )
     penalty_kernel[(count, triton.cdiv(vocab, BLOCK))](
         logits, rows, counts, *penalties, VOCAB=vocab, BLOCK=BLOCK, enable_fp_fusion=False

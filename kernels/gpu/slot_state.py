@@ -203,7 +203,8 @@ def prepare(
     )  # fmt: skip
     prepare_tokens_kernel[(rows + 1, triton.cdiv(tokens, TOKENS))](
         slots, drafts, cu, context_lens, state.token_ids, state.block_tables, token_ids, positions, slot_mapping,
-        rows, tokens, laid, state.token_ids.stride(0), state.block_tables.stride(0), BLOCK_SIZE=block_size, BLOCK=TOKENS,
+        rows, tokens, laid, state.token_ids.stride(0), state.block_tables.stride(0),
+        BLOCK_SIZE=block_size, BLOCK=TOKENS,
     )  # fmt: skip
 
 
@@ -219,8 +220,8 @@ def append_tokens(state: SlotState, slots: Tensor, sampled: Tensor, counts: Tens
     expect("counts", counts, (rows,), INT32, state.words)
     if rows:
         append_tokens_kernel[(rows,)](
-            slots, sampled, counts, state.token_ids, state.lengths, state.drafts, sampled.stride(0), state.token_ids.stride(0),
-            MOST=triton.next_power_of_2(max(1, sampled.shape[1])),
+            slots, sampled, counts, state.token_ids, state.lengths, state.drafts,
+            sampled.stride(0), state.token_ids.stride(0), MOST=triton.next_power_of_2(max(1, sampled.shape[1])),
         )  # fmt: skip
 
 
@@ -228,18 +229,16 @@ def ahead() -> Iterator[Ahead]:
     words = ("words", "addresses", "values")
     yield Ahead(scatter_words_kernel, "any", {**dict.fromkeys(words, "*i32"), "count": "i32"}, {"BLOCK": PAIRS})
     rows = ("slots", "starts", "most", "drafts", "lengths", "computed", "cu", "context_lens")
-    tokens = ("slots", "drafts", "cu", "context_lens", "all_token_ids", "block_tables", "token_ids", "positions", "slot_mapping")
+    of_slots = ("slots", "drafts", "cu", "context_lens", "all_token_ids", "block_tables")
+    tokens = (*of_slots, "token_ids", "positions", "slot_mapping")
     numbers = ("num_rows", "num_tokens", "laid", "tokens_stride", "tables_stride")
     appended = ("slots", "sampled", "counts", "all_token_ids", "lengths", "drafts")
     for most in (64, MAX_ROWS):
         signature = {**dict.fromkeys(rows, "*i32"), "num_rows": "i32", "laid": "i32"}
         yield Ahead(prepare_rows_kernel, f"{most} rows", signature, {"BLOCK": most})
-    yield Ahead(
-        prepare_tokens_kernel,
-        "blocks of 16",
-        {**dict.fromkeys(tokens, "*i32"), **dict.fromkeys(numbers, "i32")},
-        {"BLOCK_SIZE": 16, "BLOCK": TOKENS},
-    )
+    signature = {**dict.fromkeys(tokens, "*i32"), **dict.fromkeys(numbers, "i32")}
+    constants = {"BLOCK_SIZE": 16, "BLOCK": TOKENS}
+    yield Ahead(prepare_tokens_kernel, "blocks of 16", signature, constants)
     for most in (1, 8):
         signature = {**dict.fromkeys(appended, "*i32"), "sampled_stride": "i32", "tokens_stride": "i32"}
         yield Ahead(append_tokens_kernel, f"{most} a row", signature, {"MOST": most})

@@ -21,6 +21,7 @@ from kernels.gpu.slot_state import SlotState
 
 LEAST, LONGEST, LATEST = 2, 8, 4096  # tokens: as worker_svc/speculation/ngram.py has them
 BLOCK: Final = 1024
+VERIFY_WARPS: Final = 1  # more would read drafts and lengths that the first has overwritten
 LENGTHS, COUNTS, DRAFTED = range(3)  # rows of `outcome`
 INT32 = (torch.int32,)
 
@@ -85,7 +86,14 @@ def propose_kernel(
 
 
 def verify(
-    state: SlotState, slots: Tensor, asked: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, outcome: Tensor, most: int
+    state: SlotState,
+    slots: Tensor,
+    asked: Tensor,
+    rows: Tensor,
+    ends: Tensor,
+    tokens: Tensor,
+    outcome: Tensor,
+    most: int,
 ) -> None:
     """Appends what was sampled to the slots: up to the first token of a row that is not the draft behind it.
 
@@ -104,6 +112,7 @@ def verify(
         verify_kernel[(count,)](
             rows, ends, slots, asked, tokens, state.token_ids, state.lengths, state.computed, state.drafts, outcome,
             outcome.stride(0), state.token_ids.stride(0), MOST=triton.next_power_of_2(1 + most),
+            num_warps=VERIFY_WARPS,
         )  # fmt: skip
 
 
@@ -129,6 +138,6 @@ def ahead() -> Iterator[Ahead]:
     sizes = {"LEAST": LEAST, "LONGEST": LONGEST, "LATEST": LATEST, "BLOCK": BLOCK}
     for most in (1, 8):
         signature = {**dict.fromkeys(verified, "*i32"), "outcome_stride": "i32", "tokens_stride": "i32"}
-        yield Ahead(verify_kernel, f"{most} a row", signature, {"MOST": most})
+        yield Ahead(verify_kernel, f"{most} a row", signature, {"MOST": most}, num_warps=VERIFY_WARPS)
         signature = {**dict.fromkeys(proposed, "*i32"), "tokens_stride": "i32"}
         yield Ahead(propose_kernel, f"{most} a row", signature, {**sizes, "MOST": most})

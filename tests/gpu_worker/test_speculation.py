@@ -13,15 +13,18 @@ import pytest
 from transformers import LlamaConfig
 
 from protos.engine_wire import Submit
-from protos.wire import Sampling, Setup
+from protos.wire import RowResult, Sampling, Setup, StepPlan, StepResult
 from tests.gpu_worker.place import FakePlace
 from tests.gpu_worker.test_backend import setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.speculation.house import House
-from worker_svc.backends.base import BackendError, DeviceBackend
+from worker_svc.attention.choice import Choice
+from worker_svc.backends.base import BackendError, DeviceBackend, Landing
 from worker_svc.backends.torch import TorchBackend
 from worker_svc.gpu.backend import GpuBackend
+from worker_svc.gpu.step_words import StepShape
+from worker_svc.gpu.stepping import Flight
 
 VOCAB, DRAFTS = 10, 3
 
@@ -34,9 +37,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def served(
-    path: Path, made: list[Submit], captured: Sequence[int] | None, depth: int = 2, **fields: Any
-) -> House:
+class Watched(House):
+    """Remembers how each step was launched."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.shapes: list[StepShape] = []
+        super().__init__(*arguments)
+
+    def _landed(self, plan: StepPlan, answer: list[RowResult] | Landing) -> StepResult:
+        if isinstance(answer, Flight):
+            self.shapes.append(answer.packed.shape)
+        return super()._landed(plan, answer)
+
+
+def served(path: Path, made: list[Submit], captured: Sequence[int] | None, **fields: Any) -> Watched:
     """By the device where something is said of its captures, else by torch."""
 
     def create(message: Setup) -> DeviceBackend:
@@ -44,7 +58,7 @@ def served(
             return TorchBackend(threads=1)
         return GpuBackend(FakePlace(random.Random(7)), lambda: None, 0.5, captured)
 
-    house = House(setup(path, max_slots=6, max_step_tokens=64, **fields), create, depth)
+    house = Watched(setup(path, max_step_tokens=64, **fields), create, 2)
     house.ready()
     house.run(made)
     return house
@@ -52,7 +66,7 @@ def served(
 
 def asked(rng: random.Random, wishes: Sequence[dict[str, Any]], max_tokens: int) -> list[Submit]:
     def prompt() -> list[int]:
-        return (rng.choices(range(VOCAB), k=rng.randint(1, 4)) * 9)[: rng.randint(1, 14)]
+        return (rng.choices(range(VOCAB), k=rng.randint(1, 4)) * 9)[: rng.randint(1, 12)]
 
     prompts = [prompt() for _ in wishes]
     fields = ({"max_tokens": max_tokens, "seed": rng.getrandbits(64), **wish} for wish in wishes)
@@ -64,29 +78,32 @@ def asked(rng: random.Random, wishes: Sequence[dict[str, Any]], max_tokens: int)
 
 PLAIN: list[dict[str, Any]] = [
     {"temperature": 0.0},
-    {"temperature": 0.6, "top_k": 4},
-    {"temperature": 1.0, "top_p": 0.8},
-    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"temperature": 0.4, "min_p": 0.02},
 ]
 EDITED: list[dict[str, Any]] = [
-    {"temperature": 0.0, "logprobs": 2, "min_tokens": 5, "eos_token_ids": (0, 1, 2, 3, 4, 5)},
+    {
+        "temperature": 0.0,
+        "logprobs": 2,
+        "logit_bias": ((6, 1.0),),
+        "min_tokens": 5,
+        "eos_token_ids": (0, 1, 2, 3, 4, 5),
+    },
     {"temperature": 0.7, "frequency_penalty": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.2},
     {"temperature": 0.5, "bad_words": ((4,), (1, 2), (7, 3), (3, 7), (8, 8), (5, 6)), "prompt_logprobs": 1},
-    {"temperature": 0.0, "logit_bias": ((6, 3.0), (2, 2.0)), "logprobs": 0},
 ]
 
 
 @pytest.mark.parametrize(
     ("wishes", "captured"),
-    [(PLAIN, (1, 2, 4)), (EDITED, ()), pytest.param(EDITED, (2, 3), marks=pytest.mark.full)],
+    [(PLAIN, (2,)), (EDITED, ()), pytest.param(EDITED, (2, 3), marks=pytest.mark.full)],
 )
 def test_streams_are_those_without(llama: Path, wishes: list[dict[str, Any]], captured: tuple[int, ...]) -> None:
-    made = asked(random.Random(4), wishes, 14)
+    made = asked(random.Random(1), wishes, 10)
     speculation = {"speculation": "ngram", "num_drafts": DRAFTS}
     ours = served(llama, made, captured, **speculation)
     theirs = served(llama, made, None, **speculation)
     alone = served(llama, made, None)
-    print(len(ours.plans), len(alone.plans), ours.drafted, ours.accepted)
     for name, stream in alone.streams.items():
         assert ours.streams[name].token_ids == stream.token_ids, name
         assert ours.streams[name].reason == stream.reason
@@ -95,3 +112,27 @@ def test_streams_are_those_without(llama: Path, wishes: list[dict[str, Any]], ca
         assert len(ours.streams[name].prompt_logprobs) == len(stream.prompt_logprobs)
     assert (ours.plans, ours.drafted, ours.accepted) == (theirs.plans, theirs.drafted, theirs.accepted)
     assert ours.drafted > ours.accepted > 0
+    replayed = [
+        (shape.captured * DRAFTS, drafts)
+        for shape, plan in zip(ours.shapes, ours.plans, strict=True)
+        if shape.laid > 1 and (drafts := sum(row.num_drafts for row in plan.rows))
+    ]
+    assert bool(replayed) is bool(captured)
+    assert not captured or any(drafts < most for most, drafts in replayed), "no row has fewer drafts than its graph"
+
+
+@pytest.mark.parametrize("name", ["suffix", "draft", "eagle3"])
+def test_other_proposers_are_refused(llama: Path, name: str) -> None:
+    backend = GpuBackend(FakePlace(random.Random(0)), lambda: None, 0.5, ())
+    message = setup(llama, speculation=name, num_drafts=2, draft_model=str(llama))
+    with pytest.raises(
+        BackendError, match=f"speculation '{name}' is not supported by the cuda backend, only '', 'ngram'"
+    ):
+        backend.load(message, lambda phase, share: None)
+
+
+def test_a_library_that_plans_from_exact_lengths_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_svc.gpu.backend.choose", lambda *given: Choice("flashinfer", "asked for", {}))
+    backend = GpuBackend(FakePlace(random.Random(0)), lambda: None, 0.5, (), "flashinfer")
+    with pytest.raises(BackendError, match="'flashinfer' plans from lengths that nobody knows with drafts in flight"):
+        backend.load(setup(llama, speculation="ngram", num_drafts=2), lambda phase, share: None)

@@ -111,7 +111,9 @@ def test_what_stands_is_what_the_host_accepts(data: st.DataObject) -> None:
         words(sampled), outcome, 5,
     )  # fmt: skip
     plan, inputs = step(slots, *rows)
-    own = [sampled[end - 1 - most :][: 1 + held] for end, most, held in zip(ends, asked, inputs.num_drafts, strict=True)]
+    own = [
+        sampled[end - 1 - most :][: 1 + held] for end, most, held in zip(ends, asked, inputs.num_drafts, strict=True)
+    ]
     results = build_results(plan, inputs, slots, np.concatenate(own), [None] * sum(map(len, own)))
     assert outcome.T.tolist() == [[each.start, len(each.token_ids), each.num_drafted] for each in results]
     for row in rows:

@@ -234,7 +234,9 @@ class GpuBackend:
         except UnsuitedAttention as error:
             raise BackendError(f"attention_backend {self._asked!r}: {error}") from error
         if choice.name == "flashinfer" and self._room.num_drafts:
-            raise BackendError("attention_backend 'flashinfer' plans from lengths that nobody knows with drafts in flight")
+            raise BackendError(
+                "attention_backend 'flashinfer' plans from lengths that nobody knows with drafts in flight"
+            )
         print(f"pagewire worker: attention by {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
         return choice
 

@@ -3,9 +3,9 @@
 The words go up when the step is sampled, since a mask may come that late (R3). Most steps have none at all, and then
 their sampling is replayed.
 
-    mask rows [M] | bitmask [M, W] | bias at [B], by [B] | bans [N] | bans at [N'], below a position [N'] | words: rows [K], borders [K + 1], prompts [K],
-    tokens [X] | penalties: rows [P], prompts [P], rates [3, P] | edited rows [E], their masks [E] | logprob rows [L] |
-    scored positions [Q], the tokens there [Q]
+    mask rows [M] | bitmask [M, W] | bias at [B], by [B] | bans [N] | bans at [D], below a position [D] | words: rows
+    [K], borders [K + 1], prompts [K], tokens [X] | penalties: rows [P], prompts [P], rates [3, P] | edited rows [E],
+    their masks [E] | logprob rows [L] | scored positions [Q], the tokens there [Q]
 
 Rows are outputs, by their place on the device; floats are their bits. What follows from a slot's tokens is decided
 there, for each output by the tokens before it, drafts among them.
@@ -55,8 +55,8 @@ class SampleShape:
         penalties = [self.penalized, self.penalized, 3 * self.penalized]
         asked = [self.logprobs, self.scored, self.scored]
         return [
-            self.masks, self.masks * self.mask_words, self.biases, self.biases, self.bans, self.early, self.early, *words,
-            *penalties, self.edited, self.edited, *asked,
+            self.masks, self.masks * self.mask_words, self.biases, self.biases, self.bans, self.early, self.early,
+            *words, *penalties, self.edited, self.edited, *asked,
         ]  # fmt: skip
 
     def extra_results(self) -> int:

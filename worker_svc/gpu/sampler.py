@@ -90,12 +90,10 @@ class Sampler:
             logprobs(of_part, each, target, shape.scored_top, out)
             first += len(part) * width
 
-    def _edited(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, shape: SampleShape, words: Tensor
-    ) -> Tensor:
+    def _edited(self, logits: Tensor, slots: Tensor, positions: Tensor, shape: SampleShape, words: Tensor) -> Tensor:
         (
-            mask_rows, bitmask, bias_at, bias, bans, early, until, word_rows, borders, word_prompts, word_tokens, penalized,
-            penalty_prompts, rates, rows, masks, *_,
+            mask_rows, bitmask, bias_at, bias, bans, early, until, word_rows, borders, word_prompts, word_tokens,
+            penalized, penalty_prompts, rates, rows, masks, *_,
         ) = words.split(shape.sizes)  # fmt: skip
         edited, state = logits.clone(memory_format=torch.contiguous_format), self._state
         bitmask = bitmask.view(shape.masks, shape.mask_words)
@@ -121,9 +119,8 @@ def counts_of(words: Words, shape: StepShape, inputs: StepInputs) -> Words:
 def read_results(words: Words, plan: StepPlan, packed: PackedStep, sampled: PackedSampling) -> list[RowResult]:
     """In the plan's row order. Raises SamplerError where a row could not be sampled."""
     step = packed.shape
-    tokens, status = (part[packed.outputs] for part in words[: 2 * step.outputs].reshape(2, -1))
+    tokens, status = words[: 2 * step.outputs].astype(np.int64).reshape(2, -1)[:, packed.outputs]
     inputs, starts, kept = _stood(words, packed)
-    tokens = tokens.astype(np.int64)
     if status[kept].any():
         bad = kept[np.flatnonzero(status[kept])[0]]
         slot = packed.inputs.slots[packed.inputs.sample_rows[bad]]

@@ -94,7 +94,7 @@ class StepPacker:
         rows[2, len(plan.rows) :], rows[3, len(plan.rows) :] = 1, laid - 1
         samples, outputs, places = _laid_out(plan, inputs, shape_rows, laid)
         forced, forced_words = self._forced(plan)
-        parts = [pairs.T, rows, samples, outputs, forced_words]
+        parts: list[NDArray[np.int64] | Words] = [pairs.T, rows, samples, outputs, forced_words]
         shape = StepShape(
             pairs=len(pairs),
             rows=rows.shape[1],
