@@ -146,6 +146,7 @@ class GpuBackend:
             kv_dtype=setup.kv_dtype if setup.kv_dtype == "fp8" else "",
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
+            step_seconds=tuple(sorted(self._engine.step_seconds)),
         )
 
     def _quantization(self, model: Model, setup: Setup) -> str:

@@ -10,8 +10,11 @@ is verified which drafts stand, and new ones are proposed: all in the same graph
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ from worker_svc.gpu.sample_words import SampleShape
 from worker_svc.gpu.sampler import Sampler
 from worker_svc.gpu.step_words import StepShape
 from worker_svc.pipeline import WORD
+
+TIMES: Final = 3  # that a step is measured: the same on every rank, since each needs the others
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class GpuEngine:
         self._everything = device.buffer("all that stays on the device", 1, WORD)  # one name: one stream has it
         self._forwards: dict[tuple[int, int], Graph] = {}  # by rows and positions of each
         self._samplers: dict[tuple[int, int], Graph] = {}
+        self.step_seconds: list[tuple[int, float]] = []  # where it speculates: rows of one token, their seconds
         self._shape: StepShape | None = None
         self._sampling = SampleShape()
 
@@ -120,7 +126,21 @@ class GpuEngine:
                 stream.run(work, **self._touches())
             self._forwards[rows, laid] = stream.capture(forward, **self._touches())
             self._samplers[rows, laid] = stream.capture(sample, **self._touches())
+            if laid == 1 and self._room.num_drafts:
+                self.step_seconds.append((rows, self._seconds(stream, (rows, laid))))
             self._progress(done / len(shapes))
+
+    def _seconds(self, stream: Stream, captured: tuple[int, int]) -> float:
+        """Of null rows, so of short sequences: the scheduler learns from real steps by how much others take longer."""
+        taken = []
+        for _ in range(TIMES):
+            stream.record().wait()
+            begun = time.perf_counter()
+            self._forwards[captured].replay()
+            self._samplers[captured].replay()
+            stream.record().wait()
+            taken.append(time.perf_counter() - begun)
+        return median(taken)
 
     def _null_rows(self, rows: int, laid: int) -> Callable[[], None]:
         def work() -> None:
