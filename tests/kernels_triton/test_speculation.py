@@ -91,6 +91,18 @@ def test_who_is_longer_forgets_what_came_before(seed: int) -> None:
     assert any(ours)
 
 
+def test_a_match_is_as_long_as_what_is_known_of_it() -> None:
+    """The last eight tokens came before, but for five of them too long ago; of a later match there are six."""
+    length = ngram.LATEST + 50
+    history = list(range(100, 100 + length))
+    history[45:53] = history[-8:]  # of which 50 … 52 are among the last LATEST
+    history[994:1000] = history[-6:]
+    slots = SlotTable(max_slots=1, max_model_len=length + 9, block_size=64, num_blocks=9, vocab_size=10**6)
+    slots.token_ids[1, :length] = history
+    slots.lengths[1], slots.limits[1] = length, length + 9
+    assert on_the_device(slots, [1], [3]) == [history[1000:1003]]
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_what_stands_is_what_the_host_accepts(data: st.DataObject) -> None:
