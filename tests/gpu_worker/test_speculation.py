@@ -116,6 +116,8 @@ def test_streams_are_those_without(llama: Path, wishes: list[dict[str, Any]], ca
         if shape.laid > 1 and (drafts := sum(row.num_drafts for row in plan.rows))
     ]
     assert bool(replayed) is bool(captured)
+    assert isinstance(ours._backend, GpuBackend)
+    assert [rows for rows, _ in ours._backend._engine.step_seconds] == list(captured)[::-1]
     assert not captured or any(drafts < most for most, drafts in replayed), "no row has fewer drafts than its graph"
 
 

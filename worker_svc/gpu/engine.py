@@ -118,11 +118,8 @@ class GpuEngine:
         for done, (rows, laid) in enumerate(sorted(shapes, key=lambda s: (s[0] * s[1], s), reverse=True), 1):
             shape = StepShape(0, rows, rows * laid, rows, rows * laid, (0, 0), rows, laid, (), ())
             forward, sample = self._forward(shape), self._sample(shape, SampleShape(), None)
-            for work in (
-                self._null_rows(rows, laid),
-                forward,
-                sample,
-            ):  # compiles, and lets libraries choose: none of it can be captured
+            # Compiles, and lets libraries choose: none of it can be captured.
+            for work in (self._null_rows(rows, laid), forward, sample):
                 stream.run(work, **self._touches())
             self._forwards[rows, laid] = stream.capture(forward, **self._touches())
             self._samplers[rows, laid] = stream.capture(sample, **self._touches())
