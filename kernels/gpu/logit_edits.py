@@ -49,15 +49,23 @@ def ban_kernel(logits, at, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def early_ban_kernel(logits, at, until, positions, count, vocab, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    where = tl.load(at + i, mask=i < count, other=0)
+    early = tl.load(positions + where // vocab) < tl.load(until + i, mask=i < count, other=0)
+    tl.store(logits + where, float("-inf"), mask=(i < count) & early)
+
+
+@triton.jit
 def bad_word_kernel(
-    logits, slots, word_rows, borders, tokens, all_token_ids, lengths, prompt_lens, vocab, tokens_stride,
+    logits, slots, word_rows, borders, tokens, all_token_ids, positions, prompt_lens, vocab, tokens_stride,
     MOST: tl.constexpr,
 ):  # fmt: skip
     word = tl.program_id(0)
     row, begin = tl.load(word_rows + word), tl.load(borders + word)
     before = tl.load(borders + word + 1) - begin - 1  # tokens of it that the output must end with
     slot = tl.load(slots + row).to(tl.int64)
-    length = tl.load(lengths + slot)
+    length = tl.load(positions + row)
     if length - tl.load(prompt_lens + word) >= before:
         at = tl.arange(0, MOST)
         history = all_token_ids + slot * tokens_stride + length - before
@@ -67,11 +75,12 @@ def bad_word_kernel(
 
 
 @triton.jit
-def count_kernel(slots, rows, prompt_lens, all_token_ids, lengths, counts, vocab, tokens_stride, BLOCK: tl.constexpr):
+def count_kernel(slots, rows, prompt_lens, all_token_ids, positions, counts, vocab, tokens_stride, BLOCK: tl.constexpr):
     i = tl.program_id(0)
-    slot = tl.load(slots + tl.load(rows + i)).to(tl.int64)
+    row = tl.load(rows + i)
+    slot = tl.load(slots + row).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(lengths + slot)
+    inside = at < tl.load(positions + row)
     token = tl.load(all_token_ids + slot * tokens_stride + at, mask=inside, other=0)
     count = counts + i.to(tl.int64) * vocab + token
     tl.atomic_or(count, 1 << 30, mask=inside)
@@ -126,28 +135,55 @@ def ban(logits: Tensor, at: Tensor) -> None:
         ban_kernel[(triton.cdiv(count, BLOCK),)](logits, at, count, BLOCK=BLOCK)
 
 
+def ban_until(logits: Tensor, at: Tensor, until: Tensor, positions: Tensor) -> None:
+    """−inf at the flat indices `at` [n] of rows whose positions [S] are below until[i]; all int32."""
+    _dense(logits)
+    expect("until", until, at.shape, INT32, logits)
+    expect("positions", positions, (len(logits),), INT32, logits)
+    if count := len(at):
+        early_ban_kernel[(triton.cdiv(count, BLOCK),)](
+            logits, at, until, positions, count, logits.shape[1], BLOCK=BLOCK
+        )
+
+
 def ban_words(
-    logits: Tensor, slots: Tensor, state: SlotState, rows: Tensor, borders: Tensor, tokens: Tensor, prompt_lens: Tensor
+    logits: Tensor,
+    slots: Tensor,
+    state: SlotState,
+    rows: Tensor,
+    borders: Tensor,
+    tokens: Tensor,
+    prompt_lens: Tensor,
+    positions: Tensor | None = None,
 ) -> None:
     """−inf for the last token of each word whose other tokens the output of its row ends with.
 
     Word i has tokens borders[i]:borders[i+1] of `tokens`, two at least and MAX_WORD at most, all of the vocabulary its
-    last; it is for row rows[i], whose prompt has prompt_lens[i] tokens. All int32.
+    last; it is for row rows[i], whose prompt has prompt_lens[i] tokens. positions [S]: where each row's own tokens end,
+    drafts among them; its slot's length where they are not given. All int32.
     """
     _dense(logits)
     expect("borders", borders, (len(rows) + 1,), INT32, logits)
     expect("prompt_lens", prompt_lens, (len(rows),), INT32, logits)
     if len(rows):
+        positions = _positions(positions, slots, state)
         bad_word_kernel[(len(rows),)](
-            logits, slots, rows, borders, tokens, state.token_ids, state.lengths, prompt_lens, logits.shape[1],
+            logits, slots, rows, borders, tokens, state.token_ids, positions, prompt_lens, logits.shape[1],
             state.token_ids.stride(0), MOST=MAX_WORD,
         )  # fmt: skip
 
 
 def penalize(
-    logits: Tensor, slots: Tensor, state: SlotState, rows: Tensor, prompt_lens: Tensor, penalties: Tensor
+    logits: Tensor,
+    slots: Tensor,
+    state: SlotState,
+    rows: Tensor,
+    prompt_lens: Tensor,
+    penalties: Tensor,
+    positions: Tensor | None = None,
 ) -> None:
-    """Repetition, frequency and presence, `penalties` [3, P] float32, of rows [P] and the lengths of their prompts.
+    """Repetition, frequency and presence, `penalties` [3, P] float32, of rows [P] and the lengths of their prompts;
+    `positions` as in `ban_words`.
 
     A token that is in the prompt alone is repeated, and present or frequent is what the output has.
     """
@@ -160,7 +196,15 @@ def penalize(
     counts = torch.zeros(count, vocab, dtype=torch.int32, device=logits.device)
     longest = state.token_ids.shape[1]
     count_kernel[(count, triton.cdiv(longest, BLOCK))](
-        slots, rows, prompt_lens, state.token_ids, state.lengths, counts, vocab, longest, BLOCK=BLOCK
+        slots,
+        rows,
+        prompt_lens,
+        state.token_ids,
+        _positions(positions, slots, state),
+        counts,
+        vocab,
+        longest,
+        BLOCK=BLOCK,
     )
     penalty_kernel[(count, triton.cdiv(vocab, BLOCK))](
         logits, rows, counts, *penalties, VOCAB=vocab, BLOCK=BLOCK, enable_fp_fusion=False
@@ -179,6 +223,10 @@ def lift(edited: Tensor, logits: Tensor, rows: Tensor, masks: Tensor, bitmask: T
         )
 
 
+def _positions(given: Tensor | None, slots: Tensor, state: SlotState) -> Tensor:
+    return state.lengths.index_select(0, slots) if given is None else given
+
+
 def _dense(logits: Tensor) -> None:
     expect("logits", logits, (None, None), (torch.float32,), logits, contiguous=True)
     if logits.numel() >= 1 << 31:
@@ -190,11 +238,13 @@ def ahead() -> Iterator[Ahead]:
         bias_kernel, "any", {"logits": "*fp32", "at": "*i32", "bias": "*fp32", "count": "i32"}, {"BLOCK": BLOCK}
     )
     yield Ahead(ban_kernel, "any", {"logits": "*fp32", "at": "*i32", "count": "i32"}, {"BLOCK": BLOCK})
-    words = ("slots", "word_rows", "borders", "tokens", "all_token_ids", "lengths", "prompt_lens")
+    early = {"logits": "*fp32", **dict.fromkeys(("at", "until", "positions"), "*i32"), "count": "i32", "vocab": "i32"}
+    yield Ahead(early_ban_kernel, "any", early, {"BLOCK": BLOCK})
+    words = ("slots", "word_rows", "borders", "tokens", "all_token_ids", "positions", "prompt_lens")
     numbers = {"vocab": "i32", "tokens_stride": "i32"}
     signature = {"logits": "*fp32", **dict.fromkeys(words, "*i32"), **numbers}
     yield Ahead(bad_word_kernel, "any", signature, {"MOST": MAX_WORD})
-    counted = ("slots", "rows", "prompt_lens", "all_token_ids", "lengths", "counts")
+    counted = ("slots", "rows", "prompt_lens", "all_token_ids", "positions", "counts")
     yield Ahead(count_kernel, "any", {**dict.fromkeys(counted, "*i32"), **numbers}, {"BLOCK": BLOCK})
     for model in MODELS:
         constants = {"VOCAB": model.vocab, "BLOCK": BLOCK}

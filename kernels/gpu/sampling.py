@@ -48,13 +48,13 @@ def row_max_kernel(
 
 @triton.jit
 def choose_kernel(
-    logits, slots, sampling, lengths, cuts, scores, tokens, stride,
+    logits, slots, sampling, positions, cuts, scores, tokens, stride,
     VOCAB: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     slot = tl.load(slots + row).to(tl.int64)
     temperature = load_float(sampling, slot, 2)
-    seed, position = load_wide(sampling, slot, 0), tl.load(lengths + slot)
+    seed, position = load_wide(sampling, slot, 0), tl.load(positions + row)
     cut = tl.load(cuts + row)
     best_score, best_token = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], VOCAB, tl.int32)
     for begin in range(part * PART, min(part * PART + PART, VOCAB), BLOCK):
@@ -101,8 +101,10 @@ def sample(
     out: Tensor,
     status: Tensor,
     status_before: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
-    """A token for each row, by the parameters of its slot (see `SlotState.sampling`) and at its length as position.
+    """A token for each row, by the parameters of its slot (see `SlotState.sampling`), at `positions` [S] or the slot's
+    length.
 
     logits [S, V] float32, slots [S] → out [S] token ids, status [S]: NOT_NUMBERS or NONE_ALLOWED where the row has no
     token to give, and then its token is any. `status_before` [S], of the logits before they were edited, goes first.
@@ -116,6 +118,9 @@ def sample(
         raise ValueError(f"logits has {vocab} columns, and fewer than {1 << ID_BITS} can be told apart")
     if not rows:
         return
+    if positions is None:
+        positions = state.lengths.index_select(0, slots)
+    expect("positions", positions, (rows,), (torch.int32,), logits)
     parts = triton.cdiv(vocab, PART)
     maxima, broken = _maxima(logits)
     tops = torch.empty(rows, device=logits.device)
@@ -123,7 +128,7 @@ def sample(
     scores = torch.empty(rows, parts, device=logits.device)
     tokens = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     choose_kernel[(rows, parts)](
-        logits, slots, state.sampling, state.lengths, cuts, scores, tokens, logits.stride(0),
+        logits, slots, state.sampling, positions, cuts, scores, tokens, logits.stride(0),
         VOCAB=vocab, PART=PART, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     finish_kernel[(rows,)](
@@ -168,7 +173,7 @@ def ahead() -> Iterator[Ahead]:
         yield Ahead(
             choose_kernel,
             model.name,
-            {**rows, "lengths": "*i32", "cuts": "*i64", "scores": "*fp32", "tokens": "*i32", "stride": "i32"},
+            {**rows, "positions": "*i32", "cuts": "*i64", "scores": "*fp32", "tokens": "*i32", "stride": "i32"},
             {"VOCAB": vocab, "PART": PART, "BLOCK": BLOCK},
             multiples_of_16=("stride",),
             fp_fusion=False,

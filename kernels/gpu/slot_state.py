@@ -4,6 +4,8 @@
     block_tables  [slots + 1, blocks a slot]
     lengths       [slots + 1]                   tokens known
     computed      [slots + 1]                   positions whose KV is written
+    limits        [slots + 1]                   the longest that the sequence may become
+    drafts        [slots + 1]                   tokens proposed behind those known
     sampling      [slots + 1, SAMPLING_WORDS]   how to choose a token, see `sampling_words`
     adapters      [slots + 1]                   index of its adapter, 0 is none; of no slots where there are no adapters
 
@@ -43,6 +45,8 @@ class SlotState:
     block_tables: Tensor
     lengths: Tensor
     computed: Tensor
+    limits: Tensor
+    drafts: Tensor
     sampling: Tensor
     adapters: Tensor
 
@@ -51,7 +55,10 @@ class SlotState:
         cls, max_slots: int, max_model_len: int, max_blocks: int, device: torch.device, adapts: bool = False
     ) -> SlotState:
         rows = max_slots + 1
-        shapes = ((rows, max_model_len), (rows, max_blocks), (rows,), (rows,), (rows, SAMPLING_WORDS), (rows * adapts,))
+        shapes = (
+            *((rows, max_model_len), (rows, max_blocks), *[(rows,)] * 4, (rows, SAMPLING_WORDS)),
+            (rows * adapts,),
+        )
         sizes = [torch.Size(shape).numel() for shape in shapes]
         if sum(sizes) >= 1 << 31:
             raise ValueError(f"{max_slots} slots of {max_model_len} tokens are {sum(sizes)} words; below 2^31 can be")
@@ -82,7 +89,9 @@ def scatter_words_kernel(words, addresses, values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prepare_rows_kernel(slots, starts, most, lengths, computed, cu, context_lens, num_rows, BLOCK: tl.constexpr):
+def prepare_rows_kernel(
+    slots, starts, most, drafts, lengths, computed, cu, context_lens, num_rows, laid, BLOCK: tl.constexpr
+):
     row = tl.arange(0, BLOCK)
     inside = row < num_rows
     slot = tl.load(slots + row, mask=inside, other=0)
@@ -92,16 +101,20 @@ def prepare_rows_kernel(slots, starts, most, lengths, computed, cu, context_lens
     left = tl.load(lengths + slot) - done
     count = tl.where(start < 0, tl.minimum(count, left), count)
     end = tl.where(start < 0, done, start) + count
+    behind = count * 0
+    if drafts is not None:
+        behind = tl.load(drafts + row, mask=inside, other=0)
+    count = tl.where((laid > 0) & inside, laid, count + behind)
     tl.store(cu, 0)
     tl.store(cu + 1 + row, tl.cumsum(count, 0), mask=inside)
-    tl.store(context_lens + row, end, mask=inside)
+    tl.store(context_lens + row, end + behind, mask=inside)
     tl.store(computed + slot, end, mask=inside)
 
 
 @triton.jit
 def prepare_tokens_kernel(
-    slots, cu, context_lens, all_token_ids, block_tables, token_ids, positions, slot_mapping,
-    num_rows, num_tokens, tokens_stride, tables_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    slots, drafts, cu, context_lens, all_token_ids, block_tables, token_ids, positions, slot_mapping,
+    num_rows, num_tokens, laid, tokens_stride, tables_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -119,9 +132,13 @@ def prepare_tokens_kernel(
         position = tl.load(context_lens + row) - count + at
         token = tl.load(all_token_ids + slot * tokens_stride + position, mask=inside)
         block = tl.load(block_tables + slot * tables_stride + position // BLOCK_SIZE, mask=inside)
+        place = block * BLOCK_SIZE + position % BLOCK_SIZE
+        if drafts is not None:
+            again = tl.where(laid > 0, laid - 1 - tl.load(drafts + row), 0)  # computed before
+            place = tl.where(at < again, -1, place)
         tl.store(token_ids + first + at, token, mask=inside)
         tl.store(positions + first + at, position, mask=inside)
-        tl.store(slot_mapping + first + at, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=inside)
+        tl.store(slot_mapping + first + at, place, mask=inside)
 
 
 @triton.jit
@@ -138,7 +155,7 @@ def token_adapters_kernel(slots, cu, adapters, index, num_rows, num_tokens, BLOC
 
 @triton.jit
 def append_tokens_kernel(
-    slots, sampled, counts, all_token_ids, lengths, sampled_stride, tokens_stride, MOST: tl.constexpr
+    slots, sampled, counts, all_token_ids, lengths, drafts, sampled_stride, tokens_stride, MOST: tl.constexpr
 ):
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
@@ -149,6 +166,7 @@ def append_tokens_kernel(
         token = tl.load(sampled + row * sampled_stride + at, mask=at < count)
         tl.store(all_token_ids + slot * tokens_stride + length + at, token, mask=at < count)
         tl.store(lengths + slot, length + count)
+        tl.store(drafts + slot, 0)
 
 
 def scatter_words(state: SlotState, addresses: Tensor, values: Tensor) -> None:
@@ -167,6 +185,8 @@ def prepare(
     most: Tensor,
     block_size: int,
     *,
+    drafts: Tensor | None = None,
+    laid: int = 0,
     cu: Tensor,
     context_lens: Tensor,
     token_ids: Tensor,
@@ -180,6 +200,10 @@ def prepare(
     Counts the rows' positions as computed. T must be no less than the sum of `most`, and no slot but the null slot
     there twice: nobody looks. A null row, (0, 0, 1), computes position 0 of the null block. All are int32. Raises
     ValueError naming the argument.
+
+    `drafts` [R]: so many positions more of each row, for what lies behind its slot's tokens, held or not; they are not
+    counted as computed. `laid`: of rows of one token, the positions that each one has, whatever its drafts: those that
+    are too many come first, are computed a second time and written nowhere, so a slot must know as many tokens.
     """
     rows = slots.shape[0]
     if not 0 < rows <= MAX_ROWS:
@@ -190,13 +214,16 @@ def prepare(
     tokens = token_ids.shape[0]
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("slot_mapping", slot_mapping)):
         expect(name, tensor, (tokens,), INT32, state.words)
+    if drafts is not None:
+        expect("drafts", drafts, (rows,), INT32, state.words)
     prepare_rows_kernel[(1,)](
-        slots, starts, most, state.lengths, state.computed, cu, context_lens, rows,
+        slots, starts, most, drafts, state.lengths, state.computed, cu, context_lens, rows, laid,
         BLOCK=triton.next_power_of_2(rows),
     )  # fmt: skip
     prepare_tokens_kernel[(rows + 1, triton.cdiv(tokens, TOKENS))](
-        slots, cu, context_lens, state.token_ids, state.block_tables, token_ids, positions, slot_mapping,
-        rows, tokens, state.token_ids.stride(0), state.block_tables.stride(0), BLOCK_SIZE=block_size, BLOCK=TOKENS,
+        slots, drafts, cu, context_lens, state.token_ids, state.block_tables, token_ids, positions, slot_mapping,
+        rows, tokens, laid, state.token_ids.stride(0), state.block_tables.stride(0),
+        BLOCK_SIZE=block_size, BLOCK=TOKENS,
     )  # fmt: skip
 
 
@@ -216,7 +243,8 @@ def token_adapters(state: SlotState, slots: Tensor, cu: Tensor, index: Tensor) -
 
 
 def append_tokens(state: SlotState, slots: Tensor, sampled: Tensor, counts: Tensor) -> None:
-    """The first counts[i] of sampled[i] go to the end of slots[i]; slots and counts [R], sampled [R, K], all int32.
+    """The first counts[i] of sampled[i] go to the end of slots[i]; slots and counts [R], sampled [R, K], all int32. Its
+    drafts are dropped.
 
     0 for a row that does not sample; null rows are left out. Slots must have the room: nobody looks.
     """
@@ -226,27 +254,25 @@ def append_tokens(state: SlotState, slots: Tensor, sampled: Tensor, counts: Tens
     expect("counts", counts, (rows,), INT32, state.words)
     if rows:
         append_tokens_kernel[(rows,)](
-            slots, sampled, counts, state.token_ids, state.lengths, sampled.stride(0), state.token_ids.stride(0),
-            MOST=triton.next_power_of_2(max(1, sampled.shape[1])),
+            slots, sampled, counts, state.token_ids, state.lengths, state.drafts,
+            sampled.stride(0), state.token_ids.stride(0), MOST=triton.next_power_of_2(max(1, sampled.shape[1])),
         )  # fmt: skip
 
 
 def ahead() -> Iterator[Ahead]:
     words = ("words", "addresses", "values")
     yield Ahead(scatter_words_kernel, "any", {**dict.fromkeys(words, "*i32"), "count": "i32"}, {"BLOCK": PAIRS})
-    rows = ("slots", "starts", "most", "lengths", "computed", "cu", "context_lens")
-    tokens = ("slots", "cu", "context_lens", "all_token_ids", "block_tables", "token_ids", "positions", "slot_mapping")
-    numbers = ("num_rows", "num_tokens", "tokens_stride", "tables_stride")
-    appended = ("slots", "sampled", "counts", "all_token_ids", "lengths")
+    rows = ("slots", "starts", "most", "drafts", "lengths", "computed", "cu", "context_lens")
+    of_slots = ("slots", "drafts", "cu", "context_lens", "all_token_ids", "block_tables")
+    tokens = (*of_slots, "token_ids", "positions", "slot_mapping")
+    numbers = ("num_rows", "num_tokens", "laid", "tokens_stride", "tables_stride")
+    appended = ("slots", "sampled", "counts", "all_token_ids", "lengths", "drafts")
     for most in (64, MAX_ROWS):
-        signature = {**dict.fromkeys(rows, "*i32"), "num_rows": "i32"}
+        signature = {**dict.fromkeys(rows, "*i32"), "num_rows": "i32", "laid": "i32"}
         yield Ahead(prepare_rows_kernel, f"{most} rows", signature, {"BLOCK": most})
-    yield Ahead(
-        prepare_tokens_kernel,
-        "blocks of 16",
-        {**dict.fromkeys(tokens, "*i32"), **dict.fromkeys(numbers, "i32")},
-        {"BLOCK_SIZE": 16, "BLOCK": TOKENS},
-    )
+    signature = {**dict.fromkeys(tokens, "*i32"), **dict.fromkeys(numbers, "i32")}
+    constants = {"BLOCK_SIZE": 16, "BLOCK": TOKENS}
+    yield Ahead(prepare_tokens_kernel, "blocks of 16", signature, constants)
     adapted = {**dict.fromkeys(("slots", "cu", "adapters", "index"), "*i32"), "num_rows": "i32", "num_tokens": "i32"}
     yield Ahead(token_adapters_kernel, "any", adapted, {"BLOCK": TOKENS})
     for most in (1, 8):

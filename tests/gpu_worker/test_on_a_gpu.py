@@ -13,9 +13,11 @@ from tests.gpu_worker.plans import Plans
 from tests.gpu_worker.test_adapters import check_mixed, make
 from tests.gpu_worker.test_backend import setup
 from tests.gpu_worker.test_pooling import CHUNKS, WHOLE, check_vectors, pooled_by
+from tests.gpu_worker.test_speculation import DRAFTS, EDITED, PLAIN, VOCAB, asked, served
 from tests.gpu_worker.test_steps import WISHES, bare, on_the_cpu
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.speculation.house import House
 from worker_svc.backends.base import BackendError, DeviceBackend, Landing
 from worker_svc.backends.cuda import cuda_backend
 from worker_svc.backends.torch import TorchBackend
@@ -65,6 +67,20 @@ def test_pooled_prompts_are_those_of_torch(llama: Path) -> None:
     check_vectors(ours, theirs)
     for backend in backends:
         backend.close()
+
+
+@pytest.mark.parametrize("captured", [(), (1, 2, 4)])
+def test_streams_with_drafts_are_those_of_the_cpu_without(captured: tuple[int, ...], tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, LlamaConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": VOCAB}))
+    made = asked(random.Random(2), [*PLAIN, *EDITED], 20)
+    speculation = {"max_slots": 8, "speculation": "ngram", "num_drafts": DRAFTS}
+    message = setup(tmp_path, max_step_tokens=64, **speculation)
+    house = House(message, lambda message: cuda_backend("cuda", lambda: None, 0.2, captured), depth=2)
+    house.ready()
+    streams = house.run(made)
+    for name, stream in served(tmp_path, made, None).streams.items():
+        assert streams[name].token_ids == stream.token_ids, name
+    assert house.drafted > house.accepted > 0
 
 
 @pytest.mark.parametrize("library", ["flash_attn", "flashinfer", "triton"])

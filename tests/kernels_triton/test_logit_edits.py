@@ -84,6 +84,49 @@ def test_penalties_biases_and_bans(vocab: int, length: int, seed: int) -> None:
     assert (expected == -math.inf).sum() > 8
 
 
+def test_edits_behind_drafts() -> None:
+    """Outputs of one slot, each behind one draft more: what they have said ends where they stand."""
+    rng = random.Random(3)
+    sampling = [
+        Sampling(
+            max_tokens=9,
+            min_tokens=min_tokens,
+            stop_token_ids=(20, 21),
+            frequency_penalty=0.3,
+            repetition_penalty=1.2,
+            bad_words=tuple((rng.randrange(9), rng.randrange(9)) for _ in range(30)),
+        )
+        for min_tokens in (3, 4)
+    ]
+    table, state = slots_of(sampling, rng, VOCAB, LENGTH)
+    for slot, known, prompt in ((1, 10, 8), (2, 20, 18)):
+        table.lengths[slot], table.prompt_lens[slot], state.lengths[slot] = known, prompt, known
+        table.token_ids[slot, known : known + 5] = [rng.randrange(9) for _ in range(5)]
+        state.token_ids[slot].copy_(words(table.token_ids[slot]))
+    ids, positions = np.array([1, 1, 1, 2, 2, 2]), np.array([10, 11, 13, 20, 21, 22])
+    edits = LogitEditor(VOCAB).edits(table, ids, positions, None)
+    assert edits is not None
+    logits = normal(6, VOCAB, seed=1) * 10
+    expected = logits.cpu().clone()
+    _apply(expected.view(-1), table.params[ids], edits)
+
+    slots, at, prompts = words(ids), words(positions), table.prompt_lens[ids]
+    long = [(row, word) for row, slot in enumerate(ids) for word in sampling[slot - 1].bad_words]
+    logit_edits.ban_until(
+        logits, words([row * VOCAB + token for row in range(6) for token in (20, 21)]),
+        words(np.repeat(prompts + np.array([3, 4])[ids - 1], 2)), at,
+    )  # fmt: skip
+    logit_edits.ban_words(
+        logits, slots, state, words([row for row, _ in long]), words(2 * np.arange(len(long) + 1)),
+        words([token for _, word in long for token in word]), words([prompts[row] for row, _ in long]), at,
+    )  # fmt: skip
+    of = table.params[ids]
+    penalties = torch.from_numpy(np.stack([of["repetition"], of["frequency"], of["presence"]])).to(DEVICE)
+    logit_edits.penalize(logits, slots, state, words(range(6)), words(prompts), penalties, at)
+    assert torch.equal(logits.cpu(), expected)
+    assert (expected[:, 20] == -math.inf).tolist() == [True, False, False, True, True, False]
+
+
 def test_bans_that_leave_nothing_are_lifted() -> None:
     logits = normal(4, VOCAB)
     edited = logits.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ class Both:
     def prepare(self, rows: list[Row], nulls: int, spare: int) -> dict[str, Tensor]:
         """Behind the plan's rows come null rows, and room for more tokens than there are."""
         total = sum(row.num_tokens for row in rows) + nulls + spare
-        made = {name: torch.full((total,), 77, dtype=torch.int32, device=DEVICE) for name in
+        made: dict[str, Any] = {name: torch.full((total,), 77, dtype=torch.int32, device=DEVICE) for name in
                 ("token_ids", "positions", "slot_mapping")}  # fmt: skip
         made["cu"] = torch.full((len(rows) + nulls + 1,), 77, dtype=torch.int32, device=DEVICE)
         made["context_lens"] = torch.full((len(rows) + nulls,), 77, dtype=torch.int32, device=DEVICE)
@@ -75,6 +76,18 @@ class Both:
             BLOCK_SIZE,
             **made,
         )
+        return made
+
+    def with_drafts(self, rows: list[Row], laid: int) -> dict[str, Tensor]:
+        """Of rows that have one token and drafts each, as many positions as `laid` says, or theirs where it is 0."""
+        total = sum(laid or 1 + row.num_drafts for row in rows) + 2
+        made: dict[str, Any] = {name: torch.full((total,), 77, dtype=torch.int32, device=DEVICE) for name in
+                ("token_ids", "positions", "slot_mapping")}  # fmt: skip
+        made["cu"] = torch.full((len(rows) + 1,), 77, dtype=torch.int32, device=DEVICE)
+        made["context_lens"] = torch.full((len(rows),), 77, dtype=torch.int32, device=DEVICE)
+        slots, drafts = ints([row.slot for row in rows]), ints([row.num_drafts for row in rows])
+        ones = torch.ones_like(slots)
+        prepare(self.state, slots, -ones, ones, BLOCK_SIZE, drafts=drafts, laid=laid, **made)
         return made
 
     def same(self) -> None:
@@ -131,6 +144,46 @@ def test_steps_as_the_host_makes_them(seed: int, nulls: int, spare: int, drafts:
         both.same()
 
 
+@settings(max_examples=15)
+@given(seed=st.integers(0, 1 << 30), most=st.integers(0, 4))
+def test_rows_with_drafts(seed: int, most: int) -> None:
+    """As the host makes them; in a captured shape the positions before them come first, and are written nowhere."""
+    both = Both(seed)
+    rng = both.rng
+    admits = [both.admit(slot, rng.randint(6, 200)) for slot in rng.sample(range(1, SLOTS + 1), 3)]
+    done = [Row(admit.slot, 0, len(admit.token_ids)) for admit in admits]
+    both.apply(admits, done)
+    both.prepare(done, 0, 0)
+    rows = []
+    for admit in admits:
+        slot, length = admit.slot, len(admit.token_ids)
+        append_tokens(both.state, ints([slot]), ints([[5]]), ints([1]))
+        both.host.append(slot, [5])
+        drafts = [rng.randrange(VOCAB) for _ in range(rng.randint(0, most))]
+        both.host.propose(slot, drafts)
+        both.state.token_ids[slot, length + 1 : length + 1 + len(drafts)] = ints(drafts)
+        rows.append(Row(slot, -1, 1, len(drafts), sample=True))
+    before = both.state.computed.clone()
+    _, inputs = both.apply([], rows)
+    expect_same(both.with_drafts(rows, 0), inputs, 0)
+    both.same()
+    both.state.computed.copy_(before)
+    laid = 1 + most
+    made = both.with_drafts(rows, laid)
+    both.same()
+    assert made["cu"].tolist() == [laid * i for i in range(len(rows) + 1)]
+    assert made["context_lens"].tolist() == inputs.context_lens.tolist()
+    for i, row in enumerate(rows):
+        own, again = slice(inputs.cu[i], inputs.cu[i + 1]), laid - 1 - row.num_drafts
+        ours = {name: made[name][laid * i : laid * (i + 1)].tolist() for name in made if name != "cu"}
+        for name in ("token_ids", "positions", "slot_mapping"):
+            assert ours[name][again:] == getattr(inputs, name)[own].tolist(), name
+        end = int(inputs.context_lens[i])
+        assert ours["positions"] == list(range(end - laid, end))
+        assert ours["token_ids"] == both.host.token_ids[row.slot, end - laid : end].tolist()
+        assert ours["slot_mapping"][:again] == [-1] * again
+
+
 def test_words_of_large_states_are_reached() -> None:
     """More than one program's pairs, and the last word."""
     state = SlotState.empty(3, 500, 20, torch.device(DEVICE))
@@ -143,7 +196,7 @@ def test_words_of_large_states_are_reached() -> None:
 def test_no_address_is_nowhere() -> None:
     around = torch.full((12,), 9, dtype=torch.int32, device=DEVICE)
     words = around[1:-1]
-    state = SlotState(words, words, words, words, words, words, words)
+    state = SlotState(*[words] * 9)
     scatter_words(state, ints([-1, 3, -1]), ints([5, 6, 7]))
     assert around.tolist() == [9, 9, 9, 9, 6, *[9] * 7]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from protos.adapter_files import digest
 from protos.engine_wire import FinishReason, Outputs, Submit
-from protos.wire import Epoch, LoadAdapter, Sampling, Setup, StepPlan, StepResult, TokenLogprobs
+from protos.wire import Epoch, LoadAdapter, RowResult, Sampling, Setup, StepPlan, StepResult, TokenLogprobs
 from scheduler_svc.engine.config import EngineConfig
 from scheduler_svc.engine.events import AdapterLoaded, EndEpoch, Event, WorkerLost, WorkerReady
 from scheduler_svc.engine.scheduler import Scheduler
 from tests.models.session import load
-from worker_svc.backends.base import DeviceBackend
+from worker_svc.backends.base import DeviceBackend, Landing
 
 
 @dataclass
@@ -49,7 +49,7 @@ class House:
         self.streams: dict[str, Stream] = {}
         self.plans: list[StepPlan] = []
         self.drafted = self.accepted = 0
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[StepPlan, list[RowResult] | Landing]] = deque()
         self._epoch = Epoch(1, 0)
         self._backend: DeviceBackend | None = None
 
@@ -84,7 +84,7 @@ class House:
                 moments.popleft()
                 self.crash()
                 continue
-            self._send(self._results.popleft())
+            self._send(self._landed(*self._results.popleft()))
         assert self.scheduler.idle
         assert all(stream.reason is not None for stream in self.streams.values())
         return self.streams
@@ -109,11 +109,13 @@ class House:
         assert self._backend
         self.plans.append(plan)
         self._backend.forward(plan)
-        rows = self._backend.sample(None)
-        assert isinstance(rows, list)
+        self._results.append((plan, self._backend.sample(None)))
+
+    def _landed(self, plan: StepPlan, answer: list[RowResult] | Landing) -> StepResult:
+        rows = answer if isinstance(answer, list) else answer.rows()
         self.drafted += sum(row.num_drafted for row in rows)
         self.accepted += sum(len(row.token_ids) - 1 for row in rows if row.num_drafted)
-        self._results.append(StepResult(plan.epoch, plan.step, rows, []))
+        return StepResult(plan.epoch, plan.step, rows, [])
 
 
 def submits(count: int, vocab: int, rng: random.Random, **fields: Any) -> list[Submit]:

@@ -46,8 +46,8 @@ class FlashAttention(PlanOnDevice):
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Plan:
         return Plan(max(query_lens), max(context_lens))
 
-    def plan_capture(self, num_rows: int) -> Plan:
-        return Plan(1, self._shape.max_context)
+    def plan_capture(self, num_rows: int, num_queries: int = 1) -> Plan:
+        return Plan(num_queries, self._shape.max_context)
 
     def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
         assert scales is None, "the shape said so"

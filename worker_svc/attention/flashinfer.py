@@ -61,8 +61,9 @@ class FlashInferAttention:
         )  # fmt: skip
         return Plan(wrapper, borders.to(self._where, non_blocking=True), self._blocks, int(queries[-1]))
 
-    def plan_capture(self, num_rows: int) -> Plan:
+    def plan_capture(self, num_rows: int, num_queries: int = 1) -> Plan:
         """The first time it plans, which no capture may see."""
+        assert num_queries == 1, "rows with drafts have lengths that no host knows: a backend refuses them"
         plan = self._captured.get(num_rows)
         if plan is None:
             borders = torch.zeros(num_rows + 1, dtype=torch.int32, device=self._where)

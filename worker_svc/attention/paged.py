@@ -36,9 +36,9 @@ class PagedAttention(Protocol):
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Any:
         """For a step whose rows have exactly `query_lens` queries and at most `context_lens` positions."""
 
-    def plan_capture(self, num_rows: int) -> Any:
-        """For a graph of steps of `num_rows` rows with one query each, whatever their lengths. Is called once outside
-        the capture and once within it, where memory that it takes is the graph's.
+    def plan_capture(self, num_rows: int, num_queries: int = 1) -> Any:
+        """For a graph of steps of `num_rows` rows with so many queries each, whatever their lengths. Is called once
+        outside the capture and once within it, where memory that it takes is the graph's.
         """
 
     def replan(self, num_rows: int, context_lens: Sequence[int]) -> None:

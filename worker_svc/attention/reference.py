@@ -25,8 +25,8 @@ class TorchAttention(PlanOnDevice):
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Plan:
         return list(zip(query_lens, context_lens, strict=True))
 
-    def plan_capture(self, num_rows: int) -> Plan:
-        return [(1, self._shape.max_context)] * num_rows
+    def plan_capture(self, num_rows: int, num_queries: int = 1) -> Plan:
+        return [(num_queries, self._shape.max_context)] * num_rows
 
     def run(self, plan: Plan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None) -> None:
         first = 0

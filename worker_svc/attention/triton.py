@@ -20,8 +20,9 @@ class TritonAttention(PlanOnDevice):
     def plan(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> AttentionPlan:
         return plan_step(self._shape, self._kind, query_lens, context_lens, self._where)
 
-    def plan_capture(self, num_rows: int) -> AttentionPlan:
-        return plan_capture(self._shape, self._kind, num_rows, 1, self._where)
+    def plan_capture(self, num_rows: int, num_queries: int = 1) -> AttentionPlan:
+        queries = 1 << (num_queries - 1).bit_length()  # five kernels to compile, not sixteen
+        return plan_capture(self._shape, self._kind, num_rows, queries, self._where)
 
     def run(
         self, plan: AttentionPlan, q: Tensor, pages: Tensor, rows: Rows, out: Tensor, scales: Scales | None = None

@@ -51,6 +51,7 @@ DEPTH = 2  # steps in flight
 STEP_TOKENS = 8192  # positions of a step, where Setup leaves it open
 PLAN_WORDS = 8 << 20  # that a plan may bring: two for each token of what it admits
 SAMPLE_WORDS_A_ROW = 4096  # beside the row's mask
+PROPOSERS = ("ngram",)  # the others keep on the host what no host knows in time, or need a second model
 MAX_TOP = 20  # alternatives beside a token: what the API allows
 
 
@@ -103,6 +104,7 @@ class GpuBackend:
             offloads=True,
             splits=True,
             adapts=True,
+            speculation=PROPOSERS,
         )
         dtype: DType = "float32" if setup.dtype == "float32" else "bfloat16"
         path, place = Path(setup.model), self._place
@@ -151,6 +153,7 @@ class GpuBackend:
             graph_shapes=tuple(self._captured),
             num_host_blocks=len(self._host),
             hidden_size=model.spec.hidden_size,
+            step_seconds=tuple(sorted(self._engine.step_seconds)),
         )
 
     def _quantization(self, model: Model, setup: Setup) -> str:
@@ -165,7 +168,8 @@ class GpuBackend:
     def _allocate(self, setup: Setup) -> Choice:
         """All that stays: pages of both tiers and the slots' state, by what a step of the largest size leaves free."""
         spec, where, size = self._model.spec, self._place.where, setup.block_size
-        self._room = Room(_rows(setup), max(setup.max_step_tokens or STEP_TOKENS, _rows(setup)), size)
+        rows, num_drafts = _rows(setup), setup.num_drafts if setup.speculation else 0
+        self._room = Room(rows, max(setup.max_step_tokens or STEP_TOKENS, rows), size, num_drafts)
         choice = self._chosen(size, setup.batch_invariant)
         self._attention = choice.attention
         shape = KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, self._kv_dtype)
@@ -199,7 +203,8 @@ class GpuBackend:
             copy=ledger.enter if len(ledger) else None,
             adapters=self._places.by_name,
         )
-        packer = StepPacker(slots, self._state, self._captured)
+        room = self._room
+        packer = StepPacker(slots, self._state, self._captured, room.verifying(self._captured), room.num_drafts)
         watch = self._place.watch(self._land)
         self._steps = Steps(self._pipeline, self._engine, packer, SamplePacker(slots), watch)
 
@@ -244,6 +249,10 @@ class GpuBackend:
             )
         except UnsuitedAttention as error:
             raise BackendError(f"attention_backend {self._asked!r}: {error}") from error
+        if choice.name == "flashinfer" and self._room.num_drafts:
+            raise BackendError(
+                "attention_backend 'flashinfer' plans from lengths that nobody knows with drafts in flight"
+            )
         print(f"pagewire worker: attention by {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
         return choice
 
@@ -254,9 +263,11 @@ class GpuBackend:
             lambda share: progress(Phase.COMPILING, share),
         )  # fmt: skip
         sizes = Sizes(
-            plan=min(PLAN_WORDS, 2 * room.rows * self._max_len) + 64 * room.rows,
-            mask=room.rows * (-(-vocab // 32) + SAMPLE_WORDS_A_ROW) + room.tokens,
-            results=room.rows * (2 + self._model.spec.hidden_size) + (room.rows + room.tokens) * (2 + 2 * MAX_TOP),
+            plan=min(PLAN_WORDS, 2 * room.rows * self._max_len) + 64 * room.rows + 2 * room.outputs,
+            mask=room.rows * -(-vocab // 32) + room.outputs * SAMPLE_WORDS_A_ROW + room.tokens,
+            results=room.rows * (3 + self._model.spec.hidden_size)
+            + 2 * room.outputs
+            + (room.outputs + room.tokens) * (2 + 2 * MAX_TOP),
         )
         return Pipeline(place.device, self._engine, sizes, DEPTH)
 
@@ -293,7 +304,7 @@ def _measured(
     room: Room,
     max_len: int,
 ) -> DeviceMemory:
-    """After a step of the largest size, that writes nothing: one row over the null block, and logits of all rows."""
+    """After a step of the largest size, that writes nothing: one row over the null block, and all logits."""
     tokens, where = min(room.tokens, max_len), place.where
     spec = model.spec
 
@@ -315,8 +326,8 @@ def _measured(
     shape = (spec.num_layers, 2, 1, spec.num_kv_heads, room.block_size, spec.head_dim)
     sums = Pools(room.rows, spec.hidden_size, where)
     hidden = model.forward(step, torch.zeros(shape, dtype=kv.dtype, device=where), attention)
-    logits = torch.empty(room.rows, spec.vocab_size, dtype=torch.float32, device=where)
-    model.logits(hidden, torch.zeros(room.rows, dtype=torch.int32, device=where), logits)
+    logits = torch.empty(room.outputs, spec.vocab_size, dtype=torch.float32, device=where)
+    model.logits(hidden, torch.zeros(room.outputs, dtype=torch.int32, device=where), logits)
     del sums  # of pooled outputs: there was room for them, too
     logits.clone()  # where requests edit theirs, there are two
     return place.memory()

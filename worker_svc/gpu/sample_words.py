@@ -3,11 +3,12 @@
 The words go up when the step is sampled, since a mask may come that late (R3). Most steps have none at all, and then
 their sampling is replayed.
 
-    mask rows [M] | bitmask [M, W] | bias at [B], by [B] | bans [N] | words: rows [K], borders [K + 1], prompts [K],
-    tokens [X] | penalties: rows [P], prompts [P], rates [3, P] | edited rows [E], their masks [E] | logprob rows [L] |
-    scored positions [Q], the tokens there [Q] | what is pooled (pooling.py)
+    mask rows [M] | bitmask [M, W] | bias at [B], by [B] | bans [N] | bans at [D], below a position [D] | words: rows
+    [K], borders [K + 1], prompts [K], tokens [X] | penalties: rows [P], prompts [P], rates [3, P] | edited rows [E],
+    their masks [E] | logprob rows [L] | scored positions [Q], the tokens there [Q] | what is pooled (pooling.py)
 
-Rows are outputs, in the order of the step's sampling rows; floats are their bits.
+Rows are outputs, by their place on the device; floats are their bits. What follows from a slot's tokens is decided
+there, for each output by the tokens before it, drafts among them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class SampleShape:
     mask_words: int = 0  # of one
     biases: int = 0
     bans: int = 0
+    early: int = 0
     words: int = 0
     word_tokens: int = 0
     penalized: int = 0
@@ -55,8 +57,8 @@ class SampleShape:
         penalties = [self.penalized, self.penalized, 3 * self.penalized]
         asked = [self.logprobs, self.scored, self.scored]
         return [
-            self.masks, self.masks * self.mask_words, self.biases, self.biases, self.bans, *words, *penalties,
-            self.edited, self.edited, *asked, sum(self.pools.sizes),
+            self.masks, self.masks * self.mask_words, self.biases, self.biases, self.bans, self.early, self.early,
+            *words, *penalties, self.edited, self.edited, *asked, sum(self.pools.sizes),
         ]  # fmt: skip
 
     def extra_results(self) -> int:
@@ -97,12 +99,14 @@ class SamplePacker:
         scored_tops = slots.params["prompt_logprobs"][of_scored].tolist()
         targets = slots.token_ids[of_scored, inputs.positions[scored] + 1]
         pools = self._pools.pack(inputs)
-        parts = [*_mask_parts(masks), *edits.parts(), wanted, scored, targets, pools.words]
+        outputs = packed.outputs
+        parts = [*_mask_parts(masks, outputs), *edits.parts(), outputs[wanted], scored, targets, pools.words]
         shape = SampleShape(
             masks=0 if masks is None else len(masks.words),
             mask_words=0 if masks is None else masks.words.shape[1],
             biases=len(edits.bias_at),
             bans=len(edits.ban_at),
+            early=len(edits.early_at),
             words=len(edits.word_rows),
             word_tokens=len(edits.word_tokens),
             penalized=len(edits.penalty_rows),
@@ -120,18 +124,20 @@ class SamplePacker:
 
     def _edits(self, packed: PackedStep, masks: StepMask | None) -> _Edits:
         edits, inputs, vocab = _Edits(), packed.inputs, self._vocab_size
-        for row, slot in enumerate(inputs.slots[inputs.sample_rows].tolist()):
+        for i, slot in enumerate(inputs.sample_slots.tolist()):
             wishes = self._of(slot)
             if not wishes.any:
                 continue
+            row = int(packed.outputs[i])
             edits.rows.append(row)
-            edits.masks.append(-1 if masks is None else int(masks.rows[row]))
+            edits.masks.append(-1 if masks is None else int(masks.rows[i]))
             prompt = int(self._slots.prompt_lens[slot])
-            had = int(packed.starts[inputs.sample_rows[row]]) - prompt
-            bans = [wishes.single_bans]
-            if had < wishes.min_tokens and not wishes.must_end(None if masks is None else masks.allowed(row)):
-                bans.append(wishes.end_ids)
-            edits.ban_at += (row * vocab + np.concatenate(bans)).tolist()
+            edits.ban_at += (row * vocab + wishes.single_bans).tolist()
+            until = prompt + wishes.min_tokens
+            may_be_early = packed.least[inputs.sample_rows[i]] < until
+            if may_be_early and not wishes.must_end(None if masks is None else masks.allowed(i)):
+                edits.early_at += (row * vocab + wishes.end_ids).tolist()
+                edits.until += [until] * len(wishes.end_ids)
             edits.bias_at += (row * vocab + wishes.bias_ids).tolist()
             edits.bias += wishes.bias.view(np.int32).tolist()
             for word in wishes.long_words:
@@ -161,6 +167,8 @@ class _Edits:
     bias_at: list[int] = field(default_factory=list)
     bias: list[int] = field(default_factory=list)
     ban_at: list[int] = field(default_factory=list)
+    early_at: list[int] = field(default_factory=list)
+    until: list[int] = field(default_factory=list)
     word_rows: list[int] = field(default_factory=list)
     borders: list[int] = field(default_factory=lambda: [0])
     word_prompts: list[int] = field(default_factory=list)
@@ -174,17 +182,17 @@ class _Edits:
     def parts(self) -> list[NDArray[np.int32] | list[int]]:
         rates = np.array(self.rates, np.float32).reshape(-1, 3).T.copy().view(np.int32)
         return [
-            self.bias_at, self.bias, self.ban_at,
+            self.bias_at, self.bias, self.ban_at, self.early_at, self.until,
             self.word_rows, self.borders if self.word_rows else [], self.word_prompts, self.word_tokens,
             self.penalty_rows, self.penalty_prompts, rates, self.rows, self.masks,
         ]  # fmt: skip
 
 
-def _mask_parts(masks: StepMask | None) -> list[NDArray[np.int32]]:
-    """Which output each mask is for, and the masks."""
+def _mask_parts(masks: StepMask | None, places: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+    """Which output each mask is for, by its place, and the masks."""
     if masks is None:
         return []
     outputs = np.full(len(masks.words), -1, np.int32)
     masked = np.flatnonzero(masks.rows >= 0)
-    outputs[masks.rows[masked]] = masked
+    outputs[masks.rows[masked]] = places[masked]
     return [outputs, masks.words.view(np.int32)]

@@ -13,7 +13,7 @@ from protos.wire import Mask, RowResult, StepPlan
 from worker_svc.device.base import Event
 from worker_svc.gpu.engine import GpuEngine
 from worker_svc.gpu.sample_words import PackedSampling, SamplePacker
-from worker_svc.gpu.sampler import read_results
+from worker_svc.gpu.sampler import counts_of, read_results
 from worker_svc.gpu.step_words import PackedStep, StepPacker, Words
 from worker_svc.pipeline import Pipeline
 
@@ -93,8 +93,8 @@ class Steps:
         (plan, packed), self._launched = self._launched, None
         sampled = self._sampling.pack(plan, packed, mask)
         self._engine.expect_sampling(sampled.shape)
-        extra = sampled.shape.extra_results() + self._engine.pooled_words(sampled.shape)
-        num_results = 2 * packed.shape.samples + extra
+        shape, extra = packed.shape, sampled.shape.extra_results() + self._engine.pooled_words(sampled.shape)
+        num_results = 2 * shape.outputs + 3 * shape.samples + extra
         event = self._pipeline.sample(sampled.words, num_results)
         flight = Flight(self, plan, packed, sampled, event)
         self._flying.append(flight)
@@ -103,7 +103,11 @@ class Steps:
 
     def land(self) -> None:
         """The oldest flight has its words."""
-        self._flying.popleft().words = self._pipeline.land()
+        flight = self._flying.popleft()
+        words = flight.words = self._pipeline.land()
+        packed = flight.packed
+        if packed.inputs.num_drafts.any():
+            self._packer.settle(packed, counts_of(words, packed.shape, packed.inputs))
 
     def close(self) -> None:
         """Waits for what is in flight: its memory must not go before it."""
