@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from transformers import LlamaConfig
 
+from protos.adapter_files import digest
 from protos.engine_wire import Submit
 from protos.wire import RowResult, Sampling, Setup, StepPlan, StepResult
 from tests.gpu_worker.place import FakePlace
 from tests.gpu_worker.test_backend import setup
 from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
+from tests.models.lora import save_adapter
 from tests.speculation.house import House
 from worker_svc.attention.choice import Choice
 from worker_svc.backends.base import BackendError, DeviceBackend, Landing
@@ -33,7 +36,8 @@ VOCAB, DRAFTS = 10, 3
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of so few tokens that much of what it says has been said before."""
     path = tmp_path_factory.mktemp("llama")
-    checkpoints.save(path, LlamaConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": VOCAB}))
+    model = checkpoints.save(path, LlamaConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": VOCAB}))
+    save_adapter(path / "adapter", model, size=0.5)
     return path
 
 
@@ -51,14 +55,17 @@ class Watched(House):
 
 
 def served(path: Path, made: list[Submit], captured: Sequence[int] | None, **fields: Any) -> Watched:
-    """By the device where something is said of its captures, else by torch."""
+    """By the device where something is said of its captures, else by torch; what names the adapter has it."""
+    adapters = {each.adapter: path / each.adapter for each in made if each.adapter}
+    if adapters:
+        fields |= {"max_adapters": 1, "max_adapter_rank": 16}
 
     def create(message: Setup) -> DeviceBackend:
         if captured is None:
             return TorchBackend(threads=1)
         return GpuBackend(FakePlace(random.Random(7)), lambda: None, 0.5, captured)
 
-    house = Watched(setup(path, max_step_tokens=64, **fields), create, 2)
+    house = Watched(setup(path, max_step_tokens=64, **fields), create, 2, adapters)
     house.ready()
     house.run(made)
     return house
@@ -98,6 +105,8 @@ EDITED: list[dict[str, Any]] = [
 )
 def test_streams_are_those_without(llama: Path, wishes: list[dict[str, Any]], captured: tuple[int, ...]) -> None:
     made = asked(random.Random(2), wishes, 10)
+    if wishes is PLAIN:
+        made[1] = replace(made[1], adapter="adapter", adapter_digest=digest(llama / "adapter"))
     speculation = {"speculation": "ngram", "num_drafts": DRAFTS}
     ours = served(llama, made, captured, **speculation)
     theirs = served(llama, made, None, **speculation)
