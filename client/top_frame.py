@@ -82,6 +82,9 @@ def _numbers(change: Change) -> RenderableType:
     table.add_row("", f"{kinds}; {now.total_slots - now.free_slots} of {now.total_slots} slots")
     steps = f"{change.rate('steps'):,.1f} a second; {now.preemptions:,} preemptions, {now.recoveries:,} recoveries"
     table.add_row("steps", steps)
+    if now.draft_tokens:
+        drafts, right = change.rate("draft_tokens"), now.accepted_draft_tokens / now.draft_tokens
+        table.add_row("drafts", f"{drafts:,.1f} a second; {right:.0%} of all were right")
     return Panel(table, title="service", title_align="left")
 
 

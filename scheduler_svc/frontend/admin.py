@@ -149,6 +149,8 @@ def stats_message(status: ServiceStatus, uptime: float) -> admin_pb2.GetStatsRes
         cached_host_blocks=stats.cached_host_blocks,
         blocks_copied_to_host=stats.copied_to_host,
         blocks_copied_to_device=stats.copied_to_device,
+        draft_tokens=stats.draft_tokens,
+        accepted_draft_tokens=sum(stats.accepted_at),
     )
 
 

@@ -87,7 +87,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "owned_blocks", "fenced_blocks", "free_slots", "total_slots", "steps", "preemptions", "recoveries", "prompt_tokens", "cached_tokens", "generated_tokens", "finished", "aborted", "rejected", "open_calls", "draining", "workers", "uptime_seconds", "waiting_tokens", "tenants", "losses", "first_token", "between_tokens", "stream", "queue_wait", "step", "serving", "reason", "host_cached_tokens", "total_host_blocks", "cached_host_blocks", "blocks_copied_to_host", "blocks_copied_to_device")
+    __slots__ = ("running", "waiting", "total_blocks", "free_blocks", "cached_blocks", "owned_blocks", "fenced_blocks", "free_slots", "total_slots", "steps", "preemptions", "recoveries", "prompt_tokens", "cached_tokens", "generated_tokens", "finished", "aborted", "rejected", "open_calls", "draining", "workers", "uptime_seconds", "waiting_tokens", "tenants", "losses", "first_token", "between_tokens", "stream", "queue_wait", "step", "serving", "reason", "host_cached_tokens", "total_host_blocks", "cached_host_blocks", "blocks_copied_to_host", "blocks_copied_to_device", "draft_tokens", "accepted_draft_tokens")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,8 @@ class GetStatsResponse(_message.Message):
     CACHED_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_COPIED_TO_HOST_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_COPIED_TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     total_blocks: int
@@ -162,7 +164,9 @@ class GetStatsResponse(_message.Message):
     cached_host_blocks: int
     blocks_copied_to_host: int
     blocks_copied_to_device: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., fenced_blocks: _Optional[int] = ..., free_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., recoveries: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., rejected: _Optional[int] = ..., open_calls: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStats, _Mapping]]] = ..., uptime_seconds: _Optional[float] = ..., waiting_tokens: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantStats, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[WorkerLoss, _Mapping]]] = ..., first_token: _Optional[_Union[Histogram, _Mapping]] = ..., between_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., stream: _Optional[_Union[Histogram, _Mapping]] = ..., queue_wait: _Optional[_Union[Histogram, _Mapping]] = ..., step: _Optional[_Union[Histogram, _Mapping]] = ..., serving: _Optional[bool] = ..., reason: _Optional[str] = ..., host_cached_tokens: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., cached_host_blocks: _Optional[int] = ..., blocks_copied_to_host: _Optional[int] = ..., blocks_copied_to_device: _Optional[int] = ...) -> None: ...
+    draft_tokens: int
+    accepted_draft_tokens: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., fenced_blocks: _Optional[int] = ..., free_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., recoveries: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., rejected: _Optional[int] = ..., open_calls: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStats, _Mapping]]] = ..., uptime_seconds: _Optional[float] = ..., waiting_tokens: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantStats, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[WorkerLoss, _Mapping]]] = ..., first_token: _Optional[_Union[Histogram, _Mapping]] = ..., between_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., stream: _Optional[_Union[Histogram, _Mapping]] = ..., queue_wait: _Optional[_Union[Histogram, _Mapping]] = ..., step: _Optional[_Union[Histogram, _Mapping]] = ..., serving: _Optional[bool] = ..., reason: _Optional[str] = ..., host_cached_tokens: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., cached_host_blocks: _Optional[int] = ..., blocks_copied_to_host: _Optional[int] = ..., blocks_copied_to_device: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class GetConfigRequest(_message.Message):
     __slots__ = ()

@@ -497,8 +497,11 @@ type GetStatsResponse struct {
 	// Between the tiers, since the start.
 	BlocksCopiedToHost   uint64 `protobuf:"varint,36,opt,name=blocks_copied_to_host,json=blocksCopiedToHost,proto3" json:"blocks_copied_to_host,omitempty"`
 	BlocksCopiedToDevice uint64 `protobuf:"varint,37,opt,name=blocks_copied_to_device,json=blocksCopiedToDevice,proto3" json:"blocks_copied_to_device,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Tokens that a proposer drafted and a step verified (--speculation), and those of them that were right.
+	DraftTokens         uint64 `protobuf:"varint,38,opt,name=draft_tokens,json=draftTokens,proto3" json:"draft_tokens,omitempty"`
+	AcceptedDraftTokens uint64 `protobuf:"varint,39,opt,name=accepted_draft_tokens,json=acceptedDraftTokens,proto3" json:"accepted_draft_tokens,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *GetStatsResponse) Reset() {
@@ -786,6 +789,20 @@ func (x *GetStatsResponse) GetBlocksCopiedToHost() uint64 {
 func (x *GetStatsResponse) GetBlocksCopiedToDevice() uint64 {
 	if x != nil {
 		return x.BlocksCopiedToDevice
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetDraftTokens() uint64 {
+	if x != nil {
+		return x.DraftTokens
+	}
+	return 0
+}
+
+func (x *GetStatsResponse) GetAcceptedDraftTokens() uint64 {
+	if x != nil {
+		return x.AcceptedDraftTokens
 	}
 	return 0
 }
@@ -1737,7 +1754,7 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\x06bounds\x18\x01 \x03(\x01R\x06bounds\x12\x16\n" +
 	"\x06counts\x18\x02 \x03(\x04R\x06counts\x12\x10\n" +
 	"\x03sum\x18\x03 \x01(\x01R\x03sum\"\x11\n" +
-	"\x0fGetStatsRequest\"\xa7\v\n" +
+	"\x0fGetStatsRequest\"\xfe\v\n" +
 	"\x10GetStatsResponse\x12\x18\n" +
 	"\arunning\x18\x01 \x01(\rR\arunning\x12\x18\n" +
 	"\awaiting\x18\x02 \x01(\rR\awaiting\x12!\n" +
@@ -1784,7 +1801,9 @@ const file_pagewire_v1_admin_proto_rawDesc = "" +
 	"\x11total_host_blocks\x18\" \x01(\rR\x0ftotalHostBlocks\x12,\n" +
 	"\x12cached_host_blocks\x18# \x01(\rR\x10cachedHostBlocks\x121\n" +
 	"\x15blocks_copied_to_host\x18$ \x01(\x04R\x12blocksCopiedToHost\x125\n" +
-	"\x17blocks_copied_to_device\x18% \x01(\x04R\x14blocksCopiedToDevice\"\x12\n" +
+	"\x17blocks_copied_to_device\x18% \x01(\x04R\x14blocksCopiedToDevice\x12!\n" +
+	"\fdraft_tokens\x18& \x01(\x04R\vdraftTokens\x122\n" +
+	"\x15accepted_draft_tokens\x18' \x01(\x04R\x13acceptedDraftTokens\"\x12\n" +
 	"\x10GetConfigRequest\"3\n" +
 	"\aSetting\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
