@@ -14,7 +14,7 @@ from tests.models.test_families import CONFIGS
 
 OURS = [name for name in CONFIGS if name != "llama-odd"]
 IN_EVERY_RUN = {"llama-tied-biases", "qwen3-windows-biases", "gemma2-capped-biases", "gemma3", "phi3-partial-longrope"}
-IN_EVERY_RUN |= {"mixtral", "qwen3moe"}
+IN_EVERY_RUN |= {"qwen3moe"}
 
 
 @pytest.mark.parametrize(
