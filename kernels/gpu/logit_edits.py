@@ -154,19 +154,19 @@ def ban_words(
     borders: Tensor,
     tokens: Tensor,
     prompt_lens: Tensor,
-    positions: Tensor | None = None,
+    positions: Tensor,
 ) -> None:
     """−inf for the last token of each word whose other tokens the output of its row ends with.
 
     Word i has tokens borders[i]:borders[i+1] of `tokens`, two at least and MAX_WORD at most, all of the vocabulary its
     last; it is for row rows[i], whose prompt has prompt_lens[i] tokens. positions [S]: where each row's own tokens end,
-    drafts among them; its slot's length where they are not given. All int32.
+    drafts among them. All int32.
     """
     _dense(logits)
     expect("borders", borders, (len(rows) + 1,), INT32, logits)
+    expect("positions", positions, (len(logits),), INT32, logits)
     expect("prompt_lens", prompt_lens, (len(rows),), INT32, logits)
     if len(rows):
-        positions = _positions(positions, slots, state)
         bad_word_kernel[(len(rows),)](
             logits, slots, rows, borders, tokens, state.token_ids, positions, prompt_lens, logits.shape[1],
             state.token_ids.stride(0), MOST=MAX_WORD,
@@ -180,7 +180,7 @@ def penalize(
     rows: Tensor,
     prompt_lens: Tensor,
     penalties: Tensor,
-    positions: Tensor | None = None,
+    positions: Tensor,
 ) -> None:
     """Repetition, frequency and presence, `penalties` [3, P] float32, of rows [P] and the lengths of their prompts;
     `positions` as in `ban_words`.
@@ -200,7 +200,7 @@ def penalize(
         rows,
         prompt_lens,
         state.token_ids,
-        _positions(positions, slots, state),
+        positions,
         counts,
         vocab,
         longest,
@@ -221,10 +221,6 @@ def lift(edited: Tensor, logits: Tensor, rows: Tensor, masks: Tensor, bitmask: T
         lift_kernel[(len(rows),)](
             edited, logits, rows, masks, bitmask, bitmask.shape[1], VOCAB=logits.shape[1], BLOCK=BLOCK
         )
-
-
-def _positions(given: Tensor | None, slots: Tensor, state: SlotState) -> Tensor:
-    return state.lengths.index_select(0, slots) if given is None else given
 
 
 def _dense(logits: Tensor) -> None:

@@ -98,29 +98,26 @@ def sample(
     logits: Tensor,
     slots: Tensor,
     state: SlotState,
+    positions: Tensor,
     out: Tensor,
     status: Tensor,
     status_before: Tensor | None = None,
-    positions: Tensor | None = None,
 ) -> None:
-    """A token for each row, by the parameters of its slot (see `SlotState.sampling`), at `positions` [S] or the slot's
-    length.
+    """A token for each row, by the parameters of its slot (see `SlotState.sampling`), at its position.
 
-    logits [S, V] float32, slots [S] → out [S] token ids, status [S]: NOT_NUMBERS or NONE_ALLOWED where the row has no
-    token to give, and then its token is any. `status_before` [S], of the logits before they were edited, goes first.
+    logits [S, V] float32, slots and positions [S] → out [S] token ids, status [S]: NOT_NUMBERS or NONE_ALLOWED where
+    the row has no token to give, and then its token is any. `status_before` [S], of the logits before they were edited,
+    goes first.
     All but logits are int32. Raises ValueError naming the argument.
     """
     expect("logits", logits, (None, None), (torch.float32,), logits)
     rows, vocab = logits.shape
-    for name, tensor in (("slots", slots), ("out", out), ("status", status)):
+    for name, tensor in (("slots", slots), ("positions", positions), ("out", out), ("status", status)):
         expect(name, tensor, (rows,), (torch.int32,), logits)
     if vocab >= 1 << ID_BITS:
         raise ValueError(f"logits has {vocab} columns, and fewer than {1 << ID_BITS} can be told apart")
     if not rows:
         return
-    if positions is None:
-        positions = state.lengths.index_select(0, slots)
-    expect("positions", positions, (rows,), (torch.int32,), logits)
     parts = triton.cdiv(vocab, PART)
     maxima, broken = _maxima(logits)
     tops = torch.empty(rows, device=logits.device)

@@ -101,9 +101,7 @@ def prepare_rows_kernel(
     left = tl.load(lengths + slot) - done
     count = tl.where(start < 0, tl.minimum(count, left), count)
     end = tl.where(start < 0, done, start) + count
-    behind = count * 0
-    if drafts is not None:
-        behind = tl.load(drafts + row, mask=inside, other=0)
+    behind = tl.load(drafts + row, mask=inside, other=0)
     count = tl.where((laid > 0) & inside, laid, count + behind)
     tl.store(cu, 0)
     tl.store(cu + 1 + row, tl.cumsum(count, 0), mask=inside)
@@ -133,9 +131,8 @@ def prepare_tokens_kernel(
         token = tl.load(all_token_ids + slot * tokens_stride + position, mask=inside)
         block = tl.load(block_tables + slot * tables_stride + position // BLOCK_SIZE, mask=inside)
         place = block * BLOCK_SIZE + position % BLOCK_SIZE
-        if drafts is not None:
-            again = tl.where(laid > 0, laid - 1 - tl.load(drafts + row), 0)  # computed before
-            place = tl.where(at < again, -1, place)
+        again = tl.where(laid > 0, laid - 1 - tl.load(drafts + row), 0)  # computed before
+        place = tl.where(at < again, -1, place)
         tl.store(token_ids + first + at, token, mask=inside)
         tl.store(positions + first + at, position, mask=inside)
         tl.store(slot_mapping + first + at, place, mask=inside)
@@ -183,10 +180,10 @@ def prepare(
     slots: Tensor,
     starts: Tensor,
     most: Tensor,
+    drafts: Tensor,
     block_size: int,
+    laid: int,
     *,
-    drafts: Tensor | None = None,
-    laid: int = 0,
     cu: Tensor,
     context_lens: Tensor,
     token_ids: Tensor,
@@ -203,19 +200,19 @@ def prepare(
 
     `drafts` [R]: so many positions more of each row, for what lies behind its slot's tokens, held or not; they are not
     counted as computed. `laid`: of rows of one token, the positions that each one has, whatever its drafts: those that
-    are too many come first, are computed a second time and written nowhere, so a slot must know as many tokens.
+    are too many come first, are computed a second time and written nowhere, so a slot must know as many tokens; 0: as
+    many as it has.
     """
     rows = slots.shape[0]
     if not 0 < rows <= MAX_ROWS:
         raise ValueError(f"slots has {rows} rows: must be from 1 to {MAX_ROWS}")
-    for name, tensor in (("slots", slots), ("starts", starts), ("most", most), ("context_lens", context_lens)):
+    for name, tensor in (("slots", slots), ("starts", starts), ("most", most), ("drafts", drafts)):
         expect(name, tensor, (rows,), INT32, state.words)
+    expect("context_lens", context_lens, (rows,), INT32, state.words)
     expect("cu", cu, (rows + 1,), INT32, state.words)
     tokens = token_ids.shape[0]
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("slot_mapping", slot_mapping)):
         expect(name, tensor, (tokens,), INT32, state.words)
-    if drafts is not None:
-        expect("drafts", drafts, (rows,), INT32, state.words)
     prepare_rows_kernel[(1,)](
         slots, starts, most, drafts, state.lengths, state.computed, cu, context_lens, rows, laid,
         BLOCK=triton.next_power_of_2(rows),

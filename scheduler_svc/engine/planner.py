@@ -73,9 +73,7 @@ class Planner:
             further_behind: list[Sequence] = []
             for sequence in self._in_order():
                 (first if sequence.unsent or sequence.only_samples else further_behind).append(sequence)
-            sampling = [sequence for sequence in first if not sequence.unsent]
-            self._speculate(step, sampling, [each for each in first if each.unsent] + further_behind)
-            step.for_samples = len(sampling)
+            self._share_out(step, first, further_behind)
             for sequence in first:
                 if sequence.unsent:
                     self._jump(step, sequence)
@@ -112,16 +110,22 @@ class Planner:
     def _in_order(self) -> tuple[Sequence, ...]:
         """Who runs, first come first; but whoever may be preempted comes last, so that it has no row by then."""
         running = self.device.running
-        longest = max(self.config.num_drafts, *(len(sequence.unsent) for sequence in running), 0)
-        most = 2 + longest // self.kv.block_size  # new blocks of a row
-        if self.roster.ledger.several and self.kv.pool.available < most * len(running):
-            return tuple(sorted(running, key=turn))
+        if self.roster.ledger.several:
+            longest = max((len(sequence.unsent) for sequence in running), default=0)
+            most = 2 + max(self.config.num_drafts, longest) // self.kv.block_size  # new blocks of a row
+            if self.kv.pool.available < most * len(running):
+                return tuple(sorted(running, key=turn))
         return tuple(running)
 
-    def _speculate(self, step: Step, sampling: list[Sequence], behind: list[Sequence]) -> None:
-        """Drafts for those who sample, beside what the others of the step compute, who get half the room at least."""
+    def _share_out(self, step: Step, first: list[Sequence], further_behind: list[Sequence]) -> None:
+        """A position for the next token of each who samples; drafts beside what the others of the step compute, who get
+        half the room at least.
+        """
+        sampling = [sequence for sequence in first if not sequence.unsent]
+        step.for_samples = len(sampling)
         if not self.config.num_drafts:
             return
+        behind = [sequence for sequence in first if sequence.unsent] + further_behind
         room = step.budget - len(sampling)
         others = room if self.roster.waiting.first() else sum(each.settled - each.computed for each in behind)
         step.for_drafts = max(room // 2, room - others)
@@ -135,7 +139,7 @@ class Planner:
             return  # what is in flight may be all that it wanted; or it was preempted a moment ago
         if sequence.ahead and sequence.masked and (sequence.pauses or sequence.ahead == MAX_MASKED):
             return
-        drafts = min(sequence.proposed, room, step.for_drafts, max(0, step.budget - step.for_samples - 1))
+        drafts = min(sequence.proposed, room, step.for_drafts, step.budget - step.for_samples - 1)
         new: list[list[int]] = []
         if hi + drafts > len(sequence.block_ids) * self.kv.block_size:
             fitting = self._make_room(step, sequence, hi, drafts)

@@ -26,7 +26,7 @@ def test_stats_tell_all_that_the_loop_says() -> None:
         "the worker was lost: it was killed",
         READY,
         [WorkerStatus("loading", 9, "cpu", "weights", 0.5), WorkerStatus("serving", 10)],
-        EngineStats(waiting_tokens=12, tenants=[TenantFigures("a", 1, 2, 3, 4, 5, 6)]),
+        EngineStats(waiting_tokens=12, draft_tokens=9, accepted_at=(3, 1), tenants=[TenantFigures("a", 1, 2, 3, 4, 5, 6)]),
         figures=[WorkerFigures(1.5, 20, 3.25, 2, 1)],
         losses=[Loss(2.5, 8, "killed")],
     )
@@ -45,6 +45,7 @@ def test_stats_tell_all_that_the_loop_says() -> None:
     assert (loss.seconds_ago, loss.pid, loss.reason) == (2.5, 8, "killed")
     assert (list(message.step.bounds), list(message.step.counts), message.step.sum) == ([1.0], [2, 1], 5.0)
     assert message.waiting_tokens == 12
+    assert (message.draft_tokens, message.accepted_draft_tokens) == (9, 4)
 
 
 async def test_stats_hold_what_clients_saw(service: Service) -> None:

@@ -133,6 +133,12 @@ def test_what_a_library_refuses(
         choose(asked, [a_shape(**{"dtype": torch.bfloat16, **shape})], where(capability))
 
 
+def test_a_library_that_plans_from_exact_lengths_refuses_drafts(installed: Any) -> None:
+    installed("flashinfer")
+    with pytest.raises(UnsuitedAttention, match="flashinfer plans from lengths that no host knows with drafts"):
+        choose("flashinfer", [a_shape(dtype=torch.bfloat16)], replace(where(HOPPER), num_drafts=2))
+
+
 def test_the_first_that_can_is_chosen_and_the_others_reasons_are_told(installed: Any) -> None:
     shapes = [a_shape(dtype=torch.bfloat16), a_shape(dtype=torch.bfloat16, window=8)]
     choice = choose("auto", shapes, where())

@@ -22,7 +22,6 @@ from tests.models import checkpoints
 from tests.models.checkpoints import SMALL
 from tests.models.lora import save_adapter
 from tests.speculation.house import House
-from worker_svc.attention.choice import Choice
 from worker_svc.backends.base import BackendError, DeviceBackend, Landing
 from worker_svc.backends.torch import TorchBackend
 from worker_svc.gpu.backend import GpuBackend
@@ -138,10 +137,3 @@ def test_other_proposers_are_refused(llama: Path, name: str) -> None:
         BackendError, match=f"speculation '{name}' is not supported by the cuda backend, only '', 'ngram'"
     ):
         backend.load(message, lambda phase, share: None)
-
-
-def test_a_library_that_plans_from_exact_lengths_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker_svc.gpu.backend.choose", lambda *given: Choice("flashinfer", "asked for", {}))
-    backend = GpuBackend(FakePlace(random.Random(0)), lambda: None, 0.5, (), "flashinfer")
-    with pytest.raises(BackendError, match="'flashinfer' plans from lengths that nobody knows with drafts in flight"):
-        backend.load(setup(llama, speculation="ngram", num_drafts=2), lambda phase, share: None)

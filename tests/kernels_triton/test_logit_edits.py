@@ -75,11 +75,11 @@ def test_penalties_biases_and_bans(vocab: int, length: int, seed: int) -> None:
     prompts = table.prompt_lens[1:]
     logit_edits.ban_words(
         ours, on_device, state, words([row for row, _ in long]), words(borders), words([t for _, w in long for t in w]),
-        words([prompts[row] for row, _ in long]),
+        words([prompts[row] for row, _ in long]), state.lengths[1:],
     )  # fmt: skip
     of = table.params[slots]
     penalties = torch.from_numpy(np.stack([of["repetition"], of["frequency"], of["presence"]])).to(DEVICE)
-    logit_edits.penalize(ours, on_device, state, words(range(5)), words(prompts), penalties)
+    logit_edits.penalize(ours, on_device, state, words(range(5)), words(prompts), penalties, state.lengths[1:])
     assert torch.equal(ours.cpu(), expected)
     assert (expected == -math.inf).sum() > 8
 

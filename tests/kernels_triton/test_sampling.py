@@ -40,7 +40,8 @@ def sampled(logits: Tensor, params: list[Param], lengths: list[int]) -> tuple[li
     rows = len(params)
     slots = torch.arange(1, rows + 1, dtype=torch.int32, device=DEVICE)
     out, status = (torch.full((rows,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    sampling.sample(logits, slots, state_of(params, lengths), out, status)
+    state = state_of(params, lengths)
+    sampling.sample(logits, slots, state, state.lengths[1:], out, status)
     return out.tolist(), status.tolist()
 
 
@@ -177,7 +178,8 @@ def test_null_rows_and_rows_beside_change_nothing() -> None:
     state = state_of(params, [4, 5, 6])
     before = state.words.clone()
     out, status = (torch.full((5,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    sampling.sample(logits, torch.tensor([0, 0, 3, 1, 2], dtype=torch.int32, device=DEVICE), state, out, status)
+    slots = torch.tensor([0, 0, 3, 1, 2], dtype=torch.int32, device=DEVICE)
+    sampling.sample(logits, slots, state, state.lengths[slots], out, status)
     assert torch.equal(state.words, before)
     assert status.tolist() == [NOT_NUMBERS, NOT_NUMBERS, 0, 0, 0]
     assert all(0 <= token < 300 for token in out.tolist())
@@ -190,7 +192,7 @@ def test_what_was_wrong_before_edits_is_told_first() -> None:
     logits[2] = -math.inf
     slots, out, status = (torch.zeros(3, dtype=torch.int32, device=DEVICE) for _ in range(3))
     before = torch.tensor([0, NONE_ALLOWED, NOT_NUMBERS], dtype=torch.int32, device=DEVICE)
-    sampling.sample(logits, slots, state_of([], []), out, status, before)
+    sampling.sample(logits, slots, state_of([], []), slots, out, status, before)
     assert status.tolist() == [0, NONE_ALLOWED, NOT_NUMBERS]
 
 
@@ -219,7 +221,7 @@ def test_what_cannot_be_sampled_is_told_by_row(values: list[float], expected: in
 def test_more_tokens_than_a_key_can_tell_apart_are_refused() -> None:
     rows = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="logits has 1048576 columns"):
-        sampling.sample(torch.empty(1, 1 << 20, device=DEVICE), rows, state_of([], []), rows, rows)
+        sampling.sample(torch.empty(1, 1 << 20, device=DEVICE), rows, state_of([], []), rows, rows, rows)
 
 
 @triton.jit

@@ -73,7 +73,9 @@ class Both:
             ints([row.slot for row in rows] + [0] * nulls),
             ints([row.start for row in rows] + [0] * nulls),
             ints([row.num_tokens for row in rows] + [1] * nulls),
+            ints([0] * (len(rows) + nulls)),
             BLOCK_SIZE,
+            0,
             **made,
         )
         return made
@@ -87,7 +89,7 @@ class Both:
         made["context_lens"] = torch.full((len(rows),), 77, dtype=torch.int32, device=DEVICE)
         slots, drafts = ints([row.slot for row in rows]), ints([row.num_drafts for row in rows])
         ones = torch.ones_like(slots)
-        prepare(self.state, slots, -ones, ones, BLOCK_SIZE, drafts=drafts, laid=laid, **made)
+        prepare(self.state, slots, -ones, ones, drafts, BLOCK_SIZE, laid, **made)
         return made
 
     def same(self) -> None:
@@ -225,9 +227,22 @@ def test_what_does_not_fit_is_named() -> None:
     many = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=f"from 1 to {MAX_ROWS}"):
         prepare(
-            state, many, many, many, 4, cu=many, context_lens=many, token_ids=many, positions=many, slot_mapping=many
+            state,
+            many,
+            many,
+            many,
+            many,
+            4,
+            0,
+            cu=many,
+            context_lens=many,
+            token_ids=many,
+            positions=many,
+            slot_mapping=many,
         )
     with pytest.raises(ValueError, match="cu has shape"):
-        prepare(state, one, one, one, 4, cu=one, context_lens=one, token_ids=one, positions=one, slot_mapping=one)
+        prepare(
+            state, one, one, one, one, 4, 0, cu=one, context_lens=one, token_ids=one, positions=one, slot_mapping=one
+        )
     with pytest.raises(ValueError, match="words; below 2"):
         SlotState.empty(1 << 16, 1 << 16, 1, torch.device("meta"))

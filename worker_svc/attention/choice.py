@@ -22,13 +22,16 @@ BY_ITSELF = ("flash_attn", "triton")
 
 @dataclass(frozen=True)
 class Where:
-    """`capability`: NVIDIA's, (0, 0) for a device that is none; `flights`: steps in flight; `rows`: of a step."""
+    """`capability`: NVIDIA's, (0, 0) for a device that is none; `flights`: steps in flight; `rows`: of a step;
+    `num_drafts`: of a row, each of which may be verified before the host knows of it.
+    """
 
     kind: Kind
     device: torch.device
     capability: tuple[int, int]
     flights: int
     rows: int
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def _made(name: str, shape: AttentionShape, where: Where) -> PagedAttention:
         case "flash_attn":
             return FlashAttention(shape, where.capability)
         case "flashinfer":
+            if where.num_drafts:
+                raise UnsuitedAttention("plans from lengths that no host knows with drafts in flight")
             return FlashInferAttention(shape, where.capability, where.device, where.flights, where.rows)
         case "triton":
             return TritonAttention(shape, where.kind, where.device)

@@ -63,7 +63,7 @@ class FlashInferAttention:
 
     def plan_capture(self, num_rows: int, num_queries: int = 1) -> Plan:
         """The first time it plans, which no capture may see."""
-        assert num_queries == 1, "rows with drafts have lengths that no host knows: a backend refuses them"
+        assert num_queries == 1, "rows with drafts have lengths that no host knows: `choose` refuses them"
         plan = self._captured.get(num_rows)
         if plan is None:
             borders = torch.zeros(num_rows + 1, dtype=torch.int32, device=self._where)

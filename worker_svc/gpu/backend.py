@@ -244,15 +244,11 @@ class GpuBackend:
             for window in gpu.windows()
         ]  # fmt: skip
         try:
-            choice = choose(
-                self._asked, shapes, Where(place.kind, place.where, place.capability, DEPTH, self._room.rows)
-            )
+            room = self._room
+            where = Where(place.kind, place.where, place.capability, DEPTH, room.rows, room.num_drafts)
+            choice = choose(self._asked, shapes, where)
         except UnsuitedAttention as error:
             raise BackendError(f"attention_backend {self._asked!r}: {error}") from error
-        if choice.name == "flashinfer" and self._room.num_drafts:
-            raise BackendError(
-                "attention_backend 'flashinfer' plans from lengths that nobody knows with drafts in flight"
-            )
         print(f"pagewire worker: attention by {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
         return choice
 

@@ -237,10 +237,9 @@ class GpuEngine:
                 memory.adapters[:tokens] if shape.adapted and len(memory.adapters) else None,
             )
             prepare(
-                self._state, slots, starts, most, self._room.block_size, drafts=drafts,
-                laid=shape.laid if shape.captured else 0, cu=step.rows.cu,
-                context_lens=step.rows.context_lens, token_ids=step.token_ids, positions=step.positions,
-                slot_mapping=step.slot_mapping,
+                self._state, slots, starts, most, drafts, self._room.block_size, shape.laid if shape.captured else 0,
+                cu=step.rows.cu, context_lens=step.rows.context_lens, token_ids=step.token_ids,
+                positions=step.positions, slot_mapping=step.slot_mapping,
             )  # fmt: skip
             if step.adapters is not None:
                 token_adapters(self._state, slots, step.rows.cu, step.adapters)

@@ -42,7 +42,7 @@ class Sampler:
         """logits [S, vocab] of slots [S], null slots among them, at positions [S] → token ids [S]. What is captured."""
         rows = len(slots)
         tokens = self._tokens[:rows]
-        sampling.sample(logits, slots, self._state, tokens, self._status[:rows], positions=positions)
+        sampling.sample(logits, slots, self._state, positions, tokens, self._status[:rows])
         return tokens
 
     def sample_edited(
@@ -54,7 +54,7 @@ class Sampler:
         sampling.check(logits, before)
         edited = self._edited(logits, slots, positions, shape, words)
         tokens = self._tokens[:rows]
-        sampling.sample(edited, slots, self._state, tokens, self._status[:rows], before, positions)
+        sampling.sample(edited, slots, self._state, positions, tokens, self._status[:rows], before)
         return tokens
 
     def take(
