@@ -26,7 +26,9 @@ def test_stats_tell_all_that_the_loop_says() -> None:
         "the worker was lost: it was killed",
         READY,
         [WorkerStatus("loading", 9, "cpu", "weights", 0.5), WorkerStatus("serving", 10)],
-        EngineStats(waiting_tokens=12, draft_tokens=9, accepted_at=(3, 1), tenants=[TenantFigures("a", 1, 2, 3, 4, 5, 6)]),
+        EngineStats(
+            waiting_tokens=12, draft_tokens=9, accepted_at=(3, 1), tenants=[TenantFigures("a", 1, 2, 3, 4, 5, 6)]
+        ),
         figures=[WorkerFigures(1.5, 20, 3.25, 2, 1)],
         losses=[Loss(2.5, 8, "killed")],
     )
